@@ -1,0 +1,72 @@
+"""The adapters of EIVEN, section 2.2 and Appendix D, and the merge of the linear ones into the weights behind them.
+
+An adapter stands before each attention, after the RMSNorm, and changes its input by little:
+    h' = h + s * U sigma(D h + d) + s * u            (N, width) -> (N, width)
+    rep         RepAdapter (Luo et al. 2023, arXiv 2302.08106): no sigma, U in two groups   1.70M at LLaMA-7B
+    mlp         MLP-Adapter (Houlsby et al. 2019): sigma is ReLU, U dense                    2.23M
+    mlp-linear  MLP-Adapter-L: no sigma, U dense                                             2.23M
+U and u start at zero, so that step 0 is exactly LLaMA.  Unlike in LaVIN, which EIVEN grew from, no router weighs two
+adapters by the input: a router is not linear and could not be merged.
+
+Parameters and arithmetic are fp32 whatever dtype the frozen model has: with a learning rate of 1e-3 a 16-bit
+parameter would swallow most updates.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+KINDS = ("rep", "mlp", "mlp-linear")
+
+
+class Adapter(nn.Module):
+    """h + s * up(sigma(down(h))): (N, width) -> (N, width).
+
+    kind       one of KINDS
+    dimension  R, the width between down and up (paper: 8)
+    scale      s, a plain factor (LaVIN: 1)
+    """
+
+    def __init__(self, kind, width, dimension=8, scale=1.0):
+        super().__init__()
+        self.kind, self.scale = kind, scale
+        groups = 2 if kind == "rep" else 1
+        if dimension % groups or width % groups:
+            raise ValueError(f"a RepAdapter has {groups} groups: its dimension ({dimension}) and the model's width "
+                             f"({width}) must be multiples of {groups}")
+        self.down = nn.Linear(width, dimension)
+        nn.init.xavier_uniform_(self.down.weight)
+        nn.init.zeros_(self.down.bias)
+        # Group g of `up` takes R / groups features to width / groups.
+        self.up_weight = nn.Parameter(torch.zeros(groups, width // groups, dimension // groups))
+        self.up_bias = nn.Parameter(torch.zeros(width))
+
+    def up_matrix(self):
+        """U, (width, R): the groups as blocks on the diagonal.  Dense it is no slower: R is 8."""
+        return torch.block_diag(*self.up_weight)
+
+    def forward(self, h):
+        z = self.down(h.float())                                        # (N, R)
+        if self.kind == "mlp":
+            z = F.relu(z)
+        return h + (self.scale * F.linear(z, self.up_matrix(), self.up_bias)).to(h.dtype)
+
+
+def merge(adapter, linear):
+    """Fold a linear adapter into the `linear` behind it (the re-parameterisation of RepAdapter), in place:
+
+        W (h + s U (D h + d) + s u) = [W (I + s U D)] h + s W (U d + u)
+
+    Computed in fp64 and rounded once.  `linear` has a bias afterwards.
+    """
+    if adapter.kind == "mlp":
+        raise ValueError("MLP-Adapter has a non-linearity and cannot be merged; rep and mlp-linear can")
+    with torch.no_grad():
+        W = linear.weight.double()                                      # (out, width)
+        U, D = adapter.up_matrix().double(), adapter.down.weight.double()
+        bias = adapter.scale * (W @ (U @ adapter.down.bias.double() + adapter.up_bias.double()))
+        if linear.bias is not None:
+            bias = bias + linear.bias.double()
+        merged = W + adapter.scale * (W @ U) @ D
+        linear.weight = nn.Parameter(merged.to(linear.weight.dtype), requires_grad=False)
+        linear.bias = nn.Parameter(bias.to(linear.weight.dtype), requires_grad=False)

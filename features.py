@@ -1,0 +1,100 @@
+"""The frozen ViT's [cls] tokens of photos, computed once per photo and kept on disk.
+
+The ViT never changes, so neither do its features: no epoch, no second run and no other seed decodes a photo again.
+The cache is one SQLite file, because that is safe against power cuts and against two runs that fill it at once.
+A photo is known by its bytes and the ViT by its weights: changing either is a new entry, and moving files is none.
+"""
+
+import hashlib
+import sqlite3
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from console import Progress, UserError
+from eiven import taps
+from vit import load_vit, open_photo, preprocess, weight_file
+
+BATCH = 16                                              # photos that go through the ViT together
+PREPROCESSING = "clip-1"                                # part of the key: to be changed when preprocess() does
+
+
+def digest_of(path):
+    """SHA-256 of a file's bytes, read piece by piece."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+class PhotoFeatures:
+    """Features by photo: `prepare` computes what is missing, `read` gives (P, K, V) for a batch.
+
+    cache    the SQLite file
+    vit      file or folder of the ViT's weights
+    images   folder that photo names are relative to
+    single   the last layer's [cls] alone, K = 1 (the paper's "- MGVF"), instead of every third layer's
+    """
+
+    def __init__(self, cache, vit, images, single=False, device="cpu"):
+        self.images, self.single, self.device = Path(images), single, device
+        weights = weight_file(vit)
+        self.vit = load_vit(vit, device)
+        self.width = self.vit.config.hidden_size        # V
+        config = weights.parent / "config.json"         # it says how many heads the weights are for
+        self.vit_key = digest_of(weights) + (digest_of(config) if config.exists() else b"") + PREPROCESSING.encode()
+        Path(cache).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.database = sqlite3.connect(cache, timeout=60)
+            self.database.execute("pragma journal_mode = wal")      # readers and one writer at the same time
+            self.database.execute("create table if not exists cls (key blob primary key, layers integer, tokens blob)")
+        except sqlite3.Error as error:
+            raise UserError(f"{cache}: the cache of photo features cannot be used ({error}); delete it, and it is "
+                            "made again") from None
+        self.keys = {}                                  # photo name -> key, for photos known to be in the cache
+        self.read_one = lru_cache(maxsize=4096)(self._read_one)     # of ViT-B/16 50 MB at most
+
+    def prepare(self, names):
+        """Make sure that all these photos are in the cache; progress on the way, work saved as it is done."""
+        names = [name for name in dict.fromkeys(names) if name not in self.keys]
+        absent = [name for name in names if not name or not (self.images / name).is_file()]
+        if absent:
+            raise UserError(f"{len(absent):,} of {len(names):,} photos are not in {self.images}, e.g. "
+                            f"{', '.join(repr(name) for name in absent[:3])}. Download them (see README), or leave "
+                            "photos out with --no-image")
+        with Progress("photo features", len(names), "photos") as progress:
+            batch = []
+            for n, name in enumerate(names, start=1):
+                key = hashlib.sha256(self.vit_key + digest_of(self.images / name)).digest()
+                if not self.database.execute("select 1 from cls where key = ?", (key,)).fetchone():
+                    batch.append((name, key))
+                else:
+                    self.keys[name] = key
+                    progress.step()
+                if len(batch) == BATCH or (n == len(names) and batch):
+                    self._compute(batch)
+                    progress.step(len(batch))
+                    batch = []
+
+    def _compute(self, batch):
+        size = self.vit.config.image_size
+        pixels = torch.stack([preprocess(open_photo(self.images / name), size) for name, _ in batch])
+        with torch.no_grad():
+            tokens = self.vit(pixels.to(self.device), taps(self.vit.config.num_hidden_layers)).float().cpu()
+        if not tokens.isfinite().all():
+            raise UserError(f"the ViT gives features that are not finite, e.g. for {batch[0][0]}; "
+                            "are the weights whole?")
+        with self.database:                             # one transaction
+            self.database.executemany("insert or replace into cls values (?, ?, ?)", [
+                (key, one.shape[0], one.numpy().tobytes()) for (_, key), one in zip(batch, tokens)])     # (K, V)
+        self.keys.update(batch)
+
+    def _read_one(self, name):
+        layers, tokens = self.database.execute("select layers, tokens from cls where key = ?",
+                                               (self.keys[name],)).fetchone()
+        tokens = np.frombuffer(tokens, dtype=np.float32).reshape(layers, -1)
+        return torch.tensor(tokens[-1:] if self.single else tokens)      # (K, V)
+
+    def read(self, names, device):
+        """Features (P, K, V) of prepared photos, or None for no photos."""
+        return torch.stack([self.read_one(name) for name in names]).to(device) if names else None

@@ -1,0 +1,100 @@
+"""What the tests share: tiny models in the official layouts, with a tokenizer of their own; nothing is downloaded."""
+
+import io
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from random_weights import write_llama, write_vit  # noqa: E402
+
+import llama  # noqa: E402
+import vit  # noqa: E402
+
+torch.set_num_threads(2)
+
+SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
+
+WORDS = ("Question What is the Boot Style Heel Height Pattern of this product these two products Are they same Do have "
+         "Why Which product's Context First Second Both has Answer Yes No Rain Boots Chelsea Combat Flat High Heel "
+         "Striped Floral Women's Men's black leather shoe with a").split()
+
+
+@pytest.fixture(scope="session")
+def tokenizer_file(tmp_path_factory):
+    """A SentencePiece model of 200 pieces with byte fallback, trained on a few words."""
+    draw, model = random.Random(0), io.BytesIO()
+    lines = [" ".join(draw.choices(WORDS, k=8)) for _ in range(300)]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_writer=model, vocab_size=400, model_type="bpe", byte_fallback=True,
+        hard_vocab_limit=False, minloglevel=2)
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    path.write_bytes(model.getvalue())
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tokenizer_file):
+    """A LLaMA with every shape different from every other: 3 layers, grouped key/value heads, its own head_dim."""
+    return llama.LlamaConfig(vocab_size=llama.Tokenizer(tokenizer_file).vocab_size, hidden_size=32,
+                             intermediate_size=56, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+                             head_dim=12, rms_norm_eps=1e-6)
+
+
+@pytest.fixture(scope="session")
+def llama_dir(tmp_path_factory, tiny_config, tokenizer_file):
+    """The tiny LLaMA as a folder in the Hugging Face layout.  Weights are ten times the usual, so that it has opinions."""
+    folder = tmp_path_factory.mktemp("llama")
+    write_llama(folder, tiny_config, tokenizer_file, torch.float32, std=0.2)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def vit_dir(tmp_path_factory):
+    """A ViT of 6 layers (two [cls] tokens) as a folder in the Hugging Face layout."""
+    folder = tmp_path_factory.mktemp("vit")
+    write_vit(folder, vit.ViTConfig(hidden_size=24, intermediate_size=40, num_hidden_layers=6, num_attention_heads=3,
+                                    patch_size=8, image_size=32), std=0.2)
+    return folder
+
+
+@pytest.fixture
+def tiny(llama_dir):
+    """(LLaMA, Tokenizer), freshly loaded."""
+    return llama.load_llama(llama_dir, torch.float32)
+
+
+PRODUCTS = [("Boot Style", "Rain Boots"), ("Boot Style", "Chelsea"), ("Boot Style", "Combat"),
+            ("Heel Height", "Flat"), ("Heel Height", "High Heel")]
+
+
+@pytest.fixture(scope="session")
+def data_root(tmp_path_factory):
+    """ROOT/shoes/{train,val,test}.tsv with a photo each: 6 products a value for training, 2 and 3 for val and test."""
+    root, draw, number = tmp_path_factory.mktemp("data"), random.Random(1), 0
+    (root / "images").mkdir()
+    (root / "shoes").mkdir()
+    for split, each in (("train", 6), ("val", 2), ("test", 3)):
+        lines = ["id\timages\tcategory\ttexts\tattribute_names\tattribute_values"]
+        for attribute, value in PRODUCTS * each:
+            number += 1
+            title = " ".join(draw.choices(WORDS[-12:], k=draw.randint(2, 9)))
+            lines.append(f"B{number:04}\tB{number:04}.jpg\tShoes\t[Title] {title}\t{attribute}\t{value}")
+            colour = tuple(draw.randrange(256) for _ in range(3))
+            Image.new("RGB", (draw.randint(32, 60), draw.randint(32, 60)), colour).save(root / "images" / f"B{number:04}.jpg")
+        (root / "shoes" / f"{split}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return root
+
+
+def randomize(model, seed=0):
+    """Give all that is trained values of its own: a zero up-projection would pass whatever the code does."""
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.trained().values():
+            parameter.normal_(0, 0.3, generator=draw)
+    return model

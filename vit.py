@@ -1,0 +1,283 @@
+"""CLIP's vision transformer, written out: preprocessing, the [cls] token after each asked layer, official weights.
+
+Source   Dosovitskiy et al. 2021 (arXiv 2010.11929) with CLIP's changes (Radford et al. 2021, arXiv 2103.00020):
+         a LayerNorm straight after the embeddings, quick-GELU, no bias in the patch embedding.
+         Names are those of the Hugging Face checkpoints, the typo `pre_layrnorm` included.
+
+Nothing here is trained: a photo's [cls] tokens are computed once.  This file knows nothing of language.
+
+Shapes   P photos   S = 1 + patches tokens   V width   K [cls] tokens of a photo
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+from console import UserError
+from weights import check_file, fill, map_safetensors, read_json
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)         # of CLIP's training photos, RGB in 0..1
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """The sizes of a ViT, read off its weights; ViT-B/16 is the default."""
+
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    patch_size: int = 16
+    image_size: int = 224
+    layer_norm_eps: float = 1e-5
+
+
+# ------------------------------------------------------------------------------------------------ preprocessing
+
+
+def open_photo(path):
+    """The photo at `path` as an RGB image, or a UserError that says what the file really is."""
+    check_file(path, "a photo")
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: cannot be read as a photo ({error})") from None
+
+
+def preprocess(image, size=224):
+    """CLIP's way from an RGB image to numbers: (3, size, size), fp32, by channel normalised.
+
+    The shorter side is resized to `size` (bicubic, on the image), the longer one keeps its proportion, rounded
+    down; then the middle is cut out, the odd pixel left at the end, as transformers' CLIP processor does it.
+    """
+    width, height = image.size
+    short = min(width, height)
+    # Integers: 1.5 x 224 must not become 335.9999 before it is cut off.
+    width, height = size * width // short, size * height // short
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
+    pixels = np.asarray(image.crop((left, top, left + size, top + size)), dtype=np.float32) / 255
+    pixels = (pixels - np.float32(CLIP_MEAN)) / np.float32(CLIP_STD)            # (size, size, 3)
+    return torch.from_numpy(pixels).permute(2, 0, 1)                            # (3, size, size)
+
+
+# ------------------------------------------------------------------------------------------------ the forward pass
+
+
+class Embeddings(nn.Module):
+    """Patches and the class token, each with its place: (P, 3, size, size) -> (P, S, V)."""
+
+    def __init__(self, config):
+        super().__init__()
+        V, side = config.hidden_size, config.image_size // config.patch_size
+        self.class_embedding = nn.Parameter(torch.empty(V))
+        self.patch_embedding = nn.Conv2d(3, V, config.patch_size, stride=config.patch_size, bias=False)
+        self.position_embedding = nn.Embedding(1 + side * side, V)
+
+    def forward(self, pixels):
+        patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)       # (P, S - 1, V)
+        cls = self.class_embedding.expand(len(pixels), 1, -1)                   # (P, 1, V)
+        return torch.cat((cls, patches), dim=1) + self.position_embedding.weight
+
+
+class Attention(nn.Module):
+    """Every token attends to every token.  Only the first `queries` tokens ask."""
+
+    def __init__(self, config):
+        super().__init__()
+        V = config.hidden_size
+        self.heads = config.num_attention_heads
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(V, V) for _ in range(4))
+
+    def forward(self, x, queries):
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2)            # (P, heads, tokens, V / heads)
+                   for y in (self.q_proj(x[:, :queries]), self.k_proj(x), self.v_proj(x)))
+        out = F.scaled_dot_product_attention(q, k, v)
+        return self.out_proj(out.transpose(1, 2).flatten(2))                    # (P, queries, V)
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x):
+        x = self.fc1(x)
+        return self.fc2(x * torch.sigmoid(1.702 * x))                           # quick-GELU, CLIP's own
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.self_attn = Attention(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x, queries=None):
+        """(P, S, V) -> (P, queries, V): the first `queries` tokens, or all."""
+        x = x[:, :queries] + self.self_attn(self.layer_norm1(x), queries)
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class ViT(nn.Module):
+    """The vision tower up to its last block.  What comes after (a LayerNorm, CLIP's projection) is not needed here."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embeddings = Embeddings(config)
+        self.pre_layrnorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.requires_grad_(False)
+
+    def forward(self, pixels, taps):
+        """Photos (P, 3, size, size) -> (P, K, V): the [cls] token after each layer in `taps` (counted from 1)."""
+        x = self.pre_layrnorm(self.embeddings(pixels))                          # (P, S, V)
+        found = []
+        for depth, block in enumerate(self.layers[:max(taps)], start=1):
+            x = block(x, queries=1 if depth == max(taps) else None)             # the last tap needs [cls] alone
+            if depth in taps:
+                found.append(x[:, 0])                                           # (P, V)   [cls] is token 0
+        return torch.stack(found, dim=1)                                        # (P, K, V)
+
+
+# ------------------------------------------------------------------------------------------------ official weights
+
+
+def official_name(name):
+    """The name of our parameter in a Hugging Face checkpoint, behind its prefix (`vision_model.`, or none)."""
+    return f"encoder.{name}" if name.startswith("layers.") else name
+
+
+OPENAI_NAMES = (                                        # OpenAI's and open_clip's names -> Hugging Face's
+    ("class_embedding", "embeddings.class_embedding"),
+    ("positional_embedding", "embeddings.position_embedding.weight"),
+    ("conv1.", "embeddings.patch_embedding."),
+    ("ln_pre.", "pre_layrnorm."),
+    ("ln_post.", "post_layernorm."),
+    ("transformer.resblocks.", "encoder.layers."),
+    (".ln_1.", ".layer_norm1."),
+    (".ln_2.", ".layer_norm2."),
+    (".attn.", ".self_attn."),
+    (".c_fc.", ".fc1."),
+    (".c_proj.", ".fc2."),
+)
+
+
+def from_openai(tensors):
+    """Tensors in OpenAI's layout (q, k and v stacked) under Hugging Face's names."""
+    renamed = {}
+    for name, tensor in tensors.items():
+        for theirs, ours in OPENAI_NAMES:
+            name = name.replace(theirs, ours)
+        if "in_proj_" in name:                          # (3V, V) or (3V,)
+            for part, piece in zip(("q_proj.", "k_proj.", "v_proj."), tensor.chunk(3)):
+                renamed[name.replace("in_proj_", part)] = piece
+        else:
+            renamed[name] = tensor
+    return renamed
+
+
+def vision_tower(tensors, file):
+    """The ViT's tensors under Hugging Face's names without prefix, out of whatever layout; UserError if none.
+
+    A whole CLIP has a text tower beside it; that, and what follows the last block, is not used here.
+    """
+    def behind(prefix):
+        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+    for prefix in ("vision_model.", ""):                # transformers 5 writes a lone vision tower without it
+        if f"{prefix}embeddings.class_embedding" in tensors:
+            found = behind(prefix)
+            break
+    else:
+        for prefix in ("visual.", ""):
+            if f"{prefix}class_embedding" in tensors and f"{prefix}conv1.weight" in tensors:
+                found = from_openai(behind(prefix))
+                break
+        else:
+            raise UserError(f"{file}: holds no CLIP vision transformer: neither vision_model.embeddings.class_embedding "
+                            "(Hugging Face) nor visual.class_embedding (OpenAI, open_clip) is in it")
+    unused = ("post_layernorm.", "proj", "embeddings.position_ids")
+    return {name: tensor for name, tensor in found.items() if not (name.startswith(unused[0]) or name in unused)}
+
+
+def weight_file(path):
+    """The file with the weights: `path` itself, or the one in the folder `path`."""
+    path = Path(path)
+    if path.is_dir():
+        for name in ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin"):
+            if (path / name).exists():
+                return path / name
+        raise UserError(f"{path}: holds neither model.safetensors nor pytorch_model.bin, CLIP's weights")
+    check_file(path, "CLIP's ViT weights")
+    return path
+
+
+def read_tensors(path):
+    """{name: tensor} of a safetensors file, or of a pickled state dict (.bin, .pt), read with weights_only."""
+    if path.suffix == ".safetensors":
+        return map_safetensors(path, "CLIP's ViT weights")
+    check_file(path, "CLIP's ViT weights")
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:                          # torch raises a dozen kinds for what is no state dict
+        reason = str(error).strip().splitlines()[0][:100]
+        raise UserError(f"{path}: is not a whole PyTorch state dict ({reason}); OpenAI's own .pt archive is TorchScript "
+                        "and is not read: take the safetensors or pytorch_model.bin") from None
+    if isinstance(tensors, dict) and isinstance(tensors.get("state_dict"), dict):
+        tensors = tensors["state_dict"]
+    if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
+        raise UserError(f"{path}: holds something other than a dict of tensors")
+    return tensors
+
+
+def load_vit(path, device="cpu"):
+    """ViT in fp32 from official CLIP weights: a file, or a folder that holds one (with its config.json, if any).
+
+    Layouts: Hugging Face (a whole CLIP or the vision tower), OpenAI and open_clip (`visual.…`).
+    Sizes come from the weights; the number of heads, which weights do not tell, from config.json where one stands
+    beside them, else it is V / 64 as in every ViT of CLIP.
+    Errors: UserError for whatever is missing, broken, unsupported, or does not fit.
+    """
+    file = weight_file(path)
+    tensors = read_tensors(file)
+    tensors = vision_tower(read_tensors(file), file)
+    patch = tensors.get("embeddings.patch_embedding.weight")
+    place = tensors.get("embeddings.position_embedding.weight")
+    wide = tensors.get("encoder.layers.0.mlp.fc1.weight")
+    if patch is None or place is None or wide is None or (patch.dim(), place.dim(), wide.dim()) != (4, 2, 2):
+        raise UserError(f"{file}: its patch embedding, position embedding or first layer is missing or misshapen")
+    layers = {name.split(".")[2] for name in tensors if name.startswith("encoder.layers.")}
+    settings = {}
+    if (file.parent / "config.json").exists():
+        settings = read_json(file.parent / "config.json", "CLIP's config")
+        settings = settings.get("vision_config", settings)
+        if settings.get("hidden_act", "quick_gelu") != "quick_gelu":
+            raise UserError(f"{file.parent / 'config.json'}: hidden_act is {settings['hidden_act']!r}, which is not "
+                            "supported; only CLIP's 'quick_gelu' is")
+    config = ViTConfig(
+        hidden_size=patch.shape[0],
+        intermediate_size=len(wide),
+        num_hidden_layers=len(layers),
+        num_attention_heads=settings.get("num_attention_heads") or max(1, patch.shape[0] // 64),
+        patch_size=patch.shape[-1],
+        image_size=patch.shape[-1] * math.isqrt(len(place) - 1),
+        layer_norm_eps=settings.get("layer_norm_eps") or 1e-5,
+    )
+    if config.hidden_size % config.num_attention_heads:
+        raise UserError(f"{file}: {config.num_attention_heads} heads do not divide the width {config.hidden_size}")
+    with torch.device("meta"):
+        vit = ViT(config)
+    fill(vit, tensors, file, official_name, torch.float32, device)
+    return vit.eval()
