@@ -1,0 +1,201 @@
+"""The ViT against transformers (or a golden file recorded from it), from every layout; preprocessing against CLIP's."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import SHARED
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import vit
+from console import UserError
+from random_weights import write_vit
+from vit import CLIP_STD, ViT, ViTConfig, load_vit, open_photo, preprocess
+from weights import fill
+
+TINY = ViTConfig(hidden_size=24, intermediate_size=40, num_hidden_layers=6, num_attention_heads=3, patch_size=8,
+                 image_size=32)
+
+
+def cls_tokens(model, pixels, taps=(3, 6)):
+    with torch.no_grad():
+        return model(pixels, taps)
+
+
+@pytest.fixture
+def pixels():
+    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def test_cls_tokens_are_those_of_transformers(vit_dir, pixels):
+    transformers = pytest.importorskip("transformers")
+    peer = transformers.CLIPVisionModel.from_pretrained(vit_dir, dtype=torch.float32).eval()
+    with torch.no_grad():
+        states = peer(pixels, output_hidden_states=True).hidden_states
+    ours = cls_tokens(load_vit(vit_dir), pixels)
+    assert ours.shape == (2, 2, 24)
+    for k, depth in enumerate((3, 6)):
+        torch.testing.assert_close(ours[:, k], states[depth][:, 0], rtol=1e-5, atol=1e-5)
+
+
+def test_cls_tokens_are_those_recorded_from_transformers():
+    golden = load_file(Path(__file__).parent / "golden" / "vit.safetensors")
+    pixels, *expected = (golden.pop(name) for name in ("pixels", "cls.3", "cls.6"))
+    with torch.device("meta"):
+        model = ViT(TINY)
+    fill(model, vit.vision_tower(golden, "golden"), "golden", vit.official_name)
+    torch.testing.assert_close(cls_tokens(model, pixels), torch.stack(expected, 1), rtol=1e-5, atol=1e-5)
+
+
+def test_the_last_tap_computes_less_and_the_same(vit_dir, pixels):
+    model = load_vit(vit_dir)
+    torch.testing.assert_close(cls_tokens(model, pixels, (3,))[:, 0], cls_tokens(model, pixels, (3, 6))[:, 0])
+
+
+# ------------------------------------------------------------------------------------------------ layouts
+
+
+def hugging_face(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def openai(folder, prefix="visual."):
+    """The same weights under OpenAI's names, q, k and v stacked, written out by hand from openai/CLIP's model.py."""
+    theirs, ours = {}, {n.removeprefix("vision_model."): t for n, t in hugging_face(folder).items()}
+    theirs["class_embedding"] = ours["embeddings.class_embedding"]
+    theirs["positional_embedding"] = ours["embeddings.position_embedding.weight"]
+    theirs["conv1.weight"] = ours["embeddings.patch_embedding.weight"]
+    for part in ("weight", "bias"):
+        theirs[f"ln_pre.{part}"] = ours[f"pre_layrnorm.{part}"]
+        theirs[f"ln_post.{part}"] = torch.ones(24)
+        for i in range(6):
+            mine, block = f"encoder.layers.{i}", f"transformer.resblocks.{i}"
+            stacked = [ours[f"{mine}.self_attn.{x}_proj.{part}"] for x in "qkv"]
+            theirs[f"{block}.attn.in_proj_{part}"] = torch.cat(stacked)
+            theirs[f"{block}.attn.out_proj.{part}"] = ours[f"{mine}.self_attn.out_proj.{part}"]
+            theirs[f"{block}.ln_1.{part}"] = ours[f"{mine}.layer_norm1.{part}"]
+            theirs[f"{block}.ln_2.{part}"] = ours[f"{mine}.layer_norm2.{part}"]
+            theirs[f"{block}.mlp.c_fc.{part}"] = ours[f"{mine}.mlp.fc1.{part}"]
+            theirs[f"{block}.mlp.c_proj.{part}"] = ours[f"{mine}.mlp.fc2.{part}"]
+    theirs["proj"] = torch.ones(24, 16)
+    return {prefix + name: tensor for name, tensor in theirs.items()}
+
+
+TEXT_TOWER = {"text_model.embeddings.position_ids": torch.arange(77)[None], "logit_scale": torch.tensor(4.6),
+              "text_model.encoder.layers.0.layer_norm1.weight": torch.ones(8), "visual_projection.weight": torch.ones(4, 24)}
+OPENAI_TEXT = {"positional_embedding": torch.ones(77, 8), "token_embedding.weight": torch.ones(9, 8), "logit_scale": torch.tensor(4.6),
+               "transformer.resblocks.0.ln_1.weight": torch.ones(8), "text_projection": torch.ones(8, 4), "ln_final.weight": torch.ones(8)}
+LAYOUTS = {
+    "vision tower": hugging_face,
+    "vision tower without prefix": lambda f: {n.removeprefix("vision_model."): t for n, t in hugging_face(f).items()},
+    "whole CLIP": lambda f: hugging_face(f) | TEXT_TOWER | {
+        "vision_model.embeddings.position_ids": torch.arange(17)[None],
+        "vision_model.post_layernorm.weight": torch.ones(24), "vision_model.post_layernorm.bias": torch.ones(24)},
+    "OpenAI": lambda f: openai(f) | OPENAI_TEXT,
+    "OpenAI's tower alone": lambda f: openai(f, prefix=""),
+    "fp16": lambda f: {n: t.half() for n, t in hugging_face(f).items()},
+}
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_gives_the_same_features(layout, kind, vit_dir, tmp_path, pixels):
+    tensors = {n: t.contiguous() for n, t in LAYOUTS[layout](vit_dir).items()}
+    name = "model.safetensors" if kind == "safetensors" else "pytorch_model.bin"
+    (save_file if kind == "safetensors" else torch.save)(tensors, tmp_path / name)
+    (tmp_path / "config.json").write_text('{"vision_config": {"num_attention_heads": 3}}')  # 24 wide: not a CLIP's heads
+    expected = cls_tokens(load_vit(vit_dir), pixels)
+    tolerance = 1e-5 if layout != "fp16" else 2e-2
+    for path in (tmp_path, tmp_path / name):
+        torch.testing.assert_close(cls_tokens(load_vit(path), pixels), expected, rtol=tolerance, atol=tolerance)
+
+
+def broken(tmp_path, tensors):
+    save_file(tensors, tmp_path / "model.safetensors")
+    return tmp_path
+
+
+def test_what_does_not_fit_is_named(vit_dir, tmp_path):
+    tensors = hugging_face(vit_dir)
+    with pytest.raises(UserError, match="1 missing: encoder.layers.2.mlp.fc1.bias"):
+        load_vit(broken(tmp_path, {n: t for n, t in tensors.items() if n != "vision_model.encoder.layers.2.mlp.fc1.bias"}))
+    with pytest.raises(UserError, match="1 unexpected: surprise"):
+        load_vit(broken(tmp_path, tensors | {"vision_model.surprise": torch.ones(2)}))
+    with pytest.raises(UserError, match="pre_layrnorm.bias is .7,., expected .24,."):
+        load_vit(broken(tmp_path, tensors | {"vision_model.pre_layrnorm.bias": torch.ones(7)}))
+    with pytest.raises(UserError, match="holds no CLIP vision transformer"):
+        load_vit(broken(tmp_path, TEXT_TOWER))
+
+
+def test_files_that_are_no_weights_are_named(tmp_path):
+    with pytest.raises(UserError, match="not found"):
+        load_vit(tmp_path / "absent.safetensors")
+    with pytest.raises(UserError, match="holds neither model.safetensors nor pytorch_model.bin"):
+        load_vit(tmp_path)
+    for name, content, said in (
+            ("pointer.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "git-LFS pointer"),
+            ("page.bin", b"<!DOCTYPE html><html>", "an HTML"),
+            ("nothing.bin", b"", "an empty file"),
+            ("text.bin", b"not weights at all", "not a whole PyTorch state dict"),
+            ("short.safetensors", b"\x40\x00\x00\x00\x00\x00\x00\x00{}", "not a whole safetensors file")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=said):
+            load_vit(tmp_path / name)
+
+
+def test_another_activation_is_refused(vit_dir, tmp_path):
+    save_file(hugging_face(vit_dir), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"vision_config": {"hidden_act": "gelu", "num_attention_heads": 3}}))
+    with pytest.raises(UserError, match="hidden_act is 'gelu'"):
+        load_vit(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------ preprocessing
+
+
+def photos(tmp_path):
+    draw = np.random.default_rng(0)
+    for i, (width, height, mode) in enumerate([(300, 200, "RGB"), (225, 517, "RGB"), (224, 224, "RGB"), (61, 83, "RGB"),
+                                               (640, 333, "L"), (250, 301, "RGBA")]):
+        channels = {"RGB": (3,), "L": (), "RGBA": (4,)}[mode]
+        path = tmp_path / f"{i}.png"
+        Image.fromarray(draw.integers(0, 256, (height, width, *channels), dtype=np.uint8), mode).save(path)
+        yield path
+    if (SHARED / "data" / "photos" / "images").is_dir():
+        yield from sorted((SHARED / "data" / "photos" / "images").glob("*.jpg"))[::40]
+
+
+def test_preprocessing_is_clips(tmp_path):
+    """Equal to transformers' CLIP processor, which is built here on Pillow alone, as ours is."""
+    transformers = pytest.importorskip("transformers")
+    try:
+        from transformers import CLIPImageProcessorPil as Processor
+    except ImportError:
+        Processor = transformers.CLIPImageProcessor
+    processor = Processor()
+    levels = torch.tensor(CLIP_STD)[:, None, None] * 255
+    for path in photos(tmp_path):
+        theirs = torch.as_tensor(np.asarray(processor(Image.open(path).convert("RGB"))["pixel_values"][0]))
+        assert ((preprocess(open_photo(path)) - theirs) * levels).abs().max() < 1e-3, path      # of one grey level
+
+
+def test_preprocessing_by_hand():
+    image = Image.new("RGB", (448, 224), (255, 0, 128))
+    image.paste((0, 0, 0), (0, 0, 112, 224))            # what the crop cuts off
+    x = preprocess(image)
+    assert x.shape == (3, 224, 224)
+    expected = (torch.tensor([1.0, 0.0, 128 / 255]) - torch.tensor(vit.CLIP_MEAN)) / torch.tensor(CLIP_STD)
+    torch.testing.assert_close(x[:, 100, 100], expected)
+    torch.testing.assert_close(x[:, :, 3:], expected[:, None, None].expand(3, 224, 221))
+
+
+def test_a_file_that_is_no_photo_is_named(tmp_path):
+    (tmp_path / "page.jpg").write_text("<html>404</html>")
+    (tmp_path / "noise.jpg").write_bytes(b"\xff\xd8\xff" + b"noise" * 30)
+    (tmp_path / "._fork.jpg").write_bytes(b"\x00\x05\x16\x07" + bytes(40))
+    for name, said in (("page.jpg", "HTML"), ("noise.jpg", "cannot be read as a photo"), ("._fork.jpg", "resource fork")):
+        with pytest.raises(UserError, match=said):
+            open_photo(tmp_path / name)
