@@ -43,6 +43,7 @@ def train_step(model, optimizer, scaler, examples, features, config):
     """One step of the optimizer on the examples of a batch; (loss, real tokens).
 
     The batch may be cut into micro-batches that fit in memory: the gradient is that of the whole.
+    FloatingPointError, and no step, where the loss is not finite.
     """
     optimizer.zero_grad(set_to_none=True)
     size = config.micro_batch_size or len(examples)
@@ -55,8 +56,7 @@ def train_step(model, optimizer, scaler, examples, features, config):
         total += loss.item()
         tokens += sum(len(row.prompt) + len(row.answer) for row in rows)
     if not math.isfinite(total):
-        raise UserError(f"the loss is {total} for the batch that begins with {examples[0].prompt[:200]!r}; nothing was "
-                        "changed by it. A smaller --lr or --dtype fp32 may help; the state before it is saved")
+        raise FloatingPointError(total)
     scaler.step(optimizer)
     scaler.update()
     return total, tokens
@@ -112,7 +112,14 @@ def train(model, features, products, config, run):
                 group["lr"] = lr
             first = place * config.batch_size           # the last batch of an epoch may be smaller: it counts, too
             batch = [examples[i] for i in range(first, min(first + config.batch_size, len(examples)))]
-            loss, tokens = train_step(model, optimizer, scaler, batch, features, config)
+            try:
+                loss, tokens = train_step(model, optimizer, scaler, batch, features, config)
+            except FloatingPointError as error:
+                save_state(state, model, optimizer, scaler, step)
+                raise UserError(
+                    f"the loss is {error} in step {step + 1}: epoch {epoch + 1}, examples {first + 1} to "
+                    f"{first + len(batch)}, the first of them {batch[0].prompt[:160]!r}. The step was not taken, and the "
+                    f"state before it is in {state}; start again with a smaller --lr or with --dtype fp32") from None
             log.write(json.dumps({"step": step + 1, "epoch": epoch + 1, "loss": round(loss, 6), "lr": lr,
                                   "tokens": tokens, "seconds": round(time.monotonic() - start, 2)}) + "\n")
             log.flush()

@@ -16,7 +16,7 @@ from random_weights import write_llama, write_vit  # noqa: E402
 import llama  # noqa: E402
 import vit  # noqa: E402
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)                               # the models are tiny: threads would only wait for each other
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 
@@ -27,11 +27,12 @@ WORDS = ("Question What is the Boot Style Heel Height Pattern of this product th
 
 @pytest.fixture(scope="session")
 def tokenizer_file(tmp_path_factory):
-    """A SentencePiece model of 200 pieces with byte fallback, trained on a few words."""
+    """A SentencePiece model of 400 pieces with byte fallback, trained on a few words."""
     draw, model = random.Random(0), io.BytesIO()
     lines = [" ".join(draw.choices(WORDS, k=8)) for _ in range(300)]
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines), model_writer=model, vocab_size=400, model_type="bpe", byte_fallback=True,
+        normalization_rule_name="identity", remove_extra_whitespaces=False,     # as LLaMA's: a newline stays one
         hard_vocab_limit=False, minloglevel=2)
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
     path.write_bytes(model.getvalue())

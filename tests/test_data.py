@@ -1,0 +1,187 @@
+"""Products, few labels, and the texts of figure 3, letter for letter."""
+
+from collections import Counter
+
+import pytest
+
+from console import UserError
+from data import Epoch, Product, base_question, comparison, fingerprint, read_products, read_split, rows_of, \
+    sample_labels, values_of
+from llama import Tokenizer
+
+SHORT = Product("A1", "a1.jpg", "Shirts", "Jersey Tee", "Sleeve Style", "Short Sleeve")
+LONG = Product("A2", "a2.jpg", "Dresses", "Evening Gown", "Sleeve Style", "Long Sleeve")
+SHORT2 = Product("A3", "a3.jpg", "Shirts", "Polo", "Sleeve Style", "Short Sleeve")
+
+# ------------------------------------------------------------------------------------------------ figure 3
+
+
+def test_base():
+    example = base_question(SHORT)
+    assert example.prompt == "Question: What is the Sleeve Style of this product?\nContext: Jersey Tee, Shirts\nAnswer:"
+    assert example.answer == "Short Sleeve"
+    assert example.photos == ("a1.jpg",)
+
+
+def test_without_text():
+    assert base_question(SHORT, text=False).prompt == "Question: What is the Sleeve Style of this product?\nAnswer:"
+
+
+@pytest.mark.parametrize("strategy, question, different, same", [
+    ("judge_last", "What is the Sleeve Style of these two products? Are they the same?",
+     "First: Short Sleeve; Second: Long Sleeve; No.", "First: Short Sleeve; Second: Short Sleeve; Yes."),
+    ("judge_first", "Do these two products have the same Sleeve Style? Why?",
+     "No; First: Short Sleeve; Second: Long Sleeve.", "Yes; First: Short Sleeve; Second: Short Sleeve."),
+    ("better_instance", "Which product's Sleeve Style is {}?",
+     "Second product has Long Sleeve.", "Both products have Short Sleeve."),
+])
+def test_comparisons(strategy, question, different, same):
+    for partner, answer in ((LONG, different), (SHORT2, same)):
+        example = comparison(SHORT, partner, strategy)
+        assert example.answer == answer
+        assert example.photos == ("a1.jpg", partner.image)
+        assert example.prompt == (f"Question: {question.format(partner.value)}\nFirst: Jersey Tee, Shirts\n"
+                                  f"Second: {partner.context}\nAnswer:")
+
+
+def test_better_instance_of_the_figure():
+    """Figure 3 asks for Short Sleeve where the first product has Long Sleeve."""
+    example = comparison(LONG, SHORT, "better_instance")
+    assert "Which product's Sleeve Style is Short Sleeve?" in example.prompt
+    assert example.answer == "Second product has Short Sleeve."
+    assert comparison(LONG, SHORT, "better_instance", ask_first=True).answer == "First product has Long Sleeve."
+
+
+# ------------------------------------------------------------------------------------------------ epochs
+
+
+def many(n=40):
+    return [Product(f"P{i}", f"p{i}.jpg", "Shoes", f"title {i}", "Heel Height" if i % 4 else "Toe Style", f"value {i % 3}")
+            for i in range(n)]
+
+
+@pytest.mark.parametrize("strategy, ratio, comparisons", [("judge_last", 1.0, 40), ("none", 1.0, 0), ("judge_first", 2.5, 100),
+                                                          ("better_instance", 0.5, 20), ("judge_last", 0.0, 0)])
+def test_an_epoch_shows_each_product_once_and_compares_it(strategy, ratio, comparisons):
+    epoch = Epoch(many(), 0, 0, strategy, ratio)
+    examples = [epoch[i] for i in range(len(epoch))]
+    base = [e.photos[0] for e in examples if len(e.photos) == 1]
+    assert sorted(base) == sorted(p.image for p in many())
+    first = Counter(e.photos[0] for e in examples if len(e.photos) == 2)
+    assert sum(first.values()) == comparisons
+    if comparisons:
+        assert all(int(ratio) <= first[p.image] <= int(ratio + 0.999) for p in many())
+
+
+def test_partners_share_the_attribute_are_another_product_and_any_of_them():
+    products = many()
+    attribute = {p.image: p.attribute for p in products}
+    partners = Counter()
+    for number in range(200):
+        epoch = Epoch(products, 7, number)
+        for i in range(len(epoch)):
+            photos = epoch[i].photos
+            if len(photos) == 2:
+                assert attribute[photos[0]] == attribute[photos[1]] and photos[0] != photos[1]
+                if photos[0] == "p0.jpg":
+                    partners[photos[1]] += 1
+    assert set(partners) == {p.image for p in products if p.attribute == "Toe Style"} - {"p0.jpg"}     # nine of them
+    assert sum(partners.values()) == 200
+    chi_square = sum((n - 200 / 9) ** 2 / (200 / 9) for n in partners.values())
+    assert chi_square < 26.1                            # 8 degrees of freedom, p = 0.001
+
+
+def test_an_epoch_depends_on_seed_and_number_alone():
+    def texts(seed, number):
+        epoch = Epoch(many(), seed, number)
+        return [epoch[i] for i in range(len(epoch))]
+    assert texts(0, 3) == texts(0, 3)
+    assert texts(0, 3) != texts(0, 4) and texts(0, 3) != texts(1, 3)
+
+
+def test_a_product_without_peers_is_not_compared():
+    epoch = Epoch([SHORT, Product("B", "b.jpg", "", "t", "Neckline", "Cowl")], 0, 0)
+    assert sorted(len(epoch[i].photos) for i in range(len(epoch))) == [1, 1]
+
+
+# ------------------------------------------------------------------------------------------------ labels, ids
+
+
+def test_few_labels_are_so_many_a_value_and_a_part_of_more():
+    products = many(60)
+    ten, five = sample_labels(products, 10, seed=1), sample_labels(products, 5, seed=1)
+    counts = Counter((p.attribute, p.value) for p in five)
+    assert set(counts.values()) == {5} and len(counts) == 6
+    assert set(five) < set(ten) and [p for p in products if p in five] == five
+    assert sample_labels(products, 5, seed=2) != five
+    assert sample_labels(products, None, 0) == products
+    assert len(sample_labels(products, 1000, 0)) == 60
+
+
+def test_rows_join_prompt_and_answer_where_they_were_cut(tokenizer_file):
+    tokenizer = Tokenizer(tokenizer_file)
+    examples = [base_question(SHORT), comparison(SHORT, LONG, "judge_last"), base_question(LONG)]
+    rows, photos = rows_of(examples, tokenizer)
+    assert photos == ["a1.jpg", "a2.jpg"]
+    assert [row.photos for row in rows] == [(0,), (0, 1), (1,)]
+    for row, example in zip(rows, examples):
+        assert tokenizer.decode(row.prompt) == example.prompt
+        assert tokenizer.decode(row.answer[:-1]) == example.answer
+        assert row.answer[-1] == tokenizer.eos_id and len(row.answer) > 1
+    assert rows_of(examples, tokenizer, image=False)[0][0].photos == ()
+
+
+def test_values_and_fingerprint():
+    assert values_of([LONG, SHORT, SHORT2]) == {"Sleeve Style": ["Long Sleeve", "Short Sleeve"]}
+    assert fingerprint([LONG, SHORT]) != fingerprint([SHORT, LONG])
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+HEADER = "id\timages\tcategory\ttexts\tattribute_names\tattribute_values\n"
+LINE = "B1\tB1.jpg\tShoes\t[Title] A  \"\"quoted\"\" shoe\tBoot Style\tChelsea\n"
+
+
+def tsv(tmp_path, text, encoding="utf-8"):
+    path = tmp_path / "x.tsv"
+    path.write_bytes(text.encode(encoding))
+    return path
+
+
+def test_a_line_becomes_a_product(tmp_path):
+    path = tsv(tmp_path, HEADER + 'B1\tB1.jpg\tShoes\t"[Title] 6""  Heel\tpump"\tBoot Style\tChelsea\n')
+    assert read_products(path) == [Product("B1", "B1.jpg", "Shoes", '6" Heel pump', "Boot Style", "Chelsea")]
+
+
+def test_columns_may_stand_in_any_order_and_values_be_absent(tmp_path):
+    path = tsv(tmp_path, "attribute_names\tid\timages\ttexts\tcategory\nBoot Style\tB1\t\tA shoe\t\n")
+    assert read_products(path, labelled=False) == [Product("B1", "", "", "A shoe", "Boot Style", "")]
+
+
+@pytest.mark.parametrize("text, said", [
+    ("id\timages\n", "line 1: the header lacks category, texts, attribute_names, attribute_values"),
+    ("", "an empty file"),
+    (HEADER, "has a header but no products"),
+    (HEADER + LINE + "B2\tB2.jpg\tShoes\n", "line 3: has 3 columns, the header 6"),
+    (HEADER + LINE + "B2\tB2.jpg\tShoes\t[Title] x\tBoot Style\t \n", "line 3: attribute_values is empty"),
+    (HEADER + "\tB2.jpg\tShoes\t[Title] x\tBoot Style\tChelsea\n", "line 2: id is empty"),
+    (HEADER + 'B1\tB1.jpg\tShoes\t"[Title] never closed\tBoot Style\tChelsea\n', "line 2: is not a readable TSV"),
+    ("<!DOCTYPE html><html>", "an HTML"),
+    ("version https://git-lfs.github.com/spec/v1\n", "git-LFS pointer"),
+])
+def test_what_does_not_fit_is_named_with_its_line(tmp_path, text, said):
+    path = tsv(tmp_path, text)
+    with pytest.raises(UserError, match=said) as error:
+        read_products(path)
+    assert str(path) in str(error.value)
+
+
+def test_other_encodings_are_refused(tmp_path):
+    with pytest.raises(UserError, match="is not UTF-8"):
+        read_products(tsv(tmp_path, HEADER + LINE.replace("Shoes", "Schuhe für"), "latin-1"))
+
+
+def test_an_unknown_data_set_is_named_with_those_there(data_root):
+    with pytest.raises(UserError, match="no data set 'boots' in .*: it holds shoes"):
+        read_split(data_root, "boots", "train")
+    assert len(read_split(data_root, "shoes", "train")) == 30

@@ -1,0 +1,708 @@
+"""The data sets: what counts as a mention, the build against the naive one, kills, bad servers, import, stats, errors."""
+
+import contextlib
+import csv
+import gzip
+import http.server
+import io
+import json
+import os
+import random
+import re
+import signal
+import sqlite3
+import struct
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+
+import dataset          # noqa: E402
+import make_mave        # noqa: E402
+import naive_build      # noqa: E402
+import photos           # noqa: E402
+import sources          # noqa: E402
+import stats            # noqa: E402
+from console import UserError       # noqa: E402
+from mentions import clean, folded, mentions, without       # noqa: E402
+
+REAL = HERE.parents[1] / "shared" / "data" / "implicitave"
+real = pytest.mark.skipif(not REAL.is_dir(), reason="the authors' data are not here")
+ROUGH = dict(timeout=0.4, deadline=1.2, tries=2, pause=0.01)        # seconds: impatient, for tests
+
+
+# ---- words
+
+@pytest.mark.parametrize("raws", [
+    ("Short Sleeve", "short sleeves", "Short-Sleeve", "SHORT SLEEVED", "shortsleeve", "short_sleeved", "Short  Sleeves"),
+    ("Polka Dot", "polka dots", "Polka-Dotted", "polkadot"), ("Stripe", "striped", "STRIPES"), ("V-Neck", "v neck", "Vneck"), ("deep v", "Deep-Vs"),
+    ("Crew Neck", "crew necks", "crew-necked"), ("Rain Boots", "rain boot", "rainboots"), ("Cross", "crosses", "crossed"),
+    ("3/4 Sleeve", "3/4 Sleeves", "¾ sleeve"), ("Pointed Toe", "point toe"), ("Capri", "capris"), ("Tennis", "tennis")])
+def test_spellings_of_one_value_fold_to_one(raws):
+    assert len({folded(raw) for raw in raws}) == 1, [folded(raw) for raw in raws]
+
+
+@pytest.mark.parametrize("names, title, left", [
+    (["Round"], "Surround Sound Round Pendant", "Surround Sound Pendant"),
+    (["Round"], "ROUND-cut, rounded (round) Disc's", "cut, Disc's"),
+    (["Short Sleeve"], "Men's Short-Sleeved Tee, short sleeves", "Men's Tee"),
+    (["Short Sleeve"], "Short Short Sleeve Sleeve Tee", "Tee"),
+    (["V-Neck"], "Deep V Neck VNeck v—neck Top (V-NECK)", "Deep Top"),
+    (["Polka Dot"], "Polkadot & polka-dotted Dress", "Dress"),
+    (["Stripe", "striped"], "Striped/Plaid Scarf - Stripes", "Plaid Scarf"),
+    (["Golf"], "Nike Golf's Best Goldfish golfer", "Nike Best Goldfish golfer"),
+    (["Camo & More"], "A camo & More hat", "A hat"),
+    (["Leather"], "Leatherette Amerileather Bag", "Leatherette Amerileather Bag"),
+    (["Floral"], "Été FLORAL naïve ® 夏", "Été naïve ® 夏"),
+    (["Heart"], "Heart", ""),
+    (["???"], "Nothing ??? to find", "Nothing ??? to find")])
+def test_every_mention_goes_and_nothing_else(names, title, left):
+    assert without(title, mentions(tuple(names))) == left
+
+
+def test_titles_are_cleaned():
+    assert clean("<span class='a'>A &amp; B</span><style>.x{}</style>") == "A & B"
+    assert clean("I <3 you, 5 < 6 &lt;b&gt;x&lt;/b&gt;") == "I <3 you, 5 < 6 x"
+    assert clean("a\u00a0b\u200bc\u00add\ud83d\te\n") == "a bcd e"
+    clean("x" * 10 + "<" * 20_000)              # no pattern that takes for ever
+
+
+def test_the_table_reads_and_holds_only_values_of_the_paper_s_attributes():
+    table, _ = dataset.read_values(dataset.HERE / "values.tsv")
+    assert {dataset_: {a for d, a in table if d == dataset_} for dataset_, _ in table} == {
+        name: set(attributes) for name, attributes in dataset.ATTRIBUTES.items()}
+    assert table["clothing", "Sleeve Style"][folded("short sleeved")] == "Short Sleeve"
+    assert table["clothing", "Sleeve Style"][folded("Short-Sleeves")] == "Short Sleeve"
+
+
+@real
+def test_the_table_s_values_are_the_authors():
+    for name in dataset.ATTRIBUTES:
+        rows = [row for part in stats.SPLITS for row in stats.read_tsv(REAL / name / f"{part}.tsv")[0]]
+        theirs = {(name, row["attribute_names"], row["attribute_values"]) for row in rows}
+        assert theirs == {key for key in dataset.read_values(dataset.HERE / "values.tsv")[1] if key[0] == name}
+        assert {row["category"] for row in rows} <= {c for each in dataset.ATTRIBUTES[name].values() for c in each}
+
+
+@pytest.mark.parametrize("text, says", [
+    ("dataset\tattribute\traw\n", "line 1: the header"),
+    ("", "header is missing"),
+    ("dataset\tattribute\traw\tvalue\nclothing\tNeckline\tcrew\n", "line 2: 3 fields"),
+    ("dataset\tattribute\traw\tvalue\nclothing\tNeckline\t\tCrew Neck\n", "or an empty one"),
+    ("dataset\tattribute\traw\tvalue\nclothing\tColor\tred\tRed\n", "line 2: no attribute 'Color'"),
+    ("dataset\tattribute\traw\tvalue\nclothing\tNeckline\t--\tCrew Neck\n", "neither letters nor digits"),
+    ("dataset\tattribute\traw\tvalue\nclothing\tNeckline\tcrew\tCrew Neck\n\nclothing\tNeckline\tCREWS\tHenley\n",
+     "line 4: 'CREWS' means 'Henley' here, and 'Crew Neck'")])
+def test_a_bad_table_is_refused_with_its_line(tmp_path, text, says):
+    (tmp_path / "v.tsv").write_text(text)
+    with pytest.raises(UserError, match=re.escape(says)):
+        dataset.read_values(tmp_path / "v.tsv")
+
+
+# ---- build
+
+FEW = dict(more_than=5, at_most=30)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Two small sources, and what an uninterrupted build makes of them."""
+    folder = tmp_path_factory.mktemp("sources")
+    labels, metadata = make_mave.make(folder, 6000, 6000)
+    dataset.build(labels, metadata, folder / "root", photos=False, **FEW)
+    return labels, metadata, folder / "root"
+
+
+def contents(root):
+    """{path: bytes} of all that a build leaves for people: not its working folder."""
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*"))
+            if path.is_file() and ".build" not in path.parts}
+
+
+def test_the_build_is_the_naive_build(made):
+    labels, metadata, root = made
+    assert naive_build.differences(labels, metadata, root, **FEW) == []
+
+
+def test_what_the_paper_says_of_the_data_sets(made):
+    for name in dataset.ATTRIBUTES:
+        parts = {part: stats.read_tsv(made[2] / name / f"{part}.tsv")[0] for part in stats.SPLITS}
+        ids = [row["id"] for rows in parts.values() for row in rows]
+        assert len(ids) == len(set(ids)) > 30                              # no product twice, none in two splits
+        n = {part: Counter((row["attribute_names"], row["attribute_values"]) for row in rows)
+             for part, rows in parts.items()}
+        for value in n["train"]:
+            total = sum(n[part][value] for part in parts)
+            assert 5 < total <= 30
+            assert n["val"][value] == n["test"][value] == round(total * 0.15 / 1.05)
+        assert stats.find_problems(name, {}, made[2] / "images", {}) == []
+        names = dataset.read_values(dataset.HERE / "values.tsv")[1]
+        problems = [what for what, *_ in stats.find_problems(name, parts, made[2] / "images", names)]
+        assert [what for what in problems if "titles" in what or "ids" in what] == []
+        assert all(row["texts"].startswith("[Title] ") and row["images"] == row["id"] + ".jpg"
+                   for rows in parts.values() for row in rows)
+
+
+def test_no_raw_evidence_is_left_in_a_text(made):
+    evidence = {}
+    for line in made[0].read_bytes().split(b"\n"):
+        try:
+            item = json.loads(line.decode())
+            evidence.setdefault(item["id"], [(each["key"], [e["value"] for e in each["evidences"]])
+                                             for each in item["attributes"]])
+        except (ValueError, KeyError, TypeError):
+            pass
+    for name in dataset.ATTRIBUTES:
+        for part in stats.SPLITS:
+            for row in stats.read_tsv(made[2] / name / f"{part}.tsv")[0]:
+                for key, raws in evidence[row["id"]]:
+                    for raw in raws * (key == row["attribute_names"]):
+                        assert not re.search(rf"\b{re.escape(raw)}\b", row["texts"], re.IGNORECASE), (raw, row)
+
+
+def test_another_seed_another_draw_and_the_sources_are_not_read_again(made, capsys):
+    labels, metadata, root = made
+    before = contents(root)
+    dataset.build(labels, metadata, root, photos=False, seed=1, **FEW)
+    assert capsys.readouterr().out.count("read before") == 2
+    assert contents(root) != before
+    dataset.build(labels, metadata, root, photos=False, **FEW)
+    assert contents(root) == before
+
+
+def test_editing_the_table_does_not_read_the_sources_again(made, tmp_path, capsys):
+    labels, metadata, root = made
+    (tmp_path / "v.tsv").write_text("dataset\tattribute\traw\tvalue\ngeneral\tPattern\tzigzag & more\tFloral\n")
+    dataset.build(labels, metadata, root, values=tmp_path / "v.tsv", datasets=["general"], photos=False, **FEW)
+    rows = stats.read_tsv(root / "general" / "train.tsv")[0]
+    assert capsys.readouterr().out.count("read before") == 2 and {row["attribute_values"] for row in rows} == {"Floral"}
+    assert "clothing\tNeckline" in (root / "unmapped.tsv").read_text()
+    dataset.build(labels, metadata, root, photos=False, **FEW)              # as the other tests expect it
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_gzip_and_gzip_in_gzip_give_the_same_bytes(made, tmp_path, times):
+    paths = []
+    for source in made[:2]:
+        content = source.read_bytes()
+        for _ in range(times):
+            content = gzip.compress(content, 1)
+        paths.append(tmp_path / (source.name + ".gz"))
+        paths[-1].write_bytes(content)
+    dataset.build(*paths, tmp_path / "root", photos=False, **FEW)
+    assert contents(tmp_path / "root") == contents(made[2])
+
+
+def test_two_processes_give_the_same_bytes(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "WORTH_PROCESSES", 0)
+    monkeypatch.setattr(sources, "CHUNK", 300_000)
+    dataset.build(*made[:2], tmp_path, photos=False, jobs=2, **FEW)
+    assert contents(tmp_path) == contents(made[2])
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_interrupted_after_any_chunk_it_goes_on_to_the_same_bytes(made, tmp_path, monkeypatch, compress):
+    paths = made[:2]
+    if compress:
+        paths = [tmp_path / "l.gz", tmp_path / "m.gz"]
+        for source, path in zip(made[:2], paths):
+            path.write_bytes(gzip.compress(source.read_bytes(), 1))
+    monkeypatch.setattr(sources, "CHUNK", 200_000)
+    left = [0]
+
+    def interrupted(store):
+        def once(db, result):
+            counts = store(db, result)
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt                 # after the rows, before the commit
+            return counts
+        return once
+
+    with monkeypatch.context() as patch:
+        for name in ("store_labels", "store_metadata"):
+            patch.setattr(dataset, name, interrupted(getattr(dataset, name)))
+        starts = 0
+        while True:
+            left[0] = random.Random(starts).randrange(1, 8)
+            starts += 1
+            try:
+                dataset.build(*paths, tmp_path / "root", photos=False, **FEW)
+                break
+            except KeyboardInterrupt:
+                pass
+    assert starts > 5 and contents(tmp_path / "root") == contents(made[2])
+
+
+def test_a_changed_source_is_read_again(made, tmp_path, capsys):
+    labels = tmp_path / "labels.jsonl"
+    labels.write_bytes(made[0].read_bytes()[:200_000])
+    dataset.build(labels, made[1], tmp_path / "root", photos=False, **FEW)
+    labels.write_bytes(made[0].read_bytes())
+    dataset.build(labels, made[1], tmp_path / "root", photos=False, **FEW)
+    assert capsys.readouterr().out.count("has changed since the last start") == 2
+    assert contents(tmp_path / "root") == contents(made[2])
+
+
+def test_a_line_that_never_ends_is_one_broken_line(made, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sources, "CHUNK", 10_000)
+    monkeypatch.setattr(sources, "LONGEST_LINE", 20_000)
+    metadata = tmp_path / "m.json"
+    metadata.write_bytes(b'{"asin": "B000000000", "title": "' + b"x" * 500_000 + b'"}\n' + made[1].read_bytes())
+    dataset.build(made[0], metadata, tmp_path / "root", photos=False, **FEW)
+    n = [int(each.replace(",", "")) for each in re.findall(r"metadata: ([\d,]+) broken", capsys.readouterr().out)]
+    assert contents(tmp_path / "root") == contents(made[2])
+    dataset.build(*made[:2], made[2], photos=False, **FEW)
+    assert n[0] == 1 + int(re.search(r"metadata: ([\d,]+) broken", capsys.readouterr().out).group(1).replace(",", ""))
+
+
+def test_wrong_sources_are_refused_by_name(made, tmp_path):
+    labels, metadata, _ = made
+
+    def refused(says, *paths):
+        with pytest.raises(UserError, match=says):
+            dataset.build(*paths, tmp_path / "root", photos=False)
+
+    refused("cannot be opened", tmp_path / "none", metadata)
+    refused("the right way round", metadata, labels)
+    (bad := tmp_path / "bad").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:23\nsize 744855753\n")
+    refused("git-LFS pointer", bad, metadata)
+    bad.write_text("<!DOCTYPE html><html>")
+    refused("web page", labels, bad)
+    bad.write_bytes(b"PK\3\4")
+    refused("zip archive", labels, bad)
+    bad.write_text("")
+    refused("none of its 0 lines", bad, metadata)
+    bad.write_bytes(b"\x1f\x8bnot gzip at all")
+    refused("damaged gzip", bad, metadata)
+    bad.write_bytes(gzip.compress(metadata.read_bytes())[:-100_000])
+    refused("breaks off", labels, bad)
+    refused("cannot be opened", labels, tmp_path)
+
+
+def test_what_was_not_built_here_is_not_written_over(made, tmp_path):
+    stats.write_tsv(tmp_path / "clothing/train.tsv", [a_row(1)])
+    with pytest.raises(UserError, match="clothing: there already, and not built here"):
+        dataset.build(*made[:2], tmp_path, photos=False)
+    write_release(tmp_path / "theirs", {"Clothing": {part: [a_row(2)] for part in stats.SPLITS}})
+    with pytest.raises(UserError, match="holds another data set"):
+        dataset.import_release(tmp_path / "theirs", tmp_path)
+    assert stats.read_tsv(tmp_path / "clothing/train.tsv")[0][0]["id"] == a_row(1)[0]
+
+
+def test_two_builds_at_once_are_refused(made, tmp_path):
+    with dataset.only_one(tmp_path / ".build"), pytest.raises(UserError, match="Another build is at work"):
+        dataset.build(*made[:2], tmp_path, photos=False)
+
+
+def test_an_id_that_is_no_asin_goes_nowhere(tmp_path, capsys):
+    with open(tmp_path / "l", "w") as labels, open(tmp_path / "m", "w") as metadata:
+        for asin in ("../../evil", "B0/../../X", "B00000000\n", "b000000001", "B000000002", "Ｂ000000003"):
+            labels.write(json.dumps({"id": asin, "category": "Shoes", "attributes": [
+                {"key": "Toe Style", "evidences": [{"value": "round toe", "pid": 0, "begin": 0, "end": 9}]}]}) + "\n")
+            metadata.write(json.dumps({"asin": asin, "title": "A shoe, round toe", "imageURL": []}) + "\n")
+    dataset.build(tmp_path / "l", tmp_path / "m", tmp_path / "root", photos=False, more_than=0)
+    assert "5 whose id is no ASIN" in capsys.readouterr().out
+    rows = [row for part in stats.SPLITS for row in stats.read_tsv(tmp_path / "root" / "footwear" / f"{part}.tsv")[0]]
+    assert [(row["id"], row["texts"]) for row in rows] == [("B000000002", "[Title] A shoe")]
+
+
+# ---- photos
+
+def jpeg(size=(60, 40), kind="JPEG", mode="RGB"):
+    file = io.BytesIO()
+    Image.effect_noise(size, 60).convert(mode).save(file, kind)
+    return file.getvalue()
+
+
+GOOD, PNG = jpeg(), jpeg(kind="PNG", mode="LA")
+BOMB = b"IHDR" + struct.pack(">IIBBBBB", 65536, 65536, 8, 2, 0, 0, 0)      # a PNG of 4 gigapixels, in 45 bytes
+BOMB = (b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + BOMB + struct.pack(">I", zlib.crc32(BOMB))
+        + struct.pack(">I4sI", 0, b"IDAT", zlib.crc32(b"IDAT")))
+asked = Counter()
+
+
+class BadServer(http.server.BaseHTTPRequestHandler):
+    def log_message(self, *what):
+        pass
+
+    def do_GET(self):
+        asked[self.path] += 1
+        try:
+            self.answer(self.path.strip("/").split("/")[0])
+        except OSError:
+            pass                                        # the other side has had enough
+
+    def send(self, code, body=b"", kind="image/jpeg", length=None, **headers):
+        self.send_response(code)
+        for name, value in {"Content-Type": kind, "Content-Length": str(len(body) if length is None else length),
+                            **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def answer(self, what):
+        first = asked[self.path] == 1
+        if what == "good":
+            self.send(200, GOOD)
+        elif what == "png":
+            self.send(200, PNG)
+        elif what == "busy-once":
+            self.send(*((503,) if first else (200, GOOD)))
+        elif what == "cut-once":
+            self.send(200, GOOD[:500] if first else GOOD, length=len(GOOD))
+        elif what.isdigit():
+            self.send(int(what))
+        elif what == "to":
+            self.send(302, Location={"file": "file:///etc/passwd", "ftp": "ftp://127.0.0.1/x.jpg", "data": "data:,x",
+                                     "good": "/good/redirected", "loop": self.path}[self.path.split("/")[2]])
+        elif what == "cut":
+            self.send(200, GOOD[:500], length=len(GOOD))
+        elif what == "half":
+            self.send(200, GOOD[:len(GOOD) // 2])
+        elif what == "html":
+            self.send(200, b"<html>Robot check</html>")
+        elif what == "empty":
+            self.send(200)
+        elif what == "pixel":
+            self.send(200, jpeg((1, 1), "GIF", "P"))
+        elif what == "bomb":
+            self.send(200, BOMB)
+        elif what == "big":
+            self.send(200, b"x", length=200_000_000)
+        elif what == "endless":
+            self.send_response(200)
+            self.end_headers()
+            for _ in range(2000):
+                self.wfile.write(bytes(100_000))        # 200 MB, unannounced
+        elif what == "slow":
+            time.sleep(1)
+            self.send(200, GOOD)
+        elif what == "trickle":
+            self.send_response(200)
+            self.end_headers()
+            for _ in range(30):
+                self.wfile.write(b"x")
+                time.sleep(0.2)
+        elif what == "headers":
+            for _ in range(30):
+                self.wfile.write(b"HTTP/1.1 200 OK\r\nX: ")
+                time.sleep(0.2)
+        elif what == "nonsense":
+            self.wfile.write(b"\0\1\2 not http\r\n\r\n")
+
+
+@pytest.fixture(scope="module")
+def server():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), BadServer)
+    server.daemon_threads, server.block_on_close = True, False
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+
+BAD = {"404": "HTTP 404", "500": "HTTP 500 (2 times)", "to/file": "redirected from http to file",
+       "to/ftp": "redirected from http to ftp", "to/data": "redirected from http to data", "to/loop": "HTTP 302",
+       "cut": "ended after 500 of", "half": "a broken picture", "html": "a web page, not a photo",
+       "empty": "an empty file", "pixel": "a picture of 1 x 1 pixels", "bomb": "pixels", "big": "200,000,000 bytes",
+       "endless": "more than 10,000,000 bytes", "slow": "no answer for 0.4 s (2 times)", "trickle": "not done in 1.2 s",
+       "headers": "not done in 1.2 s", "nonsense": ""}
+
+
+def test_a_server_that_misbehaves(server, tmp_path):
+    asked.clear()
+    wanted = {f"BAD{n:07}": [f"{server}/{path}"] for n, path in enumerate(BAD)}
+    wanted |= {"GOOD000001": [f"{server}/good/1"], "GOOD000002": [f"{server}/busy-once"], "GOOD000003": [f"{server}/cut-once"],
+               "GOOD000004": [f"{server}/to/good"], "GOOD000005": [f"{server}/404/5", f"{server}/good/5"],
+               "GOOD000006": [f"{server}/png"]}
+    wanted |= {"EVIL000001": ["file:///etc/passwd"], "EVIL000002": ["ftp://127.0.0.1/x"], "EVIL000003": [],
+               "EVIL000004": ["http://[broken/x"], "EVIL000005": ["http://127.0.0.1:1/x"], "EVIL000006": [f"{server}/a b\r\nX: y"],
+               "EVIL000007": ["http://"], "EVIL000008": [f"{server}/é"]}
+    start = time.monotonic()
+    failed = photos.download(wanted, tmp_path / "images", connections=8, **ROUGH)
+    assert time.monotonic() - start < 20
+    assert sorted(failed) == sorted(name for name in wanted if not name.startswith("GOOD"))
+    for name, says in zip(sorted(name for name in wanted if name.startswith("BAD")), BAD.values()):
+        (url, reason), = failed[name]
+        assert url == wanted[name][0] and says in reason, (url, reason)
+    assert failed["EVIL000001"] == [("file:///etc/passwd", "not an http(s) URL")]
+    assert failed["EVIL000003"] == [("", "no http(s) URL")]
+    there = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file())
+    assert there == [f"images/GOOD{n:06}.jpg" for n in range(1, 7)]         # nothing else, nowhere else, nothing half
+    assert (tmp_path / "images/GOOD000002.jpg").read_bytes() == GOOD
+    with Image.open(tmp_path / "images/GOOD000006.jpg") as picture:
+        assert picture.format == "JPEG" and picture.size == (60, 40)
+    assert asked["/404"] == 1 and asked["/500"] == 2                        # what will not change is not asked again
+    asked.clear()
+    again = photos.download({name: urls for name, urls in wanted.items() if name.startswith("GOOD")},
+                            tmp_path / "images", **ROUGH)
+    assert again == {} and not asked                                        # what is there is not fetched again
+
+
+def test_concurrency_is_bounded_and_other_names_are_refused(server, tmp_path, monkeypatch):
+    now, most, lock = [0], [0], threading.Lock()
+
+    def fetch(url, *_):
+        with lock:
+            now[0] += 1
+            most[0] = max(most[0], now[0])
+        time.sleep(0.01)
+        with lock:
+            now[0] -= 1
+        return GOOD
+
+    monkeypatch.setattr(photos, "fetch", fetch)
+    assert photos.download({f"P{n}": ["http://x/"] for n in range(60)}, tmp_path, connections=4) == {}
+    assert most[0] <= 4 and len(list(tmp_path.iterdir())) == 60
+    for name in ("../x", "a/b", ".x"):
+        with pytest.raises(ValueError, match="plain file name"):
+            photos.download({name: ["http://x/"]}, tmp_path)
+
+
+def test_without_a_network_it_ends_soon(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(photos, "fetch", lambda url, *_: asked.append(url) or (_ for _ in ()).throw(photos.NoPhoto("no route")))
+    with pytest.raises(UserError, match="the first [5-9][0-9] photos all failed, P.* with 'no route' at http"):
+        photos.download({f"P{n}": ["http://x/"] for n in range(9000)}, tmp_path)
+    assert len(asked) < 200
+
+
+def test_back_off_doubles_and_obeys_the_server(monkeypatch, tmp_path):
+    waits = []
+    monkeypatch.setattr(threading.Event, "wait", lambda self, seconds: waits.append(seconds))
+    monkeypatch.setattr(photos, "fetch", lambda *_: (_ for _ in ()).throw(photos.NoPhoto("busy", again=True, after=3)))
+    photos.one_photo("X", ["http://x/"], tmp_path, 1, 1, tries=4, pause=1, stop=threading.Event())
+    assert waits == [3, 3, 4]
+
+
+def test_a_build_with_photos(made, server, tmp_path, capsys):
+    """Photos from a server that loses some: those products are dropped, counted and listed, and a new start finds them."""
+    labels, metadata = make_mave.make(tmp_path, 1500, 1500, photos=f"{server}/good")
+    lost = re.sub(rb"/good/(B0\w*[05]\.jpg|B0\w*[05]\._SS40_\.jpg)", rb"/404/\1", metadata.read_bytes())
+    metadata.write_bytes(lost)
+    settings = dict(more_than=2, at_most=20, datasets=["clothing"], pause=0.01)
+    dataset.build(labels, metadata, tmp_path / "root", **settings)
+    out = capsys.readouterr().out
+    rows = [row for part in stats.SPLITS for row in stats.read_tsv(tmp_path / "root" / "clothing" / f"{part}.tsv")[0]]
+    assert rows and all((tmp_path / "root" / "images" / row["images"]).read_bytes() == GOOD for row in rows)
+    with open(tmp_path / "root" / "failed.tsv", newline="") as file:
+        failed = list(csv.DictReader(file, dialect="excel-tab"))
+    ids = {row["id"] for row in failed}
+    assert ids and all(row["reason"] == "HTTP 404" and row["id"][-1] in "05" for row in failed)
+    assert not ids & {row["id"] for row in rows}
+    found = re.search(r"photos: ([\d,]+) of ([\d,]+) \([\d.]+ %\); ([\d,]+) products dropped", out)
+    assert [int(n) for n in found.groups()] == [len(rows), len(rows) + len(ids), len(ids)]
+    before = contents(tmp_path / "root")
+    dataset.build(labels, metadata, tmp_path / "root", **settings)
+    assert contents(tmp_path / "root") == before
+
+
+def read_so_far(root):
+    """How many of the two sources a build has read."""
+    try:
+        with contextlib.closing(sqlite3.connect(f"{(root / '.build/sources.sqlite').as_uri()}?mode=ro", uri=True)) as db:
+            return db.execute("SELECT count(*) FROM pass WHERE done").fetchone()[0]
+    except sqlite3.OperationalError:            # killed before there was a table
+        return 0
+
+
+def test_killed_at_random_moments_it_gives_the_same_bytes(server, tmp_path):
+    """SIGKILL from the first import to the last photo.  More of it: KILLS=10 LINES=300000 in the environment."""
+    lines, kills = (int(os.environ.get(name, n)) for name, n in (("LINES", 6000), ("KILLS", 3)))
+    labels, metadata = make_mave.make(tmp_path, lines, lines, photos=f"{server}/good")
+
+    def command(root):
+        return [sys.executable, HERE.parent / "dataset.py", "build", "--labels", labels, "--metadata", metadata,
+                "--data", tmp_path / root, "--more-than", "5", "--at-most", "30", "--connections", "4"]
+
+    start = time.monotonic()
+    whole = subprocess.run(command("whole"), capture_output=True, text=True)
+    assert whole.returncode == 0, whole.stderr
+    needs, stages = time.monotonic() - start, Counter()
+    for n in range(kills):
+        build = subprocess.Popen(command("killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(random.uniform(0.05, 0.4) * needs)
+        build.send_signal(signal.SIGKILL)
+        assert build.wait() in (-signal.SIGKILL, 0)
+        done = read_so_far(tmp_path / "killed")
+        stages[("in the labels", "in the metadata", "after the sources")[done]] += 1
+    done = subprocess.run(command("killed"), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+    print(f"{kills} kills {dict(stages)}; then {len(contents(tmp_path / 'whole')):,} files with the same bytes")
+
+
+# ---- import and stats
+
+def write_release(folder, data_sets):
+    """The authors' layout, {domain: {split: rows}}."""
+    for domain, parts in data_sets.items():
+        for part, rows in parts.items():
+            stats.write_tsv(folder / "data/training_data/texts" / domain / f"{part}.tsv", rows)
+            stats.write_tsv(folder / "data/training_data/texts" / domain / "train_and_val.tsv", rows)
+
+
+def a_row(n, value="Plaid", title="A shirt", image=None):
+    return [f"B{n:09}", image or f"B{n:09}.jpg", "Shirts & Tops", f"[Title] {title}", "Pattern", value]
+
+
+def test_import_of_the_authors_layout(tmp_path, capsys):
+    theirs, ours = tmp_path / "ImplicitAVE", tmp_path / "data"
+    write_release(theirs, {"Jewlery_and_General_Apparel": {"train": [a_row(n) for n in range(6)], "val": [a_row(6)],
+                                                           "test": [a_row(7, title='Quoted "name"')]},
+                           "Home": {part: [a_row(8)] for part in stats.SPLITS}})
+    for place, ids in (("evaluation_data/images", [7, 8]), ("training_data/images/part1", [0, 1]),
+                       ("training_data/images/part2/deeper", [2])):
+        for n in ids:
+            path = theirs / "data" / place / f"B{n:09}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(GOOD)
+            path.with_name("._" + path.name).write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X")
+    (theirs / "data/training_data/images/B000000003.jpg").write_text("version https://git-lfs.github.com/spec/v1\n")
+    (theirs / "data/training_data/images/B000000004.jpg").write_text("<html>")
+    (theirs / "data/training_data/images/more.zip").write_bytes(b"PK")
+    (tmp_path / "drive").mkdir()
+    (tmp_path / "drive/B000000005.jpg").write_bytes(GOOD)
+    dataset.import_release(theirs, ours, [tmp_path / "drive"])
+    out = capsys.readouterr().out
+    assert "general/train.tsv: 6 rows, 4 of 6 with their photo" in out and "home/test.tsv: 1 rows, 1 of 1" in out
+    assert "3 photos missing, 2 of them files that are no photo" in out and "5 '._' files" in out and "more.zip" in out
+    missing = (ours / "missing_photos.tsv").read_text()
+    assert "git-LFS pointer" in missing and "a web page" in missing and "B000000006.jpg\tnot found" in missing
+    assert sorted(path.name for path in (ours / "images").iterdir()) == [f"B{n:09}.jpg" for n in (0, 1, 2, 5, 7, 8)]
+    assert stats.read_tsv(ours / "general/test.tsv")[0][0]["texts"] == '[Title] Quoted "name"'
+    before = contents(ours)
+    dataset.import_release(theirs, ours, [tmp_path / "drive"])
+    assert contents(ours) == before
+    dataset.import_release(theirs, ours, [tmp_path / "drive"], with_photos_only=True)
+    assert len(stats.read_tsv(ours / "general/train.tsv")[0]) == 4 and not stats.read_tsv(ours / "general/val.tsv")[0]
+
+
+def test_import_never_leaves_the_images_folder(tmp_path, capsys):
+    theirs = tmp_path / "theirs"
+    write_release(theirs, {"Clothing": {part: [a_row(1), a_row(2, image="../../evil.jpg"), a_row(3, image="/etc/passwd")]
+                                        for part in stats.SPLITS}})
+    dataset.import_release(theirs, tmp_path / "data")
+    assert "'../../evil.jpg' is no plain file name" in capsys.readouterr().out
+    assert len(stats.read_tsv(tmp_path / "data/clothing/train.tsv")[0]) == 1
+
+
+def test_import_errors(tmp_path):
+    with pytest.raises(UserError, match="is not a folder"):
+        dataset.import_release(tmp_path / "none", tmp_path)
+    with pytest.raises(UserError, match="holds no data/training_data"):
+        dataset.import_release(tmp_path, tmp_path)
+    stats.write_tsv(tmp_path / "Clothing/train.tsv", [a_row(1)])
+    with pytest.raises(UserError, match="val.tsv cannot be read"):
+        dataset.import_release(tmp_path, tmp_path / "data")
+    with pytest.raises(UserError, match="unpacked"):
+        dataset.import_release(tmp_path, tmp_path / "data", [tmp_path / "none"])
+
+
+@real
+def test_import_of_the_real_release(tmp_path, capsys):
+    """The authors' layout, rebuilt from their texts and photos, comes back as it was."""
+    theirs = tmp_path / "ImplicitAVE"
+    domains = {"clothing": "Clothing", "footwear": "Footwear", "general": "Jewlery_and_General_Apparel"}
+    for name, domain in domains.items():
+        folder = theirs / "data/training_data/texts" / domain
+        folder.mkdir(parents=True)
+        for part in stats.SPLITS:
+            os.symlink(REAL / name / f"{part}.tsv", folder / f"{part}.tsv")
+    (theirs / "data/evaluation_data").mkdir()
+    (theirs / "data/evaluation_data/images").mkdir()
+    for photo in (REAL / "images").glob("*.jpg"):
+        os.symlink(photo, theirs / "data/evaluation_data/images" / photo.name)
+    dataset.import_release(theirs, tmp_path / "data")
+    out = capsys.readouterr().out
+    for name, (n, test) in {"clothing": (15132, 226), "footwear": (17091, 317), "general": (10473, 220)}.items():
+        assert f"{name}/train.tsv: {n:,} rows" in out and f"{name}/test.tsv: {test} rows, {test} of {test} with" in out
+        for part in stats.SPLITS:
+            assert stats.read_tsv(REAL / name / f"{part}.tsv") == stats.read_tsv(tmp_path / "data" / name / f"{part}.tsv")
+
+
+@real
+def test_stats_of_the_real_release(capsys):
+    stats.stats(REAL, [], dataset.read_values(dataset.HERE / "values.tsv")[1])
+    out = capsys.readouterr().out
+    for n, values in (("19,094", 23), ("21,759", 29), ("13,281", 20)):
+        assert re.search(rf"all +{n} +{values} ", out)
+    assert "photos missing in test" not in out and "ids in two splits" not in out
+    assert "titles that still name their value: 6" in out and "Table 6    24,664      30  1,000    211" in out
+
+
+def test_stats_finds_what_is_wrong(tmp_path, capsys):
+    folder = tmp_path / "general"
+    stats.write_tsv(folder / "train.tsv", [a_row(1), a_row(1), a_row(2, title="A plaid shirt"), a_row(3, title="Tartan!"),
+                                           a_row(5, image="../x.jpg"), ["too", "few"], a_row(6)[:5] + [""]])
+    stats.write_tsv(folder / "test.tsv", [a_row(2, title="Fine"), a_row(4, value="Argyle")])
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/B000000001.jpg").write_bytes(GOOD)
+    (tmp_path / "images/B000000002.jpg").write_text("<html>")
+    stats.stats(tmp_path, ["general"], dataset.read_values(dataset.HERE / "values.tsv")[1], tmp_path / "plot.png")
+    out = capsys.readouterr().out
+    for says in ("train           4       1      4      4  Pattern", "all             6       2      5      1",
+                 "line 6: '../x.jpg' is no plain file name", "line 7: 2 fields, not 6",
+                 "line 8: nothing under attribute_values", "val.tsv cannot be read", "ids twice in a split: 1",
+                 "ids in two splits: 1", "B000000002 (test, train)", "photos missing in train: 1", "photos missing in test: 1",
+                 "files in images that are no photo: 1", "titles that still name their value: 1",
+                 "another spelling of their value (values.tsv): 1", "values in test that train does not have: 1",
+                 "Pattern = Argyle"):
+        assert says in out, (says, out)
+    with Image.open(tmp_path / "plot.png") as picture:
+        assert picture.format == "PNG" and len(picture.getcolors(1 << 20)) > 4
+
+
+def test_stats_errors(tmp_path):
+    with pytest.raises(UserError, match="holds no data set"):
+        stats.stats(tmp_path, [], {})
+    with pytest.raises(UserError, match="no data set .*footwear. In .*: none"):
+        stats.stats(tmp_path, ["footwear"], {})
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x/train.tsv").write_text("id\tname\n")
+    with pytest.raises(UserError, match="no data set among"):
+        stats.stats(tmp_path, ["x"], {})
+
+
+# ---- the commands
+
+def command(*arguments):
+    return subprocess.run([sys.executable, str(HERE.parent / "dataset.py"), *map(str, arguments)], capture_output=True, text=True)
+
+
+def test_mistakes_end_with_one_line_and_code_2(tmp_path):
+    for arguments, says in ((["build", "--labels", tmp_path / "l", "--metadata", tmp_path / "m"], "cannot be opened"),
+                            (["import", tmp_path / "none", "--data", tmp_path], "is not a folder"),
+                            (["stats", "--data", tmp_path], "holds no data set"),
+                            (["build", "--at-most", "0"], "is not a whole number from 1 on"),
+                            (["build"], "required: --labels, --metadata"), ([], "required: command")):
+        done = command(*arguments)
+        assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr, done.stderr
+    (tmp_path / "file").write_text("")
+    (tmp_path / "l").write_text(json.dumps({"id": "B000000001", "category": "Shoes", "attributes": []}))
+    done = command("build", "--labels", tmp_path / "l", "--metadata", tmp_path / "l", "--data", tmp_path / "file")
+    assert done.returncode == 2 and "leave to write" in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_help_and_a_quick_start():
+    for name in ("build", "import", "stats"):
+        assert "--data ROOT" in command(name, "--help").stdout
+    seen = subprocess.run([sys.executable, "-c", "import dataset, sys; print('torch' in sys.modules, 'PIL' in sys.modules)"],
+                          capture_output=True, text=True, cwd=HERE.parent).stdout
+    assert seen == "False False\n"

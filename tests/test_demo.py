@@ -1,0 +1,121 @@
+"""The demo world: its texts, photos and backbones are what its page says, and nothing leaks between the splits."""
+
+import csv
+import json
+import random
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+
+import demo
+import llama
+import paper_tables
+import pretrain_demo
+import vit
+
+SPLITS = demo.make_splits()
+ROWS = [row for rows in SPLITS.values() for row in rows]
+
+
+def test_sizes_are_those_that_the_issue_asks_for():
+    for split, least in (("train", 150), ("val", 10), ("test", 20)):
+        counts = Counter((row["attribute_names"], row["attribute_values"]) for row in SPLITS[split])
+        assert set(counts) == set(demo.ALL_VALUES) and min(counts.values()) >= least
+    assert len(SPLITS["test"]) >= 500
+    assert 20 <= len(demo.ALL_VALUES) <= 25 and set(demo.VALUES) == {"Pattern", "Material", "Shape"}
+
+
+def test_no_title_or_category_holds_its_value():
+    for row in ROWS:
+        assert not re.search(rf"\b{row['attribute_values']}s?\b", f"{row['texts']}, {row['category']}", re.IGNORECASE), row
+
+
+def test_no_title_and_no_product_occurs_twice():
+    assert len({row["texts"] for row in ROWS}) == len({row["id"] for row in ROWS}) == len(ROWS)
+
+
+def test_the_prose_holds_no_title_of_the_data_set():
+    titles = {row["texts"].removeprefix("[Title] ") for row in ROWS}
+    rng, met = random.Random(1), 0
+    for _ in range(3000):
+        text = " ".join(pretrain_demo.prose(rng))
+        for part in text.replace("\n", ", ").replace(": ", ", ").replace(" of ", ", ").split(", "):
+            met += part.split(" ")[0] in demo.BRANDS            # a title begins with a brand
+            assert part not in titles
+    assert met > 1000
+
+
+def test_no_picture_of_the_test_split_occurs_elsewhere():
+    assert len(ROWS) < pretrain_demo.OTHER_SEEDS                # products' seeds are their numbers
+    chosen = [rows[i]["id"] for rows in SPLITS.values() for i in range(12)]
+    pictures = [demo.photo_of(product).resize((pretrain_demo.MARGIN,) * 2, resample=3).tobytes() for product in chosen]
+    pictures += [pretrain_demo.drawing(number)[0].tobytes() for number in range(12)]
+    assert len(set(pictures)) == len(pictures)
+
+
+@pytest.mark.parametrize("attribute", demo.VALUES)
+def test_picture_and_text_together_leave_one_value(attribute):
+    for value in demo.VALUES[attribute]:
+        [alike] = [values for _, values in demo.FAMILIES[attribute] if value in values]
+        occasions = [values for _, values in demo.OCCASIONS[attribute] if value in values]
+        assert occasions and all(set(alike) & set(values) == {value} for values in occasions)
+        assert all(len(values) > 1 for values in [alike, *occasions])       # neither alone is enough
+    phrases = [p for _, telling in demo.VALUES[attribute].values() for p in telling]
+    assert len(set(phrases)) == len(phrases)                    # a telling circumstance tells one value
+
+
+def test_photos_follow_from_their_id_alone(tmp_path):
+    demo.draw_photos(tmp_path, ["DEMO00003.jpg", "DEMO00004.jpg"])
+    first = {p.name: p.read_bytes() for p in (tmp_path / "images").iterdir()}
+    (tmp_path / "images" / "DEMO00003.jpg").unlink()
+    demo.draw_photos(tmp_path, ["DEMO00003.jpg"])
+    assert {p.name: p.read_bytes() for p in (tmp_path / "images").iterdir()} == first and len(first) == 2
+
+
+def test_the_data_set_is_written_once_and_again_for_another_version(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "ROOT", tmp_path)
+    assert demo.write_dataset() == tmp_path
+    test = tmp_path / "general" / "test.tsv"
+    with open(test, encoding="utf-8", newline="") as file:
+        assert list(csv.DictReader(file, dialect="excel-tab")) == SPLITS["test"]
+    test.write_text("kept")
+    demo.write_dataset()
+    assert test.read_text() == "kept"
+    monkeypatch.setattr(demo, "VERSION", "999")
+    demo.write_dataset()
+    assert test.read_text() != "kept"
+
+
+def test_the_backbones_are_small_and_the_loaders_read_them():
+    files = [p for folder in (demo.LLAMA, demo.VIT) for p in folder.iterdir()]
+    assert sum(p.stat().st_size for p in files) < 12e6
+    tower = vit.load_vit(demo.VIT)
+    assert tower.config.num_hidden_layers == 12 and tower.config.image_size == pretrain_demo.VIT.image_size
+    pixels = vit.preprocess(demo.photo_of("DEMO00001"), tower.config.image_size)[None]
+    tokens = tower(pixels, (3, 6, 9, 12))
+    assert tokens.shape == (1, 4, tower.config.hidden_size) and np.isfinite(tokens.numpy()).all()
+
+
+def test_the_llama_knows_its_world():
+    """Products described in words, which no training has seen: most of them are answered rightly."""
+    model, tokenizer = llama.load_llama(demo.LLAMA)
+    rng, right = random.Random(7), 0
+    for _ in range(30):
+        seen, asked, said = pretrain_demo.question(rng)
+        answer = tokenizer.encode(said) + [tokenizer.eos_id]
+        ids = [tokenizer.bos_id, *tokenizer.encode(seen), *tokenizer.encode(asked)]
+        right += llama.greedy_continuation(model, ids, len(answer)) == answer
+    assert right >= 24
+
+
+def test_tables_stand_beside_the_papers(tmp_path):
+    for seed, f1 in ((0, 80.0), (1, 90.0)):
+        for row in ("full", "base"):
+            folder = paper_tables.run_folder(tmp_path, "general", row, "50", seed)
+            folder.mkdir(parents=True)
+            (folder / "metrics.json").write_text(json.dumps({"micro_f1": f1, "n": 550, "sources": "DEMO WORLD"}))
+    text = paper_tables.markdown(tmp_path, "general", ["50"], [0, 1])
+    assert "| EIVEN | 85.0 ± 7.1 (2) | 57.31 / 64.98 |" in text and "n = 550" in text and "DEMO WORLD" in text
+    assert "| - MGVF | - | 53.5 / 62.27 |" in text

@@ -1,0 +1,83 @@
+"""Scores worked out by hand, and what evaluation writes."""
+
+import csv
+import json
+
+import pytest
+from PIL import Image
+
+from data import Product
+from evaluate import exact_match, micro_f1, score, table, write_results
+from report import confusion_png
+
+
+@pytest.mark.parametrize("prediction, right", [
+    ("Short Sleeve", True), (" Short Sleeve ", True), ("Short Sleeve\n", True),
+    ("short sleeve", False), ("Short  Sleeve", False), ("Short Sleeves", False), ("Short Sleeve.", False),
+    ("It is Short Sleeve", False), ("", False), ("  ", False),
+])
+def test_exact_match(prediction, right):
+    assert exact_match(prediction, "Short Sleeve") is right
+
+
+def test_micro_f1_by_hand():
+    """10 products: 4 right, 2 of the other 6 are empty, 1 has another case, 1 contains its value.
+
+    precision = 4 / 8, recall = 4 / 10, F1 = 2 * 0.5 * 0.4 / 0.9; the substring scorer counts 6.
+    """
+    pairs = [("Flat", "Flat"), (" Flat", "Flat"), ("Wedge\n", "Wedge"), ("Mid Heel ", "Mid Heel"),
+             ("", "Flat"), ("   ", "Wedge"), ("flat", "Flat"), ("a Flat heel", "Flat"), ("Wedge", "Flat"), ("Flat", "Wedge")]
+    m = micro_f1(pairs)
+    assert (m["right"], m["answered"], m["n"]) == (4, 8, 10)
+    assert (m["precision"], m["recall"]) == (50.0, 40.0)
+    assert m["micro_f1"] == pytest.approx(100 * 0.4 / 0.9)
+    assert m["implicitave"] == pytest.approx(60.0)
+
+
+@pytest.mark.parametrize("pairs, f1", [([], 0), ([("", "Flat")], 0), ([("x", "Flat")], 0), ([("Flat", "Flat")], 100)])
+def test_micro_f1_at_the_ends(pairs, f1):
+    assert micro_f1(pairs)["micro_f1"] == f1
+
+
+def products_and_answers():
+    """Heel Height: 1 of 2 right; Toe Style: 1 of 1 right, so micro is 2/3 where the mean of the two is 3/4."""
+    products = [Product("1", "1.jpg", "Shoes", "a <b>", "Heel Height", "Flat"),
+                Product("2", "2.jpg", "Shoes", "b", "Heel Height", "High Heel"),
+                Product("3", "3.jpg", "Shoes", 'c "quoted"', "Toe Style", "Open Toe")]
+    return products, [("Flat", 0.9), ("Flats & more", 0.2), ("Open Toe", 1.0)]
+
+
+def test_scores_are_micro_over_all_and_per_attribute():
+    metrics = score(*products_and_answers())
+    assert metrics["micro_f1"] == pytest.approx(200 / 3) and metrics["n"] == 3
+    assert metrics["attributes"]["Heel Height"]["micro_f1"] == 50.0 and metrics["attributes"]["Heel Height"]["n"] == 2
+    assert metrics["attributes"]["Toe Style"]["micro_f1"] == 100.0
+    last = table(metrics).splitlines()[-1].split()
+    assert last == ["all", "(micro)", "66.67", "66.67", "66.67", "3"]
+
+
+def test_what_is_written(tmp_path):
+    products, answers = products_and_answers()
+    metrics = score(products, answers)
+    metrics.update(sources="test", temperature=0.1, top_p=0.75, constrained=False, seconds=1.0)
+    write_results(tmp_path, "a title", products, answers, metrics)
+    assert json.loads((tmp_path / "metrics.json").read_text())["attributes"]["Toe Style"]["n"] == 1
+    with open(tmp_path / "predictions.tsv", newline="") as file:
+        lines = list(csv.DictReader(file, dialect="excel-tab"))
+    assert [line["prediction"] for line in lines] == ["Flat", "Flats & more", "Open Toe"]
+    assert lines[2]["texts"] == 'c "quoted"' and lines[1]["probability"] == "0.2000"
+    assert Image.open(tmp_path / "confusion-heel-height.png").size[0] > 100
+    page = (tmp_path / "report.html").read_text()
+    assert "a &lt;b&gt;" in page and "Flats &amp; more" in page and "<b>," not in page
+    assert not list(tmp_path.glob(".*partial"))
+
+
+def test_a_confusion_matrix_shows_counts_where_they_belong():
+    """Gold A: 3 right and 1 as B; gold B: 1 answer that is no value.  Cells are blue by their share of the row."""
+    image = confusion_png("t", {("A", "A"): 3, ("A", "B"): 1, ("B", "no value"): 1})
+    cell = 44
+    left, top = image.width - 24 - 3 * cell, image.height - 44 - 2 * cell
+    corner = {(i, j): image.getpixel((left + j * cell + 4, top + i * cell + 4)) for i in range(2) for j in range(3)}
+    assert corner[0, 2] == corner[1, 0] == corner[1, 1] == (255, 255, 255)
+    assert corner[1, 2] == (20, 70, 150)                # all of B under (other)
+    assert corner[1, 2][0] < corner[0, 0][0] < corner[0, 1][0] < 255

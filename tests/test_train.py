@@ -1,0 +1,312 @@
+"""The commands as a user runs them, on a tiny world: what they write, resuming, and every mistake's message."""
+
+import csv
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import console
+import evaluate
+import train
+from console import UserError
+
+PROJECT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def flags(data_root, llama_dir, vit_dir):
+    return ["--data", str(data_root), "--dataset", "shoes", "--llama", str(llama_dir), "--vit", str(vit_dir),
+            "--labels", "4", "--epochs", "3", "--batch-size", "8", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """Features go to a folder of the tests' own."""
+    import config
+    config.FEATURE_CACHE = tmp_path_factory.mktemp("cache") / "features.sqlite"
+
+
+def losses(run):
+    return [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def run_command(script, *arguments, **how):
+    return subprocess.run([sys.executable, PROJECT / script, *map(str, arguments)], capture_output=True, text=True,
+                          timeout=300, **how)
+
+
+@pytest.fixture(scope="module")
+def run(flags, tmp_path_factory):
+    """A finished run: 20 labelled products, as many comparisons, 3 epochs of 5 steps."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    train.main([*flags, "--out", str(folder)])
+    return folder
+
+
+def test_a_run_leaves_what_the_readme_promises(run, flags):
+    written = {str(p.relative_to(run)) for p in run.rglob("*") if p.is_file()}
+    scores = {"metrics.json", "predictions.tsv", "report.html", "confusion-boot-style.png", "confusion-heel-height.png"}
+    assert written == {"config.json", "log.jsonl", "state.pt", "adapter.safetensors"} | scores | {f"val/{s}" for s in scores}
+    config = json.loads((run / "config.json").read_text())
+    assert (config["labels"], config["lbc"], config["seed"], config["lr"]) == (4, "judge_last", 0, None)
+    assert config["values"]["Heel Height"] == ["Flat", "High Heel"]
+    assert set(config["data_fingerprint"]) == {"train", "val", "test"}
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 16))
+    assert all(line["tokens"] > 0 and line["lr"] > 0 for line in lines)
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["n"] == 15 and metrics["split"] == "test" and sum(m["n"] for m in metrics["attributes"].values()) == 15
+    assert not any(name.startswith(("layers", "embed", "model")) for name in load_file(run / "adapter.safetensors"))
+
+
+def test_a_second_run_with_the_same_seed_is_the_same_run(run, flags, tmp_path):
+    train.main([*flags, "--out", str(tmp_path / "again")])
+    assert losses(run) == losses(tmp_path / "again")
+    for name, tensor in load_file(run / "adapter.safetensors").items():
+        assert torch.equal(tensor, load_file(tmp_path / "again" / "adapter.safetensors")[name])
+    train.main([*flags, "--out", str(tmp_path / "other"), "--seed", "1"])
+    assert losses(run) != losses(tmp_path / "other")
+
+
+@pytest.mark.parametrize("stopped_after", [1, 5, 7, 14])
+def test_a_resumed_run_is_the_same_run_bit_for_bit(run, flags, tmp_path, monkeypatch, stopped_after):
+    class PowerCut(Exception):
+        pass
+
+    step, done = train.train_step, []
+
+    def counted(*arguments):
+        if len(done) == stopped_after:
+            raise PowerCut
+        done.append(1)
+        return step(*arguments)
+
+    monkeypatch.setattr(train, "SAVE_EVERY", -1)        # a state after every step
+    monkeypatch.setattr(train, "train_step", counted)
+    with pytest.raises(PowerCut):
+        train.main([*flags, "--out", str(tmp_path / "cut")])
+    monkeypatch.setattr(train, "train_step", step)
+    with open(tmp_path / "cut" / "log.jsonl", "a") as log:
+        log.write('{"step": 99, "lo')                   # the line that was being written
+    train.main(["--resume", str(tmp_path / "cut")])
+    assert losses(run) == losses(tmp_path / "cut")
+    for name, tensor in load_file(run / "adapter.safetensors").items():
+        assert torch.equal(tensor, load_file(tmp_path / "cut" / "adapter.safetensors")[name]), name
+    assert (run / "predictions.tsv").read_bytes() == (tmp_path / "cut" / "predictions.tsv").read_bytes()
+
+
+def test_a_killed_process_is_resumed(flags, tmp_path, run):
+    """The real thing: SIGKILL in the middle of the training, then --resume --out with the flags given again."""
+    out = tmp_path / "killed"
+    process = subprocess.Popen([sys.executable, "-c", "import train; train.SAVE_EVERY = -1; train.main()", *flags,
+                                "--out", str(out)], cwd=PROJECT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    give_up = time.monotonic() + 200
+    while time.monotonic() < give_up and (not (out / "log.jsonl").exists() or len(losses_so_far(out)) < 4):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert 4 <= len(losses_so_far(out)) < 15, "the process was to be killed in the middle"
+    train.main([*flags, "--out", str(out), "--resume"])
+    assert losses(out) == losses(run)
+
+
+def losses_so_far(run):
+    return (run / "log.jsonl").read_text().splitlines()
+
+
+@pytest.mark.parametrize("more", [
+    ["--lbc", "judge_first"], ["--lbc", "better_instance"], ["--lbc", "none"], ["--features", "single"], ["--no-text"],
+    ["--no-image"], ["--adapter", "mlp"], ["--adapter", "mlp-linear"], ["--dtype", "bf16"], ["--lbc-ratio", "0.5"],
+    ["--micro-batch-size", "3"], ["--grad-checkpoint"], ["--labels", "all"], ["--adapter-dim", "4", "--projector-dim", "5"],
+])
+def test_every_flag_trains_answers_and_is_read_back(flags, tmp_path, more, says):
+    train.main([*flags, "--epochs", "1", *more, "--out", str(tmp_path / "run")])
+    assert all(math.isfinite(loss) for loss in losses(tmp_path / "run"))
+    before = (tmp_path / "run" / "predictions.tsv").read_bytes()
+    says("evaluate.py", tmp_path / "run")
+    assert (tmp_path / "run" / "predictions.tsv").read_bytes() == before
+
+
+def test_what_does_not_change_the_result_does_not(run, flags, tmp_path):
+    for name, more in (("micro", ["--micro-batch-size", "3"]), ("checkpoint", ["--grad-checkpoint"])):
+        train.main([*flags, *more, "--out", str(tmp_path / name)])
+        assert losses(tmp_path / name) == pytest.approx(losses(run), rel=1e-3)
+
+
+def test_training_learns(flags, tmp_path):
+    train.main([*flags, "--epochs", "12", "--lr", "0.01", "--lbc", "none", "--out", str(tmp_path / "run")])
+    curve = losses(tmp_path / "run")
+    assert sum(curve[-3:]) < 0.75 * sum(curve[:3])      # nothing but adapters and projector can have done it
+
+
+def test_learning_rate():
+    rates = [train.learning_rate(step, 150, 10, 1e-3) for step in range(150)]
+    assert rates[0] == pytest.approx(1e-3 / 20) and rates[19] == rates[20] == pytest.approx(1e-3)
+    assert rates[20 + 65] == pytest.approx(0.5e-3)      # the middle of the cosine
+    assert rates == sorted(rates[:20]) + sorted(rates[20:], reverse=True) and rates[-1] < 1e-6
+    assert all(rate > 0 for rate in (train.learning_rate(step, 3, 3, 1.0) for step in range(3)))
+
+
+def test_the_optimizer_has_all_that_is_trained_and_biases_do_not_decay(tiny):
+    from eiven import EIVEN
+    model = EIVEN(*tiny, 24)
+    groups = train.make_optimizer(model).param_groups
+    assert sorted(id(p) for g in groups for p in g["params"]) == sorted(id(p) for p in model.trained().values())
+    assert [g["weight_decay"] for g in groups] == [0.02, 0.0] and groups[0]["betas"] == (0.9, 0.95)
+    assert all(p.dim() > 1 for p in groups[0]["params"]) and all(p.dim() == 1 for p in groups[1]["params"])
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(flags, tmp_path, monkeypatch):
+    from eiven import EIVEN
+    forward, calls = EIVEN.forward, []
+
+    def breaks(self, rows, features):
+        calls.append(1)
+        return forward(self, rows, features) * (float("nan") if len(calls) == 7 else 1)
+
+    monkeypatch.setattr(EIVEN, "forward", breaks)
+    said = "the loss is nan in step 7: epoch 2, examples 9 to 16, the first of them .Question: "
+    with pytest.raises(UserError, match=said):
+        train.main([*flags, "--out", str(tmp_path / "run")])
+    state = torch.load(tmp_path / "run" / "state.pt")
+    assert state["step"] == 6 and all(p.isfinite().all() for p in state["trained"].values())
+
+
+# ------------------------------------------------------------------------------------------------ answering
+
+
+@pytest.fixture
+def says(monkeypatch, capsys):
+    """What a command prints that succeeds."""
+    def call(script, *arguments):
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        {"train.py": train, "evaluate.py": evaluate}[script].main()
+        return capsys.readouterr().out
+    return call
+
+
+def test_answering_one_product(run, data_root, says):
+    image = data_root / "images" / "B0001.jpg"
+    done = run_command("evaluate.py", run, "--image", image, "--text", "black shoe", "--attribute", "boot style")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Boot Style: ") and "(probability 0." in done.stdout
+    known = says("evaluate.py", run, "--image", image, "--text", "black shoe", "--attribute", "Boot Style", "--constrain")
+    assert any(known.startswith(f"Boot Style: {v} ") for v in ("Rain Boots", "Chelsea", "Combat"))
+
+
+def test_answering_a_file_and_merging(run, data_root, tmp_path, says):
+    says("evaluate.py", run, "--input", data_root / "shoes" / "test.tsv", "--output", tmp_path / "out.tsv")
+    assert (tmp_path / "out.tsv").read_bytes() == (run / "predictions.tsv").read_bytes()
+    says("evaluate.py", run, "--merge", "--input", data_root / "shoes" / "test.tsv", "--output", tmp_path / "merged.tsv")
+    answers = []
+    for name in ("out.tsv", "merged.tsv"):
+        with open(tmp_path / name, encoding="utf-8", newline="") as file:
+            answers.append([line["prediction"] for line in csv.DictReader(file, dialect="excel-tab")])
+    assert answers[0] == answers[1] and len(answers[0]) == 15
+
+
+# ------------------------------------------------------------------------------------------------ mistakes
+
+
+@pytest.fixture
+def fails(monkeypatch, capsys):
+    """A command's last line, where it must end with exit code 2 and no traceback."""
+    def call(script, *arguments):
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            console.run({"train.py": train, "evaluate.py": evaluate}[script].main)
+        assert end.value.code == 2
+        return capsys.readouterr().err.strip().splitlines()[-1]
+    return call
+
+
+@pytest.mark.parametrize("more, said", [
+    (["--labels", "0"], "argument --labels: invalid positive int or 'all' value: '0'"),
+    (["--labels", "ten"], "invalid positive int or 'all' value: 'ten'"),
+    (["--lr", "-1"], "argument --lr: invalid positive float value: '-1'"),
+    (["--lr", "nan"], "argument --lr: invalid positive float value"),
+    (["--lbc", "judge"], "invalid choice: 'judge' (choose from"),
+    (["--lbc-ratio", "-1"], "invalid number of 0 or more value"),
+    (["--dataset", "boots"], "no data set 'boots'"),
+    (["--llama", "nowhere"], "--llama: LLaMA-7B's weights should be in nowhere, which does not exist"),
+    (["--vit", "nowhere"], "--vit: CLIP ViT-B/16's weights should be in nowhere"),
+    (["--data", "nowhere"], "--data: the data sets should be in nowhere"),
+    (["--device", "tpu9"], "--device tpu9: cannot be used here"),
+    (["--adapter-dim", "3"], "--adapter-dim 3: a RepAdapter has 2 groups"),
+    (["--resume"], "--resume: name the run folder"),
+    (["--resume", "nowhere"], "nowhere: is not a run folder"),
+    (["--label", "3"], "unrecognized arguments: --label 3"),
+])
+def test_mistakes_in_training(fails, flags, more, said, tmp_path):
+    out = [] if "--resume" in more else ["--out", tmp_path / "run"]
+    assert said in fails("train.py", *flags, *out, *more)
+    assert not list(tmp_path.rglob("*"))                # nothing half made is left
+
+
+def test_a_folder_with_a_run_is_not_written_over(fails, run, flags):
+    before = (run / "adapter.safetensors").read_bytes()
+    assert "holds a run already; go on with it by --resume" in fails("train.py", *flags, "--out", run)
+    assert "a resumed run keeps its settings" in fails("train.py", "--resume", run, "--labels", "9")
+    assert (run / "adapter.safetensors").read_bytes() == before
+
+
+def test_a_run_does_not_go_on_with_other_data(fails, run, flags, data_root, tmp_path):
+    import shutil
+    shutil.copytree(data_root, tmp_path / "data")
+    lines = (tmp_path / "data" / "shoes" / "test.tsv").read_text().replace("Chelsea", "Combat")
+    (tmp_path / "data" / "shoes" / "test.tsv").write_text(lines)
+    assert "is not what this run was started with" in fails("train.py", "--resume", run, "--data", tmp_path / "data")
+
+
+def test_a_broken_state_is_named(fails, run, tmp_path):
+    import shutil
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "adapter.safetensors").unlink()
+    (tmp_path / "run" / "state.pt").write_bytes((run / "state.pt").read_bytes()[:1000])
+    assert "cannot be read as the state of this run" in fails("train.py", "--resume", tmp_path / "run")
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (["--temperature", "-1"], "--temperature must be 0 or more"),
+    (["--top-p", "0"], "--top-p above 0"),
+    (["--input", "x.tsv"], "--input and --output go together"),
+    (["--attribute", "Boot Style"], "this run was trained with images: give --image"),
+    (["--image", "nowhere.jpg", "--attribute", "Boot Style"], "--image nowhere.jpg: there is no such file"),
+    (["--text", "a shoe"], "give --attribute"),
+    (["--split", "dev"], "invalid choice: 'dev'"),
+    (["--input", "nowhere.tsv", "--output", "x.tsv"], "nowhere.tsv: not found"),
+])
+def test_mistakes_in_evaluation(fails, run, arguments, said):
+    assert said in fails("evaluate.py", run, *arguments)
+
+
+def test_a_folder_that_is_no_finished_run(fails, run, tmp_path):
+    import shutil
+    assert "is not a run folder" in fails("evaluate.py", tmp_path)
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "adapter.safetensors").unlink()
+    assert "the training of this run has not ended; go on with: python train.py --resume" in fails("evaluate.py", tmp_path / "run")
+    (tmp_path / "run" / "config.json").write_text('{"labels": 3}')
+    assert "lacks dataset" in fails("evaluate.py", tmp_path / "run")
+
+
+def test_an_mlp_adapter_cannot_be_merged(fails, flags, tmp_path):
+    train.main([*flags, "--epochs", "1", "--adapter", "mlp", "--out", str(tmp_path / "run")])
+    assert "--merge: this run has MLP-Adapters" in fails("evaluate.py", tmp_path / "run", "--merge")
+
+
+def test_the_commands_themselves(run, tmp_path):
+    for script in ("train.py", "evaluate.py"):
+        done = run_command(script, "--help")
+        assert done.returncode == 0 and "usage" in done.stdout
+    done = run_command("train.py", "--resume", tmp_path / "nowhere")
+    assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.startswith("train.py: error: ")
