@@ -58,7 +58,15 @@ class Row(NamedTuple):
 
 
 def read_products(path, labelled=True):
-    """The products of a TSV file, in its order.  UserError with file and line for what does not fit.
+    """The products of a TSV file, in its order, as a list; UserError as `iterate_products`, or if there are none."""
+    products = list(iterate_products(path, labelled))
+    if not products:
+        raise UserError(f"{path}: has a header but no products")
+    return products
+
+
+def iterate_products(path, labelled=True):
+    """The products of a TSV file, one at a time.  UserError with file and line for what does not fit.
 
     labelled  whether every line must have a value; without, a missing or empty value is ""
     """
@@ -66,7 +74,6 @@ def read_products(path, labelled=True):
     check_file(path, "a data set's TSV")
     csv.field_size_limit(1 << 24)
     needed = COLUMNS if labelled else COLUMNS[:-1]
-    products = []
     with open(path, encoding="utf-8", newline="") as file:
         lines = csv.reader(file, dialect="excel-tab", strict=True)
         try:
@@ -87,17 +94,14 @@ def read_products(path, labelled=True):
                 empty = [n for n in ("id", "attribute_names", "attribute_values") if n in needed and not cell.get(n)]
                 if empty:
                     raise UserError(f"{where}: {empty[0]} is empty")
-                products.append(Product(cell["id"], cell["images"], cell["category"],
-                                        cell["texts"].removeprefix("[Title]").strip(),
-                                        cell["attribute_names"], cell.get("attribute_values", "")))
+                yield Product(cell["id"], cell["images"], cell["category"],
+                              cell["texts"].removeprefix("[Title]").strip(),
+                              cell["attribute_names"], cell.get("attribute_values", ""))
         except UnicodeDecodeError as error:
             raise UserError(f"{path}, after line {lines.line_num}: is not UTF-8 text ({error.reason})") from None
         except csv.Error as error:
             raise UserError(f"{path}, line {lines.line_num}: is not a readable TSV ({error}); "
                             "cells with a quote in them must be quoted as Python's csv module does it") from None
-    if not products:
-        raise UserError(f"{path}: has a header but no products")
-    return products
 
 
 def read_split(root, dataset, split):

@@ -13,7 +13,10 @@ One legend of shapes for the whole project:
     P photos   K [cls] tokens of a photo (4)   V ViT width (768)   D LLaMA width (4096)   R adapter rank (8)
 """
 
+import json
 import random
+import shutil
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +24,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from adapters import Adapter, merge
-from console import UserError, whole_file
-from llama import Cache, Layout, pack
+from console import UserError, whole_file, write_text
+from llama import Cache, Layout, official_name, pack
 from weights import map_safetensors
 
 CLS_EVERY = 3                                           # a [cls] token after every third layer (section 4.1)
@@ -88,22 +91,25 @@ class EIVEN(nn.Module):
                   R with its end token)
         features  (P, K, V) [cls] tokens of the photos, from the frozen ViT
         """
-        X = [self.sequence(row, features) for row in rows]
+        for b, row in enumerate(rows):
+            if not row.answer:
+                raise ValueError(f"row {b} of the batch has no answer: nothing to learn from")
+        target = torch.tensor([token for row in rows for token in row.answer], device=self.device)      # (A,)
+        logits = self.answer_logits(rows, features)     # (A, vocab)
+        return F.cross_entropy(logits, target, reduction="sum") / len(rows)
+
+    def answer_logits(self, rows, features=None):
+        """Logits (A, vocab) that predict the answer tokens of rows, one row after the other: figure 2, bottom to top."""
+        X = [self.sequence(row, features) for row in rows]                      # [I', Q, C] as ids
         # R_t is predicted from [X, R_<t]: the last token of an answer is predicted, never read.
         layout = pack([x + row.answer[:-1] for x, row in zip(X, rows)], self.device)
         T = layout.rows.shape[1]
-        asked, target = [], []                          # the A places that predict an answer token, and that token
-        for b, (x, row) in enumerate(zip(X, rows)):
-            if not row.answer:
-                raise ValueError(f"row {b} of the batch has no answer: nothing to learn from")
-            asked += range(b * T + len(x) - 1, b * T + len(x) + len(row.answer) - 1)
-            target += row.answer
-        asked, target = torch.tensor(asked, device=self.device), torch.tensor(target, device=self.device)
+        asked = torch.tensor([b * T + len(x) - 1 + t for b, (x, row) in enumerate(zip(X, rows))
+                              for t in range(len(row.answer))], device=self.device)     # (A,) who predicts R_t
 
-        x = self.embed(layout.ids, features)            # (N, D)
+        x = self.embed(layout.ids, features)            # (N, D)   text by LLaMA's table, photos by the projector
         h = self.llama(x, layout, asked)                # (A, D)   logits are needed where answers are predicted
-        logits = self.llama.logits(h)                   # (A, vocab)
-        return F.cross_entropy(logits, target, reduction="sum") / len(rows)
+        return self.llama.logits(h)                     # (A, vocab)
 
     def sequence(self, row, features):
         """X = [I', Q, C] as ids.  Image token k of photo p has the id -1 - (p K + k): below 0, as no text has."""
@@ -206,6 +212,66 @@ class EIVEN(nn.Module):
         with torch.no_grad():
             for name, parameter in trained.items():
                 parameter.copy_(tensors[name])
+
+
+SHARD_BYTES = 5_000_000_000
+
+EXPORT_README = """\
+An EIVEN run, its adapters merged: an ordinary LLaMA (Hugging Face layout, attention_bias) and its projector.
+
+    llama = transformers.AutoModelForCausalLM.from_pretrained(".", dtype="auto")
+    p = safetensors.torch.load_file("projector.safetensors")     # cls: (K, V), the [cls] of ViT layers 3, 6, 9, 12
+    linear = torch.nn.functional.linear
+    gate, down = (linear(cls, p[f"{n}.weight"], p[f"{n}.bias"]) for n in ("gate", "down"))
+    image = linear(torch.nn.functional.silu(gate) * down, p["up.weight"], p["up.bias"])     # (K, D) image tokens
+    text = llama.get_input_embeddings()                          # ids: [bos], then the prompt's
+    x = torch.cat([text(ids[:1]), image.to(llama.dtype), text(ids[1:])])
+    llama.generate(inputs_embeds=x[None], max_new_tokens=32)     # prompt: "Question: What is the {attribute} of
+                                                                 # this product?\\nContext: {title}, {category}\\nAnswer:"
+"""
+
+
+def export(model, llama_folder, out):
+    """Write a merged model to the new folder `out` as an ordinary Hugging Face LLaMA, and the projector beside it.
+
+    model is merged already.  Files: config.json (the source's, with attention_bias), tokenizer.model, safetensors in
+    shards of 5 GB with an index, projector.safetensors, README.md.  `out` appears whole or not at all.
+    """
+    out, llama_folder = Path(out), Path(llama_folder)
+    if out.exists():
+        raise UserError(f"--export {out}: exists already; name a folder that does not")
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    tensors = {official_name(name): p.detach().cpu() for name, p in model.llama.named_parameters()}
+    for i in range(model.llama.config.num_hidden_layers):       # transformers' attention_bias means o_proj's, too
+        weight = tensors[f"model.layers.{i}.self_attn.o_proj.weight"]
+        tensors.setdefault(f"model.layers.{i}.self_attn.o_proj.bias", torch.zeros(len(weight), dtype=weight.dtype))
+    shards, size = [{}], 0
+    for name, tensor in tensors.items():
+        if size + tensor.nbytes > SHARD_BYTES and shards[-1]:
+            shards, size = shards + [{}], 0
+        shards[-1][name] = tensor.contiguous()
+        size += tensor.nbytes
+    names = ["model.safetensors"] if len(shards) == 1 else [
+        f"model-{n:05}-of-{len(shards):05}.safetensors" for n in range(1, len(shards) + 1)]
+    for name, shard in zip(names, shards):
+        save_file(shard, partial / name, metadata={"format": "pt"})
+    if len(shards) > 1:
+        write_text(partial / "model.safetensors.index.json", json.dumps({
+            "metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
+            "weight_map": {tensor: name for name, shard in zip(names, shards) for tensor in shard}}, indent=2) + "\n")
+    config = json.loads((llama_folder / "config.json").read_text(encoding="utf-8"))
+    dtype = str(model.llama.embed_tokens.weight.dtype).removeprefix("torch.")
+    config |= {"architectures": ["LlamaForCausalLM"], "attention_bias": True, "torch_dtype": dtype}
+    config.pop("dtype", None)
+    write_text(partial / "config.json", json.dumps(config, indent=2) + "\n")
+    shutil.copyfile(llama_folder / "tokenizer.model", partial / "tokenizer.model")
+    if model.projector is not None:
+        save_file({n: p.detach().cpu().contiguous() for n, p in model.projector.named_parameters()},
+                  partial / "projector.safetensors")
+    write_text(partial / "README.md", EXPORT_README)
+    partial.replace(out)
 
 
 def nucleus(logits, temperature, top_p, uniform):

@@ -7,20 +7,25 @@
 
 import argparse
 import csv
+import itertools
 import json
 import sys
 import time
 from collections import Counter, defaultdict
 from pathlib import Path
 
+import torch
+
 import console
 import demo
 from config import add_flags, build_model, choose_device, describe, find_sources, read_run
 from console import Progress, UserError, whole_file, write_text
-from data import COLUMNS, Product, answer_ids, base_question, read_products, read_split, rows_of
+from data import COLUMNS, Product, answer_ids, base_question, iterate_products, read_split, rows_of
+from eiven import export
 from report import confusion_file, confusion_png, report_html
 
 ANSWER_BATCH = 64                                       # products answered together
+FILE_CHUNK = 4096                                       # products of a file in memory together
 
 
 # ------------------------------------------------------------------------------------------------ answering
@@ -110,12 +115,14 @@ def write_results(folder, title, products, answers, metrics, images=None):
 
 
 def write_predictions(path, answered):
-    """Products and their answers as TSV: the data set's columns, then prediction and probability."""
+    """Products and their answers as TSV: the data set's columns, then prediction and probability.  How many."""
+    n = 0
     with whole_file(path) as partial, open(partial, "w", encoding="utf-8", newline="") as file:
         lines = csv.writer(file, dialect="excel-tab", lineterminator="\n")
         lines.writerow([*COLUMNS, "prediction", "probability"])
-        for p, (prediction, probability) in answered:
+        for n, (p, (prediction, probability)) in enumerate(answered, start=1):
             lines.writerow([p.id, p.image, p.category, p.title, p.attribute, p.value, prediction, f"{probability:.4f}"])
+    return n
 
 
 def evaluate(model, features, products, config, sources, split, folder, **how):
@@ -186,20 +193,40 @@ def answer_one(model, features, config, raw, args):
     print(f"{attribute}: {text or '(no answer)'}  (probability {probability:.2f})")
 
 
-def answer_file(model, features, config, raw, args):
-    """Answer a TSV of products into another one, a batch in memory at a time."""
-    products = read_products(args.input, labelled=False)
-    if args.constrain:
-        unknown = sorted({p.attribute for p in products} - raw["values"].keys())
-        if unknown:
-            raise UserError(f"{args.input}: --constrain knows no values of {', '.join(unknown[:5])}; "
-                            f"the run was trained on {', '.join(raw['values'])}")
+def export_run(model, features, config, sources, out):
+    """Merge, write the folder `out`, and print how far merging moves the logits of answers to test products."""
+    if out.exists():
+        raise UserError(f"--export {out}: exists already; name a folder that does not")
+    products = read_split(sources.data, config.dataset, "test")[:32]
     if features:
-        features.prepare([p.image for p in products])
-    answers = answer(model, features, products, config, args.temperature, args.top_p,
-                     raw["values"] if args.constrain else None)
-    write_predictions(args.output, zip(products, answers))
-    print(f"{args.output}: {len(products):,} products answered")
+        prepare_photos(features, products, config, sources)
+    rows, photos = rows_of([base_question(p, config.text) for p in products], model.tokenizer, config.image)
+    read = features.read(photos, model.device) if features else None
+    with torch.no_grad():
+        before = model.answer_logits(rows, read)
+        after = model.merge_adapters().answer_logits(rows, read)
+    export(model, sources.llama, out)
+    print(f"{out}: merged LLaMA{' and projector' if features else ''} written; the greatest difference of logits, merged "
+          f"against unmerged, is {(after - before).abs().max():.2e} (logits to {before.abs().max():.0f}; answers to "
+          f"{len(rows)} test products)")
+
+
+def answer_file(model, features, config, raw, args):
+    """Answer a TSV of any length into another one, some thousand products at a time."""
+    known = raw["values"] if args.constrain else None
+
+    def answered():
+        products = iterate_products(args.input, labelled=False)
+        while some := list(itertools.islice(products, FILE_CHUNK)):
+            unknown = sorted({p.attribute for p in some} - raw["values"].keys()) if args.constrain else []
+            if unknown:
+                raise UserError(f"{args.input}: --constrain knows no values of {', '.join(unknown[:5])}; "
+                                f"the run was trained on {', '.join(raw['values'])}")
+            if features:
+                features.prepare([p.image for p in some])
+            yield from zip(some, answer(model, features, some, config, args.temperature, args.top_p, known))
+
+    print(f"{args.output}: {write_predictions(args.output, answered()):,} products answered")
 
 
 def main():
@@ -215,6 +242,7 @@ def main():
     parser.add_argument("--attribute", metavar="NAME", help="attribute that is asked of it")
     parser.add_argument("--input", metavar="TSV", type=Path, help="answer the products of this file")
     parser.add_argument("--output", metavar="TSV", type=Path, help="where to write their answers")
+    parser.add_argument("--export", metavar="DIR", type=Path, help="merge, and write an ordinary Hugging Face LLaMA")
     add_flags(parser, ("data", "llama", "vit", "device", "dtype"))
     args = parser.parse_args()
     if not args.temperature >= 0 or not 0 < args.top_p <= 1:
@@ -229,10 +257,14 @@ def main():
 
     given = {name: getattr(args, name) for name in ("data", "llama", "vit", "device", "dtype") if hasattr(args, name)}
     model, features, config, sources, raw = load_run(args.run, given)
-    if args.merge:
+    if args.merge or args.export:
         if config.adapter == "mlp":
-            raise UserError("--merge: this run has MLP-Adapters, whose non-linearity cannot be merged; "
+            raise UserError("this run has MLP-Adapters, whose non-linearity cannot be merged; "
                             "--adapter rep and mlp-linear can be")
+    if args.export:
+        print(describe(config, sources))
+        return export_run(model, features, config, sources, args.export)
+    if args.merge:
         model.merge_adapters()
     if one:
         return answer_one(model, features, config, raw, args)

@@ -283,3 +283,37 @@ def test_another_adapter_does_not_load(model, tmp_path, llama_dir):
     without = EIVEN(*load_llama(llama_dir, torch.float32), None, "rep", 4)
     with pytest.raises(UserError, match="projector.* is .* in the file and absent in the model"):
         without.load(tmp_path / "adapter.safetensors")
+
+
+@pytest.mark.parametrize("shard_bytes", [10 ** 9, 20_000])
+def test_an_export_is_an_ordinary_llama(model, batch, tmp_path, llama_dir, shard_bytes, monkeypatch):
+    """transformers reads it, gets image tokens by the README's lines, and gives our merged logits."""
+    transformers = pytest.importorskip("transformers")
+    import safetensors.torch
+    import eiven
+    monkeypatch.setattr(eiven, "SHARD_BYTES", shard_bytes)
+    rows, features = batch
+    randomize(model)
+    with torch.no_grad():
+        unmerged = model.answer_logits(rows, features)
+        merged = model.merge_adapters().answer_logits(rows, features)
+        torch.testing.assert_close(merged, unmerged, rtol=1e-4, atol=1e-4)
+    eiven.export(model, llama_dir, tmp_path / "out")
+    assert (len(list((tmp_path / "out").glob("model-*.safetensors"))) > 3) == (shard_bytes < 10 ** 9)
+    peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    scope = {"torch": torch, "safetensors": safetensors, "llama": peer}
+    lines = [line.strip() for line in (tmp_path / "out" / "README.md").read_text().splitlines() if line.startswith("    ")]
+    monkeypatch.chdir(tmp_path / "out")
+    theirs = []
+    with torch.no_grad():
+        for row in rows[:2]:                            # one photo each
+            ids = torch.tensor([model.tokenizer.bos_id, *row.prompt, *row.answer[:-1]])
+            scope |= {"ids": ids, "cls": features[0]}
+            exec("\n".join(lines[1:7]), scope)
+            theirs.append(peer(inputs_embeds=scope["x"][None]).logits[0, -len(row.answer):])
+    expected = merged[:len(rows[0].answer) + len(rows[1].answer)]
+    torch.testing.assert_close(torch.cat(theirs), expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(UserError, match="exists already"):
+        eiven.export(model, llama_dir, tmp_path / "out")
+    again, _ = __import__("llama").load_llama(tmp_path / "out")     # and our own loader reads it
+    assert again.config.attention_bias
