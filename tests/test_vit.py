@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 
 import vit
 from console import UserError
-from random_weights import write_vit
 from vit import CLIP_STD, ViT, ViTConfig, load_vit, open_photo, preprocess
 from weights import fill
 

@@ -1,0 +1,65 @@
+"""Files are never half written, progress is one line on a terminal and plain lines in a log."""
+
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from console import duration, whole_file, write_text
+
+PROJECT = Path(__file__).resolve().parent.parent
+
+
+def test_a_file_is_whole_or_absent(tmp_path):
+    path = tmp_path / "deep" / "file.txt"
+    write_text(path, "one\n")
+    with pytest.raises(RuntimeError), whole_file(path) as partial:
+        partial.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "one\n"
+    assert [p.name for p in path.parent.iterdir()] == ["file.txt"]
+
+
+@pytest.mark.parametrize("seconds, text", [(0, "0 s"), (59.4, "59 s"), (60, "1 min 00 s"), (185, "3 min 05 s"),
+                                           (3600, "1 h 00 min"), (7620, "2 h 07 min")])
+def test_durations(seconds, text):
+    assert duration(seconds) == text
+
+
+COUNT = """
+import time, console
+time.monotonic = lambda t=iter(range(0, 4000, 4)): next(t)      # every look at the clock is 4 s later
+with console.Progress("counting", 10, "sheep") as progress:
+    for _ in range(10):
+        progress.step(note="asleep")
+"""
+
+
+def test_a_log_gets_plain_lines():
+    done = subprocess.run([sys.executable, "-c", COUNT], cwd=PROJECT, capture_output=True, text=True)
+    lines = done.stderr.splitlines()
+    assert lines[0] == "counting  2/10 sheep  0.25/s  32 s left  asleep"
+    assert lines[-1].startswith("counting  10/10 sheep") and "took" in lines[-1]
+    assert "\r" not in done.stderr and done.stdout == ""
+
+
+def test_a_terminal_gets_one_updating_line():
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen([sys.executable, "-c", COUNT], cwd=PROJECT, stderr=theirs)
+    process.wait()
+    os.close(theirs)
+    text = os.read(ours, 100_000).decode()
+    assert text.count("\n") == 1 and text.count("\r") >= 10 and "8/10 sheep" in text
+
+
+def test_mistakes_and_interrupts_have_their_exit_codes():
+    def code(body):
+        done = subprocess.run([sys.executable, "-c", f"import console\ndef main():\n    {body}\nconsole.run(main)"],
+                              cwd=PROJECT, capture_output=True, text=True)
+        assert "Traceback" not in done.stderr
+        return done.returncode, done.stderr.strip()
+    assert code("raise console.UserError('what, where, what next')") == (2, "-c: error: what, where, what next")
+    assert code("raise KeyboardInterrupt")[0] == 130
