@@ -61,16 +61,17 @@ def hugging_face(folder):
     return load_file(folder / "model.safetensors")
 
 
-def openai(folder, prefix="visual."):
-    """The same weights under OpenAI's names, q, k and v stacked, written out by hand from openai/CLIP's model.py."""
-    theirs, ours = {}, {n.removeprefix("vision_model."): t for n, t in hugging_face(folder).items()}
+def openai_names(tensors, prefix):
+    """A vision tower under OpenAI's names, q, k and v stacked, written out by hand from openai/CLIP's model.py."""
+    theirs, ours = {}, {n.removeprefix("vision_model."): t for n, t in tensors.items()}
+    width = len(ours["embeddings.class_embedding"])
     theirs["class_embedding"] = ours["embeddings.class_embedding"]
     theirs["positional_embedding"] = ours["embeddings.position_embedding.weight"]
     theirs["conv1.weight"] = ours["embeddings.patch_embedding.weight"]
     for part in ("weight", "bias"):
         theirs[f"ln_pre.{part}"] = ours[f"pre_layrnorm.{part}"]
-        theirs[f"ln_post.{part}"] = torch.ones(24)
-        for i in range(6):
+        theirs[f"ln_post.{part}"] = torch.ones(width)
+        for i in range(sum(n.endswith("mlp.fc1.bias") for n in ours)):
             mine, block = f"encoder.layers.{i}", f"transformer.resblocks.{i}"
             stacked = [ours[f"{mine}.self_attn.{x}_proj.{part}"] for x in "qkv"]
             theirs[f"{block}.attn.in_proj_{part}"] = torch.cat(stacked)
@@ -79,7 +80,7 @@ def openai(folder, prefix="visual."):
             theirs[f"{block}.ln_2.{part}"] = ours[f"{mine}.layer_norm2.{part}"]
             theirs[f"{block}.mlp.c_fc.{part}"] = ours[f"{mine}.mlp.fc1.{part}"]
             theirs[f"{block}.mlp.c_proj.{part}"] = ours[f"{mine}.mlp.fc2.{part}"]
-    theirs["proj"] = torch.ones(24, 16)
+    theirs["proj"] = torch.ones(width, 16)
     return {prefix + name: tensor for name, tensor in theirs.items()}
 
 
@@ -93,8 +94,8 @@ LAYOUTS = {
     "whole CLIP": lambda f: hugging_face(f) | TEXT_TOWER | {
         "vision_model.embeddings.position_ids": torch.arange(17)[None],
         "vision_model.post_layernorm.weight": torch.ones(24), "vision_model.post_layernorm.bias": torch.ones(24)},
-    "OpenAI": lambda f: openai(f) | OPENAI_TEXT,
-    "OpenAI's tower alone": lambda f: openai(f, prefix=""),
+    "OpenAI": lambda f: openai_names(hugging_face(f), "visual.") | OPENAI_TEXT,
+    "OpenAI's tower alone": lambda f: openai_names(hugging_face(f), ""),
     "fp16": lambda f: {n: t.half() for n, t in hugging_face(f).items()},
 }
 

@@ -1,0 +1,84 @@
+"""LLaMA-7B's size on this machine: seconds and gigabytes to load it, to answer one product, and for a training step.
+
+    python tests/random_weights.py llama-7b weights-7b --tokenizer FILE
+    python tests/full_size.py weights-7b
+
+Weights may be random: nothing here depends on what they say.
+"""
+
+import argparse
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from data import Product, base_question, rows_of  # noqa: E402
+from eiven import EIVEN  # noqa: E402
+from llama import load_llama  # noqa: E402
+from train import make_optimizer  # noqa: E402
+
+GB = 1e9
+
+
+def peak():
+    """Peak resident memory of this process so far, in bytes; pages of mapped files count."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def seconds(do):
+    start = time.perf_counter()
+    result = do()
+    return result, time.perf_counter() - start
+
+
+def read_files(folder):
+    """Read every byte of the weights, as `cat` would; how many there are."""
+    size, buffer = 0, bytearray(16 << 20)
+    for path in sorted(folder.glob("*.safetensors")):
+        with open(path, "rb", buffering=0) as file:
+            while n := file.readinto(buffer):
+                size += n
+    return size
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Seconds and gigabytes at LLaMA-7B's size.")
+    parser.add_argument("llama", type=Path, help="folder of a LLaMA")
+    args = parser.parse_args()
+    size, once = seconds(lambda: read_files(args.llama))
+    _, again = seconds(lambda: read_files(args.llama))
+    before = peak()
+    (llama, tokenizer), load = seconds(lambda: load_llama(args.llama))
+    _, touch = seconds(lambda: [p.view(torch.int8).view(-1)[::4096].sum() for p in llama.parameters()])
+    print(f"weights {size / GB:.2f} GB; reading the files {once:.1f} s, again (cached) {again:.1f} s; loading {load:.1f} s "
+          f"and touching every page {touch:.1f} s: {(load + touch) / again:.2f} x the cached reading")
+    print(f"peak memory after loading {peak() / GB:.2f} GB ({before / GB:.2f} GB before): "
+          f"{(peak() - before) / size:.3f} x the weights", flush=True)
+
+    model = EIVEN(llama, tokenizer, visual_width=768)
+    features = torch.randn(1, 4, 768)
+    product = Product("B1", "b1.jpg", "Shoes", "Polar Fox Men's Black Lace Up Cap Toe Military Work Desert Ankle Boot",
+                      "Boot Style", "Combat")
+    rows, _ = rows_of([base_question(product)], tokenizer)
+    [(ids, _)], took = seconds(lambda: model.generate(rows, features, ["seed"], limit=5))
+    prompt = len(model.sequence(rows[0], features))
+    print(f"one product ({prompt} tokens read, {len(ids)} written): {took:.1f} s; peak memory {peak() / GB:.2f} GB", flush=True)
+
+    llama.grad_checkpoint = True
+    optimizer = make_optimizer(model)
+
+    def step():
+        loss = model(rows, features)
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    loss, took = seconds(step)
+    print(f"one training step, micro-batch 1, --grad-checkpoint: {took:.1f} s, loss {loss:.1f}; peak memory {peak() / GB:.2f} GB")
+
+
+if __name__ == "__main__":
+    main()
