@@ -183,22 +183,27 @@ def pack(rows, device="cpu"):
 class Cache:
     """Keys and values of what has been read, for decoding one token a row at a time.
 
-    keys, values  per layer (B, S, G, d), S places a row;  length (B,) how many of them are filled.
+    keys, values  per layer (B, S, G, d), S places a row
+    length        (B,) how many of them are filled, None in an empty cache.  The caller sets it after the beginnings
+                  are read, and counts it on after each token.
     """
 
     def __init__(self, config, rows, places, dtype, device):
         shape = (rows, places, config.num_key_value_heads, config.head_dim)
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
-        self.length = torch.zeros(rows, dtype=torch.long, device=device)
+        self.length = None
 
     def put(self, layer, keys, values):
-        """Store (B, T, G, d): whole beginnings in an empty cache, afterwards the next token of each row (T = 1)."""
-        B, T = keys.shape[:2]
-        if T > 1 or not self.length.any():
+        """Store (B, T, G, d), the whole beginnings of rows, or once those are in, the next token of each (T = 1).
+
+        Returns what the new tokens can attend to, (B, T or S, G, d).
+        """
+        if self.length is None:
+            T = keys.shape[1]
             self.keys[layer][:, :T], self.values[layer][:, :T] = keys, values
             return keys, values
-        rows = torch.arange(B, device=keys.device)
+        rows = torch.arange(len(keys), device=keys.device)
         self.keys[layer][rows, self.length], self.values[layer][rows, self.length] = keys[:, 0], values[:, 0]
         return self.keys[layer], self.values[layer]
 
@@ -295,27 +300,27 @@ class Attention(nn.Module):
         self.v_proj = Linear(D, config.num_key_value_heads * config.head_dim, bias)
         self.o_proj = Linear(config.num_attention_heads * config.head_dim, D, bias)
 
-    def forward(self, h, layout, table, asking, cache=None, layer=None):
-        """(N, D) -> (A, D).  `asking` = (h, layout, table) of the A tokens that ask: all N, or some of them.
+    def keys_values(self, h, layout, table):
+        """(N, D) -> keys and values, each (B, T, G, d)"""
+        k = self.k_proj(h).unflatten(-1, (-1, self.head_dim))                   # (N, G, d)
+        v = self.v_proj(h).unflatten(-1, (-1, self.head_dim))                   # (N, G, d)
+        return layout.to_rows(rotate(k, *table)), layout.to_rows(v)
 
-        No mask hides padding: a row's padding stands after its last token, where causal attention never looks.
+    def forward(self, h, keys, values, layout, table, length=None):
+        """The A tokens of `h` and `layout` ask keys and values (B, S, G, d) of their rows: (A, D) -> (A, D).
+
+        Causal: token t of a row attends to the places 0 to t.  No mask hides padding, because a row's padding stands
+        after its last token.  In decoding, the one token of a row stands at place `length` (B,) of S instead.
         """
-        h_asking, layout_asking, table_asking = asking
-        q = self.q_proj(h_asking).unflatten(-1, (-1, self.head_dim))    # (A, H, d)
-        k = self.k_proj(h).unflatten(-1, (-1, self.head_dim))           # (N, G, d)
-        v = self.v_proj(h).unflatten(-1, (-1, self.head_dim))           # (N, G, d)
-        q = layout_asking.to_rows(rotate(q, *table_asking))             # (B, T, H, d)
-        k = layout.to_rows(rotate(k, *table))                           # (B, T, G, d)
-        v = layout.to_rows(v)
+        q = self.q_proj(h).unflatten(-1, (-1, self.head_dim))                   # (A, H, d)
+        q = layout.to_rows(rotate(q, *table))                                   # (B, T, H, d)
         mask = None
-        if cache is not None:
-            k, v = cache.put(layer, k, v)                               # (B, S, G, d)
-            if k.shape[1] != q.shape[1]:                                # one new token a row, at place `length`
-                mask = torch.arange(k.shape[1], device=k.device) <= cache.length[:, None, None, None]   # (B, 1, 1, S)
-        out = F.scaled_dot_product_attention(                           # softmax(q k / sqrt d) v, softmax in fp32
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
-            attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[2] != k.shape[2])
-        return self.o_proj(layout_asking.to_tokens(out.transpose(1, 2)).flatten(1))     # (A, D)
+        if length is not None:
+            mask = torch.arange(keys.shape[1], device=h.device) <= length[:, None, None, None]      # (B, 1, 1, S)
+        out = F.scaled_dot_product_attention(                                   # softmax(q k / sqrt d) v, in fp32
+            q.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2),    # (B, H, T, d), (B, G, S, d) twice
+            attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[2] != keys.shape[2])
+        return self.o_proj(layout.to_tokens(out.transpose(1, 2)).flatten(1))    # (A, D)
 
 
 class MLP(nn.Module):
@@ -346,12 +351,16 @@ class Block(nn.Module):
         """(N, D) -> (N, D), or (A, D) for the tokens at the places asked (A,): then nothing is done for others
         but the keys and values that those attend to."""
         h = self.adapter(self.input_layernorm(x))
-        asking = h, layout, table
-        if asked is not None:
-            tokens, layout_asking = layout.only(asked)
-            x = x.index_select(0, tokens)               # (A, D)
-            asking = h.index_select(0, tokens), layout_asking, [part[tokens] for part in table]
-        x = x + self.self_attn(h, layout, table, asking, cache, layer)
+        keys, values = self.self_attn.keys_values(h, layout, table)
+        length = None
+        if cache is not None:
+            length = cache.length
+            keys, values = cache.put(layer, keys, values)
+        if asked is not None:                           # from here on, go on with the asked tokens alone
+            tokens, layout = layout.only(asked)
+            x, h = x.index_select(0, tokens), h.index_select(0, tokens)         # (A, D)
+            table = [part[tokens] for part in table]
+        x = x + self.self_attn(h, keys, values, layout, table, length)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -383,7 +392,7 @@ class LLaMA(nn.Module):
         """Embeddings (N, D) -> final hidden states (A, D) of the tokens at the places `asked` (A,), or of all N.
 
         asked counts places as `Layout.back` does.  With a cache, the keys and values of x are stored in it, and x is
-        either the whole beginning of each row or one more token of each; the caller then counts cache.length on.
+        either the whole beginning of each row or one more token of each.
         """
         table = rotary_table(layout.position, self.config.head_dim, self.config.rope_theta)
         last = len(self.layers) - 1
@@ -444,14 +453,16 @@ def load_llama(folder, dtype=None, device="cpu"):
 
 def greedy_continuation(llama, ids, n):
     """The n most probable next ids after `ids`, one at a time through the cache: LLaMA alone, for tests and eyes."""
-    cache = Cache(llama.config, 1, len(ids) + n, llama.compute_dtype, llama.embed_tokens.weight.device)
+    device = llama.embed_tokens.weight.device
+    cache = Cache(llama.config, 1, len(ids) + n, llama.compute_dtype, device)
     out = []
     with torch.no_grad():
         while len(out) < n:
             new = out[-1:] or ids
-            layout = pack([new], cache.length.device)
-            layout.position = layout.position + cache.length
-            h = llama(llama.embed(layout.ids), layout, torch.tensor([len(new) - 1]), cache)
-            cache.length += len(new)
+            layout = pack([new], device)
+            if out:
+                layout.position = cache.length
+            h = llama(llama.embed(layout.ids), layout, torch.tensor([len(new) - 1], device=device), cache)
+            cache.length = torch.tensor([len(ids) + len(out)], device=device)
             out.append(int(llama.logits(h).argmax()))
     return out
