@@ -114,7 +114,12 @@ class EIVEN(nn.Module):
     def sequence(self, row, features):
         """X = [I', Q, C] as ids.  Image token k of photo p has the id -1 - (p K + k): below 0, as no text has."""
         K = features.shape[1] if row.photos else 0
-        return [self.tokenizer.bos_id, *(-1 - (p * K + k) for p in row.photos for k in range(K)), *row.prompt]
+        x = [self.tokenizer.bos_id, *(-1 - (p * K + k) for p in row.photos for k in range(K)), *row.prompt]
+        most = self.llama.config.max_position_embeddings
+        if len(x) + len(row.answer) > most:
+            raise UserError(f"a question is {len(x):,} tokens long, with its answer more than the {most:,} that this LLaMA "
+                            f"was trained to read: {self.tokenizer.decode(row.prompt)[:120]!r}…; shorten its title")
+        return x
 
     def embed(self, ids, features):
         """(N,) ids -> (N, D): text tokens from LLaMA's table, image tokens from the projector."""

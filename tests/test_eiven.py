@@ -145,6 +145,12 @@ def test_a_row_without_an_answer_is_refused(model):
         model([Row((), [5, 6], [])])
 
 
+def test_a_row_longer_than_llama_reads_is_refused(model):
+    with pytest.raises(UserError, match="a question is 2,047 tokens long, .* more than the 2,048"):
+        model([Row((), [5] * 2046, [6, 2])])
+    model.sequence(Row((), [5] * 2045, [6, 2]), None)
+
+
 def test_projector_is_swiglu_with_its_gate():
     projector = Projector(3, 5, hidden=2)
     x = torch.randn(4, 3)
