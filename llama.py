@@ -441,6 +441,7 @@ def load_llama(folder, dtype=None, device="cpu"):
         if twice:
             raise UserError(f"{path}: holds {twice[0]}, which another shard holds too")
         tensors.update(shard)
+    shard = None                                        # `fill` lets go of each tensor that it converts
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
     if config.tie_word_embeddings and "lm_head.weight" in tensors:
         if not torch.equal(tensors.pop("lm_head.weight"), tensors["model.embed_tokens.weight"]):

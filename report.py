@@ -95,7 +95,7 @@ table {{ border-collapse: collapse }} td, th {{ padding: .25rem .8rem; border-bo
 td:first-child, th:first-child {{ text-align: left }} tr:last-child {{ font-weight: 600 }}
 .cards {{ display: flex; flex-wrap: wrap; gap: .8rem }} .card {{ width: 12rem; padding: .6rem; border: 1px solid #ddd;
 border-radius: 6px; font-size: .85rem; overflow-wrap: anywhere }} .card p {{ margin: .3rem 0 }}
-.wrong {{ border-left: 4px solid #b3372f }} .right {{ border-left: 4px solid #2f7d4f }} .matrix {{ max-width: 100% }}
+.wrong {{ border-left: 4px solid #b3372f }} .right {{ border-left: 4px solid #2f7d4f }} .matrix {{ max-width: 100%; vertical-align: top }}
 </style></head><body>
 <h1>EIVEN: {html.escape(title)}</h1>
 <p>{html.escape(metrics["sources"])}</p>

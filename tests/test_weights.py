@@ -132,3 +132,29 @@ def test_a_mapped_checkpoint_is_not_copied(tmp_path, tiny_config, tokenizer_file
         file.seek(8 + header + start)
         file.write(torch.tensor([7.0]).numpy().tobytes())
     assert model.norm.weight[0] == 7.0 and before[0] == 1.0
+
+
+def main():
+    """Print the table: what is wrong, and the message."""
+    import tempfile
+    from pathlib import Path
+
+    from conftest import train_tokenizer
+    from llama import LlamaConfig, Tokenizer
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenizer = train_tokenizer(Path(scratch) / "tokenizer.model")
+        sizes = LlamaConfig(Tokenizer(tokenizer).vocab_size, 32, 56, 3, 4, 2, 12, 1e-6)
+        print("| what is wrong | what is said |\n|---|---|")
+        for i, (what, shards, breaks, _) in enumerate(BROKEN):
+            folder = Path(scratch) / str(i) / "LLAMA"
+            write_llama(folder, sizes, tokenizer, torch.float32, shards)
+            breaks(folder)
+            try:
+                load_llama(folder)
+            except UserError as error:
+                said = str(error).replace(f"{folder.parent}/", "").replace("|", "\\|")
+                print(f"| {what} | {said} |")
+
+
+if __name__ == "__main__":
+    main()
