@@ -19,7 +19,7 @@ SPLITS = demo.make_splits()
 ROWS = [row for rows in SPLITS.values() for row in rows]
 
 
-def test_sizes_are_those_that_the_issue_asks_for():
+def test_sizes():
     for split, least in (("train", 150), ("val", 10), ("test", 20)):
         counts = Counter((row["attribute_names"], row["attribute_values"]) for row in SPLITS[split])
         assert set(counts) == set(demo.ALL_VALUES) and min(counts.values()) >= least

@@ -1,0 +1,172 @@
+"""The paper's ablations, run over seeds and set beside the paper's own rows:  python paper_tables.py
+
+    python paper_tables.py --labels 10 50 --seeds 0 1 2 --jobs 2        Tables 2, 3 and 5
+    python paper_tables.py --curve --labels 10 50 100 all               Table 1 / figure 4: the label curve alone
+    python paper_tables.py --dataset footwear --data ROOT --llama DIR --vit PATH --labels 50 100 --seeds 0
+
+Every row is a run of train.py with one or two flags changed.  What this command does not know goes to train.py as it
+is.  Runs that are done are not done again and broken ones are resumed, so it can be stopped at any time; whenever a run
+ends, the tables so far are written to RUNS/tables.md.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import console
+from console import Progress, UserError, write_text
+
+HERE = Path(__file__).resolve().parent
+BASE = ("--features", "single", "--lbc", "none")
+ROWS = {                                                # name of a configuration: flags that make it
+    "full": (),
+    "no-mgvf": ("--features", "single"),
+    "base": BASE,
+    "base-no-image": (*BASE, "--no-image"),
+    "base-no-text": (*BASE, "--no-text"),
+    "judge-first": ("--lbc", "judge_first"),
+    "better-instance": ("--lbc", "better_instance"),
+    "no-lbc": ("--lbc", "none"),
+    "base-mlp": (*BASE, "--adapter", "mlp"),
+    "base-mlp-linear": (*BASE, "--adapter", "mlp-linear"),
+    "no-image": ("--no-image",),
+    "no-text": ("--no-text",),
+}
+# (title, [(what the row is called, configuration, the paper's figures)], what the paper's figures are)
+TABLES = [
+    ("Table 2: components and modalities", "paper: General, 50 / 100 labels", [
+        ("EIVEN", "full", "57.31 / 64.98"),
+        ("- MGVF", "no-mgvf", "53.5 / 62.27"),
+        ("EIVEN-Base (no MGVF, no LBC)", "base", "47.85 / 59.30"),
+        ("Base - Image", "base-no-image", "37.20 / 49.40"),
+        ("Base - Text Context", "base-no-text", "11.96 / 18.28"),
+        ("EIVEN - Image", "no-image", "not given"),
+        ("EIVEN - Text Context", "no-text", "not given"),
+    ]),
+    ("Table 3: Learning-by-Comparison", "paper: General, 50 / 100 labels", [
+        ("LBC_Judge_Last", "full", "57.31 / 64.98"),
+        ("LBC_Judge_First", "judge-first", "54.97 / 64.71"),
+        ("LBC_Better_Instance", "better-instance", "53.02 / 63.51"),
+        ("w/o LBC (and, in the paper's figures, w/o MGVF)", "base", "47.85 / 59.30"),
+        ("w/o LBC, MGVF kept", "no-lbc", "not given"),
+    ]),
+    ("Table 5: adapters in EIVEN-Base", "paper: mean of Clothing and Footwear, 50 and 100 labels", [
+        ("RepAdapter", "base", "60.72"),
+        ("MLP-Adapter", "base-mlp", "63.51"),
+        ("MLP-Adapter-L", "base-mlp-linear", "58.87"),
+    ]),
+]
+CURVE = {"10": "32.27", "50": "57.31", "100": "64.98", "all": "76.31"}      # Table 1 and, for 50, Table 2: General
+
+
+def run_folder(runs, dataset, row, labels, seed):
+    return runs / f"{dataset}-{labels}-{row}-seed{seed}"
+
+
+def do_run(folder, flags, threads):
+    """One run of train.py, new or resumed; its output goes to the run's own log."""
+    command = [sys.executable, str(HERE / "train.py"), *flags, "--out", str(folder)]
+    if (folder / "config.json").exists():
+        command = [sys.executable, str(HERE / "train.py"), "--resume", str(folder)]
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "output.txt", "a", encoding="utf-8") as log:
+        code = subprocess.run(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": str(threads)}).returncode
+    if code:
+        said = (folder / "output.txt").read_text(encoding="utf-8").strip().splitlines()
+        raise UserError(f"a run ended with exit code {code}: {' '.join(command)}\n  it said: {said[-1] if said else 'nothing'}")
+
+
+def scores(runs, dataset, row, labels, seeds, split="test"):
+    """(micro-F1 of the runs that are done, products scored)."""
+    found, n = [], 0
+    for seed in seeds:
+        path = run_folder(runs, dataset, row, labels, seed) / ("val" if split == "val" else "") / "metrics.json"
+        if path.exists():
+            metrics = json.loads(path.read_text(encoding="utf-8"))
+            found.append(metrics["micro_f1"])
+            n = metrics["n"]
+    return found, n
+
+
+def cell(found):
+    """Mean and spread as text."""
+    if not found:
+        return "-"
+    spread = f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else ""
+    return f"{statistics.mean(found):.1f}{spread} ({len(found)})"
+
+
+def markdown(runs, dataset, labels, seeds, split="test"):
+    """The tables as far as the runs are done."""
+    n = max((scores(runs, dataset, row, count, seeds, split)[1] for row in ROWS for count in labels), default=0)
+    source = next((json.loads(p.read_text(encoding="utf-8"))["sources"] for p in sorted(runs.glob("*/metrics.json"))), "")
+    lines = [f"micro-F1 in per cent on the {split} split (n = {n}) of `{dataset}`: mean ± standard deviation over seeds "
+             f"(how many). {source}", ""]
+    for title, paper, rows in TABLES:
+        if not any(scores(runs, dataset, row, count, seeds, split)[0] for _, row, _ in rows[1:] for count in labels):
+            continue
+        lines += [f"**{title}**", "", "| | " + " | ".join(f"{count} labels" for count in labels) + f" | {paper} |",
+                  "|---|" + "---|" * (len(labels) + 1)]
+        for name, row, figures in rows:
+            cells = [cell(scores(runs, dataset, row, count, seeds, split)[0]) for count in labels]
+            lines.append(f"| {name} | {' | '.join(cells)} | {figures} |")
+        lines.append("")
+    curve = [count for count in CURVE if scores(runs, dataset, "full", count, seeds, split)[0]]
+    if curve:
+        lines += ["**Table 1 and figure 4: labels per value, EIVEN**", "", "| labels | here | paper, General |", "|---|---|---|"]
+        lines += [f"| {count} | {cell(scores(runs, dataset, 'full', count, seeds, split)[0])} | {CURVE[count]} |" for count in curve]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
+                                     epilog="Other flags go to train.py as they are.")
+    parser.add_argument("--dataset", default="general")
+    parser.add_argument("--labels", nargs="+", default=["10", "50"], metavar="N|all")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS), metavar="ROW",
+                        help=f"which configurations (default: all): {', '.join(ROWS)}")
+    parser.add_argument("--curve", action="store_true", help="the full method alone")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
+    parser.add_argument("--split", default="test", choices=("val", "test"), help="whose scores to print (default: test)")
+    parser.add_argument("--runs", type=Path, default=HERE / "runs" / "tables", help="folder of the runs")
+    args, passed_on = parser.parse_known_args()
+    for count in args.labels:
+        if count != "all" and not (count.isdigit() and int(count)):
+            parser.error(f"--labels {count}: a positive number or 'all'")
+    for flag in ("--out", "--seed", "--resume"):
+        if flag in passed_on:
+            parser.error(f"{flag}: is set for every run by this command")
+    threads = max(1, (os.cpu_count() or 1) // max(1, args.jobs))
+    plan = []                                           # seeds outermost: soon there is a whole table of one seed
+    for seed in args.seeds:
+        for count in args.labels:
+            for row in ["full"] if args.curve else args.rows:
+                plan.append((row, count, seed))
+    table = args.runs / ("tables.md" if args.split == "test" else f"tables-{args.split}.md")
+
+    def tables():
+        return markdown(args.runs, args.dataset, args.labels, args.seeds, args.split)
+
+    def one(task):
+        row, count, seed = task
+        folder = run_folder(args.runs, args.dataset, row, count, seed)
+        if not (folder / "metrics.json").exists():
+            do_run(folder, ["--dataset", args.dataset, "--labels", count, "--seed", str(seed), *ROWS[row], *passed_on], threads)
+
+    with Progress("runs", len(plan), "runs") as progress, ThreadPoolExecutor(max(1, args.jobs)) as workers:
+        for task, _ in zip(plan, workers.map(one, plan)):
+            progress.step(note="{}, {} labels, seed {}".format(*task))
+            write_text(table, tables())
+    print(tables())
+    print(f"written to {table}")
+
+
+if __name__ == "__main__":
+    console.run(main)
