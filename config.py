@@ -105,7 +105,8 @@ def add_flags(parser, names=None):
 
 def config_text(config, **more):
     """config.json's text: the flags, and what else must be known to repeat the run."""
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    # The last bits of sums depend on the number of threads, so it belongs to the record.
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "threads": torch.get_num_threads()}
     return json.dumps({**asdict(config), "versions": versions, **more}, indent=2, ensure_ascii=False) + "\n"
 
 
