@@ -222,17 +222,17 @@ class EIVEN(nn.Module):
 SHARD_BYTES = 5_000_000_000
 
 EXPORT_README = """\
-An EIVEN run, its adapters merged: an ordinary LLaMA (Hugging Face layout, attention_bias) and its projector.
+An EIVEN run, its adapters merged: an ordinary LLaMA (Hugging Face layout, attention_bias) and, if it saw photos, its
+projector.  Prompt: "Question: What is the {attribute} of this product?\\nContext: {title}, {category}\\nAnswer:"
 
     llama = transformers.AutoModelForCausalLM.from_pretrained(".", dtype="auto")
     p = safetensors.torch.load_file("projector.safetensors")     # cls: (K, V), the [cls] of ViT layers 3, 6, 9, 12
     linear = torch.nn.functional.linear
-    gate, down = (linear(cls, p[f"{n}.weight"], p[f"{n}.bias"]) for n in ("gate", "down"))
+    gate, down = [linear(cls, p[f"{n}.weight"], p[f"{n}.bias"]) for n in ("gate", "down")]
     image = linear(torch.nn.functional.silu(gate) * down, p["up.weight"], p["up.bias"])     # (K, D) image tokens
-    text = llama.get_input_embeddings()                          # ids: [bos], then the prompt's
+    text = llama.get_input_embeddings()                          # ids: the begin token, then the prompt's
     x = torch.cat([text(ids[:1]), image.to(llama.dtype), text(ids[1:])])
-    llama.generate(inputs_embeds=x[None], max_new_tokens=32)     # prompt: "Question: What is the {attribute} of
-                                                                 # this product?\\nContext: {title}, {category}\\nAnswer:"
+    llama.generate(inputs_embeds=x[None], max_new_tokens=32)
 """
 
 
