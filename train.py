@@ -8,6 +8,7 @@ import argparse
 import json
 import math
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -204,7 +205,12 @@ def main(argv=None):
     print(f"run folder: {run}")
 
     if not (run / "adapter.safetensors").exists():
-        train(model, features, products, config, run)
+        try:
+            train(model, features, products, config, run)
+        except KeyboardInterrupt:
+            print(f"\ninterrupted; at most {SAVE_EVERY} s of work are lost. Go on with: python train.py --resume {run}",
+                  file=sys.stderr)
+            raise SystemExit(130) from None
     else:
         model.load(run / "adapter.safetensors")
     evaluate(model, features, val, config, sources, "val", run / "val")
