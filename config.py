@@ -42,12 +42,20 @@ def not_negative(text):
     return value
 
 
+def seed(text):
+    value = int(text)
+    if not 0 <= value < 2 ** 63:
+        raise ValueError
+    return value
+
+
 def labels(text):
     """--labels: a positive number, or `all`, which is None."""
     return None if text == "all" else positive(int)(text)
 
 
 not_negative.__name__, labels.__name__ = "number of 0 or more", "positive int or 'all'"
+seed.__name__ = "int of 0 or more"
 
 
 def flag(default, help, **argparse_words):
@@ -77,7 +85,7 @@ class Config:
     micro_batch_size: int | None = flag(None, "examples held in memory at once (default: the whole batch)",
                                         type=positive(int), metavar="N")
     lr: float | None = flag(None, "peak learning rate (default: 9e-3 * batch size / 256)", type=positive(float), metavar="X")
-    seed: int = flag(0, "seed of everything random", type=int, metavar="N")
+    seed: int = flag(0, "seed of everything random", type=seed, metavar="N")
     device: str | None = flag(None, "cpu, cuda, cuda:1, … (default: a GPU if there is one)")
     dtype: str = flag("auto", "of the frozen weights; what is trained is always fp32",
                       choices=("auto", "fp32", "bf16", "fp16"))

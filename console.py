@@ -29,6 +29,9 @@ def run(main):
     except BrokenPipeError:                     # e.g. `| head`: the reader has left, nothing is wrong
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
+    except OSError as error:                    # a full disk, a folder that may not be written
+        print(f"{name}: error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 @contextmanager

@@ -74,7 +74,7 @@ def iterate_products(path, labelled=True):
     check_file(path, "a data set's TSV")
     csv.field_size_limit(1 << 24)
     needed = COLUMNS if labelled else COLUMNS[:-1]
-    with open(path, encoding="utf-8", newline="") as file:
+    with open(path, encoding="utf-8-sig", newline="") as file:
         lines = csv.reader(file, dialect="excel-tab", strict=True)
         try:
             header = next(lines, [])

@@ -20,7 +20,8 @@ import console
 import demo
 from config import add_flags, build_model, choose_device, describe, find_sources, read_run
 from console import Progress, UserError, whole_file, write_text
-from data import COLUMNS, Product, answer_ids, base_question, iterate_products, read_split, rows_of
+from data import (COLUMNS, Product, answer_ids, base_question, fingerprint, iterate_products, read_split, rows_of,
+                  sample_labels)
 from eiven import export
 from report import confusion_file, confusion_png, report_html
 
@@ -125,17 +126,18 @@ def write_predictions(path, answered):
     return n
 
 
-def evaluate(model, features, products, config, sources, split, folder, **how):
+def evaluate(model, features, products, config, sources, split, folder, merged=False, **how):
     """Answer the products of a split, score them, write the results into `folder`, print the table; the metrics.
 
-    how  temperature, top_p, values: as for `answer`
+    merged  whether the adapters were folded in (said in the results);  how  temperature, top_p, values: as for `answer`
     """
     start = time.monotonic()
     answers = answer(model, features, products, config, what=f"answering {split}", **how)
     metrics = score(products, answers)
     settings = {"temperature": 0.1, "top_p": 0.75, **{k: v for k, v in how.items() if k != "values"}}
     metrics.update(split=split, dataset=config.dataset, labels=config.labels or "all", seed=config.seed,
-                   constrained=how.get("values") is not None, sources=describe(config, sources),
+                   constrained=how.get("values") is not None, merged=merged, dtype=str(model.llama.embed_tokens.weight.dtype),
+                   sources=describe(config, sources),
                    seconds=round(time.monotonic() - start, 1), **settings)
     title = f"{config.dataset}, {split} split, {config.labels or 'all'} labels a value, seed {config.seed}"
     write_results(folder, title, products, answers, metrics, sources.data / "images" if config.image else None)
@@ -249,9 +251,15 @@ def main():
         parser.error("--temperature must be 0 or more, and --top-p above 0 and at most 1")
     if (args.input is None) != (args.output is None):
         parser.error("--input and --output go together")
+    if args.input and not args.input.is_file():
+        raise UserError(f"{args.input}: not found; --input is a TSV file of products")
+    if args.output and (args.output.is_dir() or args.output.resolve() == args.input.resolve()):
+        raise UserError(f"--output {args.output}: is a folder, or the input itself; name another file")
     one = args.image is not None or args.text is not None or args.attribute is not None
     if one and (args.attribute is None or args.input):
         parser.error("for one product, give --attribute and --image or --text, without --input")
+    if args.export and (one or args.input):
+        parser.error("--export does not answer: leave --input, --image, --text and --attribute out")
     if args.image and not Path(args.image).is_file():
         raise UserError(f"--image {args.image}: there is no such file")
 
@@ -272,11 +280,20 @@ def main():
     if args.input:
         return answer_file(model, features, config, raw, args)
     products = read_split(sources.data, config.dataset, args.split)
+    if args.split != "test":                            # as train.py does: few labels are few for validation, too
+        products = sample_labels(products, config.labels, config.seed)
+    if fingerprint(products) != raw["data_fingerprint"][args.split]:
+        raise UserError(f"{sources.data}: the {args.split} split is not the one that this run was started with; --data ROOT "
+                        "names another folder, and --input answers any file")
+    values = raw["values"] if args.constrain else None
+    unknown = sorted({p.attribute for p in products} - raw["values"].keys())
+    if args.constrain and unknown:
+        raise UserError(f"--constrain knows no values of {', '.join(unknown[:5])}: training had no label of it")
     if features:
         prepare_photos(features, products, config, sources)
     evaluate(model, features, products, config, sources, args.split,
              args.run if args.split == "test" else args.run / args.split,
-             temperature=args.temperature, top_p=args.top_p, values=raw["values"] if args.constrain else None)
+             merged=args.merge, temperature=args.temperature, top_p=args.top_p, values=values)
 
 
 if __name__ == "__main__":

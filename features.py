@@ -60,7 +60,7 @@ class PhotoFeatures:
         absent = [name for name in names if not name or not (self.images / name).is_file()]
         if absent:
             raise UserError(f"{len(absent):,} of {len(names):,} photos are not in {self.images}, e.g. "
-                            f"{', '.join(repr(name) for name in absent[:3])}. Download them (see README), or leave "
+                            f"{', '.join(repr(name) for name in absent[:3])}. Download them (see DATA.md), or leave "
                             "photos out with --no-image")
         with Progress("photo features", len(names), "photos") as progress:
             batch = []

@@ -55,6 +55,8 @@ def read_config(path):
         refuse(f"model_type is {raw.get('model_type')!r}", "only 'llama' is")
     rope = raw.get("rope_parameters") or {}             # newer transformers keep the rotary settings in here
     for scaling in (raw.get("rope_scaling") or {}, rope):
+        if not isinstance(scaling, dict):
+            refuse(f"rope scaling {scaling!r}", "only plain rotary positions are")
         kind = scaling.get("rope_type", scaling.get("type", "default"))
         if kind != "default":
             refuse(f"rope scaling {kind!r}", "only plain rotary positions are")
@@ -80,6 +82,9 @@ def read_config(path):
         )
     except KeyError as error:
         raise UserError(f"{path}: has no {error}; a LLaMA's config.json gives it") from None
+    except (TypeError, ZeroDivisionError):
+        raise UserError(f"{path}: hidden_size and num_attention_heads must be positive numbers, but are "
+                        f"{raw['hidden_size']!r} and {raw['num_attention_heads']!r}") from None
     sizes = {k: v for k, v in vars(config).items() if k not in ("attention_bias", "tie_word_embeddings")}
     wrong = {k: v for k, v in sizes.items() if isinstance(v, bool) or not isinstance(v, (int, float)) or v <= 0}
     if wrong:
@@ -443,7 +448,7 @@ def load_llama(folder, dtype=None, device="cpu"):
         tensors.update(shard)
     shard = None                                        # `fill` lets go of each tensor that it converts
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
-    if config.tie_word_embeddings and "lm_head.weight" in tensors:
+    if config.tie_word_embeddings and {"lm_head.weight", "model.embed_tokens.weight"} <= tensors.keys():
         if not torch.equal(tensors.pop("lm_head.weight"), tensors["model.embed_tokens.weight"]):
             raise UserError(f"{folder}: config.json ties lm_head to the embeddings, but lm_head.weight differs")
     with torch.device("meta"):

@@ -79,13 +79,14 @@ def report_html(title, products, answers, metrics, images=None):
                 + ("" if right else f"<p>gold: {html.escape(product.value)}</p>") + "</div>")
 
     judged = [(p, a, probability) for p, (a, probability) in zip(products, answers)]
-    wrong = [card(*j) for j in judged if j[1] != j[0].value][:EXAMPLES]
-    right = [card(*j) for j in judged if j[1] == j[0].value][:EXAMPLES]
+    wrong = [card(*j) for j in [j for j in judged if j[1] != j[0].value][:EXAMPLES]]
+    right = [card(*j) for j in [j for j in judged if j[1] == j[0].value][:EXAMPLES]]
     rows = "".join(cells(name, m) for name, m in metrics["attributes"].items())
     matrices = "".join(f"<img class='matrix' alt='confusion matrix: {html.escape(attribute)}' "
                        f"src='{confusion_file(attribute)}'>" for attribute in metrics["attributes"])
     how = (f"temperature {metrics['temperature']}, top-p {metrics['top_p']}"
-           + (", only known values allowed" if metrics["constrained"] else ""))
+           + (", only known values allowed" if metrics["constrained"] else "")
+           + (", adapters merged" if metrics["merged"] else ""))
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>EIVEN: {html.escape(title)}</title>

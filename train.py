@@ -44,7 +44,7 @@ def train_step(model, optimizer, scaler, examples, features, config):
     """One step of the optimizer on the examples of a batch; (loss, real tokens).
 
     The batch may be cut into micro-batches that fit in memory: the gradient is that of the whole.
-    FloatingPointError, and no step, where the loss is not finite.
+    FloatingPointError, and no step, where the loss or a gradient is not finite.
     """
     optimizer.zero_grad(set_to_none=True)
     size = config.micro_batch_size or len(examples)
@@ -56,8 +56,10 @@ def train_step(model, optimizer, scaler, examples, features, config):
         scaler.scale(loss).backward()
         total += loss.item()
         tokens += sum(len(row.prompt) + len(row.answer) for row in rows)
-    if not math.isfinite(total):
-        raise FloatingPointError(total)
+    # fp16's scaler meets infinite gradients now and then, and leaves out their step by itself.
+    fine = scaler.is_enabled() or all(p.grad.isfinite().all() for p in model.trained().values() if p.grad is not None)
+    if not math.isfinite(total) or not fine:
+        raise FloatingPointError(total if not math.isfinite(total) else f"{total}, but its gradients are not finite,")
     scaler.step(optimizer)
     scaler.update()
     return total, tokens
@@ -116,11 +118,11 @@ def train(model, features, products, config, run):
             try:
                 loss, tokens = train_step(model, optimizer, scaler, batch, features, config)
             except FloatingPointError as error:
-                save_state(state, model, optimizer, scaler, step)
+                save_state(state, model, optimizer, scaler, step)       # of finite values alone: see train_step
                 raise UserError(
                     f"the loss is {error} in step {step + 1}: epoch {epoch + 1}, examples {first + 1} to "
                     f"{first + len(batch)}, the first of them {batch[0].prompt[:160]!r}. The step was not taken, and the "
-                    f"state before it is in {state}; start again with a smaller --lr or with --dtype fp32") from None
+                    f"state before it is in {state}; start a new run with a smaller --lr or with --dtype fp32") from None
             log.write(json.dumps({"step": step + 1, "epoch": epoch + 1, "loss": round(loss, 6), "lr": lr,
                                   "tokens": tokens, "seconds": round(time.monotonic() - start, 2)}) + "\n")
             log.flush()
@@ -154,13 +156,17 @@ def run_folder(config):
         return run
     base = PROJECT / "runs" / f"{config.dataset}-{config.labels or 'all'}"
     number = 1
-    while (run := base.with_name(f"{base.name}-{number}")).exists():
-        number += 1
-    return run
+    while True:                                         # two runs that start together take two numbers
+        run = base.with_name(f"{base.name}-{number}")
+        try:
+            run.mkdir(parents=True)
+            return run
+        except FileExistsError:
+            number += 1
 
 
 def parse(argv=None):
-    """(Config, run folder, whether it is resumed) from the command line."""
+    """(Config, run folder or None for a new one, whether it is resumed) from the command line."""
     parser = argparse.ArgumentParser(description="Train EIVEN, then score it on the test split.", allow_abbrev=False)
     parser.add_argument("--resume", metavar="RUN", nargs="?", const=True,
                         help="go on with the run in this folder (or in --out), exactly as if it had never stopped")
@@ -168,17 +174,18 @@ def parse(argv=None):
     given = vars(parser.parse_args(argv))
     resume = given.pop("resume")
     if resume is None:
-        config = Config(**given)
-        return config, run_folder(config), False
+        return Config(**given), None, False
     if resume is True and "out" not in given:
         parser.error("--resume: name the run folder")
     run = Path(given.pop("out") if resume is True else resume)
+    if "out" in given:
+        parser.error("--resume RUN goes on in RUN: leave --out out")
     config, _ = read_run(run)
     movable = ("data", "llama", "vit", "device")        # a run may go on where its files have moved to
     for name, value in given.items():
         if name in movable:
             setattr(config, name, value)
-        elif name != "out" and value != getattr(config, name):
+        elif value != getattr(config, name):
             raise UserError(f"--resume {run}: the run has {name} = {getattr(config, name)}, but {value} is given; "
                             "a resumed run keeps its settings: leave the flag out")
     return config, run, True
@@ -186,6 +193,8 @@ def parse(argv=None):
 
 def main(argv=None):
     config, run, resumed = parse(argv)
+    if config.out and not resumed:
+        run = run_folder(config)                        # a folder that is taken is an error before any work
     sources = find_sources(config)
     print(describe(config, sources), flush=True)
 
@@ -201,6 +210,7 @@ def main(argv=None):
     if features:
         prepare_photos(features, products + val + test, config, sources)
     if not resumed:
+        run = run or run_folder(config)
         write_text(run / "config.json", config_text(config, values=values_of(products), data_fingerprint=data))
     print(f"run folder: {run}")
 

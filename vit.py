@@ -247,11 +247,11 @@ def load_vit(path, device="cpu"):
 
     Layouts: Hugging Face (a whole CLIP or the vision tower), OpenAI and open_clip (`visual.…`).
     Sizes come from the weights; the number of heads, which weights do not tell, from config.json where one stands
-    beside them, else it is V / 64 as in every ViT of CLIP.
+    beside them, else it is V / 64 as in every ViT of CLIP.  Nor do weights tell the activation: it is taken for
+    quick-GELU, OpenAI's, unless a config beside them says otherwise, which is refused.
     Errors: UserError for whatever is missing, broken, unsupported, or does not fit.
     """
     file = weight_file(path)
-    tensors = read_tensors(file)
     tensors = vision_tower(read_tensors(file), file)
     patch = tensors.get("embeddings.patch_embedding.weight")
     place = tensors.get("embeddings.position_embedding.weight")
@@ -260,9 +260,13 @@ def load_vit(path, device="cpu"):
         raise UserError(f"{file}: its patch embedding, position embedding or first layer is missing or misshapen")
     layers = {name.split(".")[2] for name in tensors if name.startswith("encoder.layers.")}
     settings = {}
+    open_clip = file.parent / "open_clip_config.json"
+    if open_clip.exists() and not (read_json(open_clip, "open_clip's config").get("model_cfg") or {}).get("quick_gelu"):
+        raise UserError(f"{open_clip}: quick_gelu is not set, so this ViT has the plain GELU, which is not supported; "
+                        "only CLIP's quick-GELU is (OpenAI's weights have it)")
     if (file.parent / "config.json").exists():
         settings = read_json(file.parent / "config.json", "CLIP's config")
-        settings = settings.get("vision_config", settings)
+        settings = settings.get("vision_config") or settings
         if settings.get("hidden_act", "quick_gelu") != "quick_gelu":
             raise UserError(f"{file.parent / 'config.json'}: hidden_act is {settings['hidden_act']!r}, which is not "
                             "supported; only CLIP's 'quick_gelu' is")

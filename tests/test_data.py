@@ -176,6 +176,10 @@ def test_what_does_not_fit_is_named_with_its_line(tmp_path, text, said):
     assert str(path) in str(error.value)
 
 
+def test_a_byte_order_mark_is_no_part_of_the_header(tmp_path):
+    assert len(read_products(tsv(tmp_path, HEADER + LINE, "utf-8-sig"))) == 1
+
+
 def test_other_encodings_are_refused(tmp_path):
     with pytest.raises(UserError, match="is not UTF-8"):
         read_products(tsv(tmp_path, HEADER + LINE.replace("Shoes", "Schuhe für"), "latin-1"))

@@ -59,7 +59,7 @@ def test_scores_are_micro_over_all_and_per_attribute():
 def test_what_is_written(tmp_path):
     products, answers = products_and_answers()
     metrics = score(products, answers)
-    metrics.update(sources="test", temperature=0.1, top_p=0.75, constrained=False, seconds=1.0)
+    metrics.update(sources="test", temperature=0.1, top_p=0.75, constrained=False, merged=False, seconds=1.0)
     write_results(tmp_path, "a title", products, answers, metrics)
     assert json.loads((tmp_path / "metrics.json").read_text())["attributes"]["Toe Style"]["n"] == 1
     with open(tmp_path / "predictions.tsv", newline="") as file:

@@ -176,6 +176,9 @@ def test_config_is_honoured(tmp_path, tiny_config):
     ({"mlp_bias": True}, "mlp_bias is True"),
     ({"quantization_config": {"bits": 4}}, "quantization_config"),
     ({"hidden_size": "big"}, "must be positive numbers"),
+    ({"rope_scaling": "linear"}, "rope scaling 'linear'"),
+    ({"num_attention_heads": 0, "head_dim": None}, "must be positive numbers, but are 32 and 0"),
+    ({"num_attention_heads": "32", "head_dim": None}, "must be positive numbers, but are 32 and '32'"),
     ({"num_key_value_heads": 3}, "must be a multiple of 3 key/value heads"),
 ])
 def test_what_is_not_supported_is_refused_by_name(tmp_path, tiny_config, more, said):

@@ -236,6 +236,7 @@ def fails(monkeypatch, capsys):
     (["--labels", "ten"], "invalid positive int or 'all' value: 'ten'"),
     (["--lr", "-1"], "argument --lr: invalid positive float value: '-1'"),
     (["--lr", "nan"], "argument --lr: invalid positive float value"),
+    (["--seed", "-1"], "argument --seed: invalid int of 0 or more value: '-1'"),
     (["--lbc", "judge"], "invalid choice: 'judge' (choose from"),
     (["--lbc-ratio", "-1"], "invalid number of 0 or more value"),
     (["--dataset", "boots"], "no data set 'boots'"),
@@ -269,6 +270,22 @@ def test_a_run_does_not_go_on_with_other_data(fails, run, flags, data_root, tmp_
     assert "is not what this run was started with" in fails("train.py", "--resume", run, "--data", tmp_path / "data")
 
 
+def test_a_run_is_not_scored_on_other_data(fails, run, data_root, tmp_path):
+    import shutil
+    shutil.copytree(data_root, tmp_path / "data")
+    lines = (tmp_path / "data" / "shoes" / "test.tsv").read_text().replace("Chelsea", "Combat")
+    (tmp_path / "data" / "shoes" / "test.tsv").write_text(lines)
+    assert "the test split is not the one that this run was started with" in fails(
+        "evaluate.py", run, "--data", tmp_path / "data")
+
+
+def test_val_is_scored_again_on_the_same_products(run, says, tmp_path):
+    import shutil
+    shutil.copytree(run, tmp_path / "run")
+    says("evaluate.py", tmp_path / "run", "--split", "val")
+    assert (tmp_path / "run" / "val" / "predictions.tsv").read_bytes() == (run / "val" / "predictions.tsv").read_bytes()
+
+
 def test_a_broken_state_is_named(fails, run, tmp_path):
     import shutil
     shutil.copytree(run, tmp_path / "run")
@@ -284,6 +301,8 @@ def test_a_broken_state_is_named(fails, run, tmp_path):
     (["--attribute", "Boot Style"], "this run was trained with images: give --image"),
     (["--image", "nowhere.jpg", "--attribute", "Boot Style"], "--image nowhere.jpg: there is no such file"),
     (["--text", "a shoe"], "give --attribute"),
+    (["--input", __file__, "--output", __file__], "is a folder, or the input itself"),
+    (["--export", "x", "--text", "a shoe", "--attribute", "Boot Style"], "--export does not answer"),
     (["--split", "dev"], "invalid choice: 'dev'"),
     (["--input", "nowhere.tsv", "--output", "x.tsv"], "nowhere.tsv: not found"),
 ])

@@ -153,6 +153,12 @@ def test_another_activation_is_refused(vit_dir, tmp_path):
         load_vit(tmp_path)
 
 
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "open_clip_config.json").write_text('{"model_cfg": {"embed_dim": 512}}')
+    with pytest.raises(UserError, match="quick_gelu is not set"):
+        load_vit(tmp_path)
+
+
 # ------------------------------------------------------------------------------------------------ preprocessing
 
 
