@@ -275,6 +275,7 @@ def main():
     if args.merge:
         model.merge_adapters()
     if one:
+        print(describe(config, sources), file=sys.stderr)       # stdout has the answer alone
         return answer_one(model, features, config, raw, args)
     print(describe(config, sources))
     if args.input:
