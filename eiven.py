@@ -14,6 +14,7 @@ One legend of shapes for the whole project:
 """
 
 import json
+import math
 import random
 import shutil
 from pathlib import Path
@@ -184,7 +185,7 @@ class EIVEN(nn.Module):
             layout = Layout(token, cache.length, each[:, None], each)
             h = self.llama(self.llama.embed(token), layout, None, cache)        # (live, D)
             cache.length = cache.length + 1
-        return [(answer, float(torch.tensor(p, dtype=torch.float64).exp())) for answer, p in zip(answers, log_p)]
+        return [(answer, math.exp(p)) for answer, p in zip(answers, log_p)]
 
     # ------------------------------------------------------------------------------------------------ merge, files
 

@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 import llama  # noqa: E402
-import vit  # noqa: E402
 from random_weights import write_llama, write_vit  # noqa: E402
 from test_llama import IDS, VARIANTS  # noqa: E402
 from test_vit import TINY  # noqa: E402

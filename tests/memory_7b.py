@@ -50,20 +50,16 @@ def main():
     state = 16 * trained                                # fp32: itself, its gradient, and AdamW's two moments
     print(f"frozen weights {frozen / GB:.2f} GB, {trained:,} trained parameters with gradient and moments {state / GB:.2f} GB, "
           f"context about {CONTEXT / GB:.0f} GB: {(GPU - frozen - state - CONTEXT) / GB:.2f} GB of {GPU / GB:.2f} GB are left")
+    again = 0                                           # with checkpoints, one layer is computed again and held in full
     for checkpointed in (False, True):
         model.llama.grad_checkpoint = checkpointed
-        few, many = held(model, 128), held(model, 1152)
-        per_token = (many - few) / 1024
-        if checkpointed:                                # one layer at a time is computed again and held in full
-            model.llama.grad_checkpoint = False
-            again = per_layer
-        else:
-            again, per_layer = 0, per_token / LLAMA_7B.num_hidden_layers
+        per_token = (held(model, 1152) - held(model, 128)) / 1024
         tokens = (GPU - frozen - state - CONTEXT) / (per_token + again)
         print(f"{'with' if checkpointed else 'without'} --grad-checkpoint: {per_token / 1e3:,.0f} kB held per token"
               f"{f', and {again / 1e3:,.0f} kB for the layer that is computed again' if again else ''}: "
               f"{tokens:,.0f} tokens, i.e. micro-batches of {tokens // 130:.0f} comparisons of 130 tokens or {tokens // 60:.0f} "
               f"base questions of 60")
+        again = per_token / LLAMA_7B.num_hidden_layers
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Broken checkpoints, made here, and the message that each gets.
 
-The table of README's "what a broken checkpoint says" is this list.
+WEIGHTS.md shows the table that `python tests/test_weights.py` prints of this list.
 """
 
 import json
