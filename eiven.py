@@ -26,7 +26,7 @@ from torch import nn
 
 from adapters import Adapter, merge
 from console import UserError, whole_file, write_text
-from llama import Cache, Layout, official_name, pack
+from llama import Cache, next_tokens, official_name, pack
 from weights import map_safetensors
 
 CLS_EVERY = 3                                           # a [cls] token after every third layer (section 4.1)
@@ -103,13 +103,11 @@ class EIVEN(nn.Module):
         """Logits (A, vocab) that predict the answer tokens of rows, one row after the other: figure 2, bottom to top."""
         X = [self.sequence(row, features) for row in rows]                      # [I', Q, C] as ids
         # R_t is predicted from [X, R_<t]: the last token of an answer is predicted, never read.
-        layout = pack([x + row.answer[:-1] for x, row in zip(X, rows)], self.device)
-        T = layout.rows.shape[1]
-        asked = torch.tensor([b * T + len(x) - 1 + t for b, (x, row) in enumerate(zip(X, rows))
-                              for t in range(len(row.answer))], device=self.device)     # (A,) who predicts R_t
+        answers = [len(row.answer) for row in rows]     # so many of a row's last tokens predict one of its answer
+        layout = pack([x + row.answer[:-1] for x, row in zip(X, rows)], answers, self.device)
 
         x = self.embed(layout.ids, features)            # (N, D)   text by LLaMA's table, photos by the projector
-        h = self.llama(x, layout, asked)                # (A, D)   logits are needed where answers are predicted
+        h = self.llama(x, layout)                       # (A, D)   logits are needed where answers are predicted
         return self.llama.logits(h)                     # (A, vocab)
 
     def sequence(self, row, features):
@@ -147,12 +145,10 @@ class EIVEN(nn.Module):
         seeds = seeds or [0] * B
         draws = [random.Random(seed) for seed in seeds]
         X = [self.sequence(row, features) for row in rows]
-        layout = pack(X, device)
-        length = torch.tensor([len(x) for x in X], device=device)
-        cache = Cache(self.llama.config, B, layout.rows.shape[1] + limit, self.llama.compute_dtype, device)
-        last = torch.arange(B, device=device) * layout.rows.shape[1] + length - 1
-        h = self.llama(self.embed(layout.ids, features), layout, last, cache)   # (B, D)
-        cache.length = length
+        layout = pack(X, [1] * B, device, groups=False)
+        cache = Cache(self.llama.config, B, max(map(len, X)) + limit, self.llama.compute_dtype, device)
+        h = self.llama(self.embed(layout.ids, features), layout, cache)         # (B, D)
+        cache.length = torch.tensor([len(x) for x in X], device=device)
 
         answers, log_p = [[] for _ in rows], [0.0] * B
         live, ended = list(range(B)), set()             # which row each line of the cache belongs to; which are done
@@ -181,9 +177,7 @@ class EIVEN(nn.Module):
             if 2 * len(going) <= len(live):             # rows that have ended leave the batch, when it pays
                 cache.keep(torch.tensor(going, device=device))
                 token, live = token[going], [live[i] for i in going]
-            each = torch.arange(len(live), device=device)
-            layout = Layout(token, cache.length, each[:, None], each)
-            h = self.llama(self.llama.embed(token), layout, None, cache)        # (live, D)
+            h = self.llama(self.llama.embed(token), next_tokens(token, cache.length), cache)     # (live, D)
             cache.length = cache.length + 1
         return [(answer, math.exp(p)) for answer, p in zip(answers, log_p)]
 

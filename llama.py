@@ -10,6 +10,9 @@ Shapes   B rows   T tokens of the longest row   N real tokens of all rows togeth
          D width   F feed-forward width   H query heads   G key/value heads   d width of a head
 """
 
+import itertools
+import math
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -130,59 +133,84 @@ class Tokenizer:
 class Layout:
     """Where the tokens of B rows lie in one matrix of N tokens that holds no padding.
 
-    Every product with a weight matrix runs on the (N, D) matrix; only attention needs rows, and gets them by index.
+    Every product with a weight matrix runs on the (N, D) matrix; only attention needs rows, and gets them by index,
+    rows of like length together: a short row among long ones would be padded to their length, squared.
     `pack` stores what several rows have in common at their start once: the hidden states there are the same.
 
     ids       (N,)    token ids
     position  (N,)    rotary positions: places in their rows
-    rows      (B, T)  which of the N tokens is row b's t-th; past a row's end it is 0, whose answer nobody reads
-    back      (N,)    where a token stands in `rows` flattened: b * T + t, in the first row that has it
+    rows      for each group of rows a table (b, T): which of the N tokens is row b's t-th; past a row's end it is 0,
+              whose answer nobody reads
+    back      (N,)    where a token stands in the flattened tables, one after the other, in one of the rows that have it
+    asked     the A tokens that answers are wanted for, (A,) of the N, row after row
+    ask       their own Layout, (b, A of the row) tables with the same rows in the same groups; None if all are asked
+    whole     whether the tokens are the beginnings of their rows, not some later ones alone
     """
 
     ids: torch.Tensor
     position: torch.Tensor
-    rows: torch.Tensor
+    rows: list
     back: torch.Tensor
+    asked: torch.Tensor = None
+    ask: "Layout" = None
+    whole: bool = True
 
     def to_rows(self, x):
-        """(N, ...) -> (B, T, ...)"""
+        """(N, ...) -> for each group (b, T, ...)"""
         # As a matrix: the gradient of index_select on more dimensions is several times slower.
-        return x.flatten(1).index_select(0, self.rows.view(-1)).view(*self.rows.shape, *x.shape[1:])
+        flat = x.flatten(1)
+        return [flat.index_select(0, table.view(-1)).view(*table.shape, *x.shape[1:]) for table in self.rows]
 
-    def to_tokens(self, x):
-        """(B, T, ...) -> (N, ...)"""
-        return x.flatten(0, 1).index_select(0, self.back)
-
-    def only(self, asked):
-        """The layout of the A tokens at the places asked (A,), each b * T + t, for the same rows."""
-        tokens = self.rows.view(-1)[asked]                          # (A,) which of the N they are
-        rows = torch.zeros_like(self.rows)
-        rows.view(-1)[asked] = torch.arange(len(asked), device=asked.device)
-        return tokens, Layout(self.ids[tokens], self.position[tokens], rows, asked)
+    def to_tokens(self, groups):
+        """For each group (b, T, D) -> (N, D)"""
+        return torch.cat([x.flatten(0, 1) for x in groups]).index_select(0, self.back)
 
 
-def pack(rows, device="cpu"):
+def pack(rows, asked=None, device="cpu", groups=True):
     """Layout of rows (lists of ids, any lengths), each token that rows share as a common beginning stored once.
 
+    asked   per row, for how many of its last tokens an answer is wanted; None: for all tokens
+    groups  whether attention may take rows of like length together (a cache needs them all in one)
     Sharing is exact: with causal attention a token's hidden state depends on itself and what stands before it,
     so equal beginnings have equal states.  Questions begin alike ("What is the Boot Style of"), and so do all
     candidates for one product's answer.
     """
-    longest = max(map(len, rows))
-    tokens = {}                                     # (token before it in the matrix, id) -> place in the matrix
-    ids, back, table = [], [], []
-    for b, row in enumerate(rows):
-        before, places = -1, []
+    known = {}                                      # (token before it in the matrix, id) -> place in the matrix
+    ids, position, places = [], [], []
+    for row in rows:
+        before, own = -1, []
         for t, token_id in enumerate(row):
-            place = tokens.setdefault((before, token_id), len(ids))
-            if place == len(ids):                   # not seen before
+            before = known.setdefault((before, token_id), len(ids))
+            if before == len(ids):                  # not seen before
                 ids.append(token_id)
-                back.append(b * longest + t)
-            places.append(place)
-            before = place
-        table.append(places + [0] * (longest - len(row)))
-    ids, back, table = (torch.tensor(x, device=device) for x in (ids, back, table))
-    return Layout(ids, back % longest, table, back)
+                position.append(t)
+            own.append(before)
+        places.append(own)
+    alike = defaultdict(list)                       # rows whose lengths differ by a factor of less than sqrt 2
+    for b, row in enumerate(rows):
+        alike[int(2 * math.log2(len(row))) if groups else 0].append(b)
+
+    def layout(ids, position, places):
+        tables, back, offset = [], [0] * len(ids), 0
+        for group in alike.values():
+            longest = max(len(places[b]) for b in group)
+            for i, b in enumerate(group):
+                for t, place in enumerate(places[b], start=offset + i * longest):
+                    back[place] = t
+            tables.append([places[b] + [0] * (longest - len(places[b])) for b in group])
+            offset += len(group) * longest
+        return Layout(*(torch.tensor(x, device=device) for x in (ids, position)),
+                      [torch.tensor(x, device=device) for x in tables], torch.tensor(back, device=device))
+
+    packed = layout(ids, position, places)
+    if asked is not None:
+        wanted = [place for own, n in zip(places, asked) for place in own[-n:]]
+        starts = itertools.accumulate(asked, initial=0)
+        packed.asked = torch.tensor(wanted, device=device)
+        packed.ask = layout([ids[p] for p in wanted], [position[p] for p in wanted],
+                            [list(range(start, start + n)) for start, n in zip(starts, asked)])
+        packed.ask.whole = False
+    return packed
 
 
 class Cache:
@@ -190,27 +218,30 @@ class Cache:
 
     keys, values  per layer (B, S, G, d), S places a row
     length        (B,) how many of them are filled, None in an empty cache.  The caller sets it after the beginnings
-                  are read, and counts it on after each token.
+                  are read, and counts it on after each token
+    longest       at most so many are filled in any row
     """
 
     def __init__(self, config, rows, places, dtype, device):
         shape = (rows, places, config.num_key_value_heads, config.head_dim)
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
-        self.length = None
+        self.length, self.longest = None, 0
 
     def put(self, layer, keys, values):
         """Store (B, T, G, d), the whole beginnings of rows, or once those are in, the next token of each (T = 1).
 
-        Returns what the new tokens can attend to, (B, T or S, G, d).
+        Returns what the new tokens can attend to: keys and values (B, T or as far as any row is filled, G, d).
         """
         if self.length is None:
-            T = keys.shape[1]
+            T = self.longest = keys.shape[1]
             self.keys[layer][:, :T], self.values[layer][:, :T] = keys, values
             return keys, values
         rows = torch.arange(len(keys), device=keys.device)
         self.keys[layer][rows, self.length], self.values[layer][rows, self.length] = keys[:, 0], values[:, 0]
-        return self.keys[layer], self.values[layer]
+        if layer == 0:
+            self.longest += 1
+        return self.keys[layer][:, :self.longest], self.values[layer][:, :self.longest]
 
     def keep(self, rows):
         """Go on with these rows (indices) alone; the others have ended."""
@@ -283,14 +314,44 @@ def rotary_table(position, head_dim, theta):
     return angle.cos()[:, None], angle.sin()[:, None]
 
 
-def rotate(x, cos, sin):
-    """Turn each pair of features by its angle: (N, heads, d) -> the same.
+class Rotate(torch.autograd.Function):
+    """Turn each pair of features by its angle: (N, heads, d) -> the same.  Its gradient is turned back.
 
     A pair is (i, i + d/2), the halves, as the rows of q_proj and k_proj in Hugging Face checkpoints are laid out
     (Meta's own files have (2i, 2i + 1)).
     """
-    a, b = x.float().chunk(2, dim=-1)                   # (N, heads, d/2) each
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+    @staticmethod
+    def turn(x, cos, sin):
+        a, b = x.float().chunk(2, dim=-1)               # (N, heads, d/2) each
+        out = torch.empty(x.shape, device=x.device)
+        left, right = out.chunk(2, dim=-1)
+        torch.mul(a, cos, out=left).addcmul_(b, sin, value=-1)      # in place: four passes over memory, not seven
+        torch.mul(b, cos, out=right).addcmul_(a, sin)
+        return out.to(x.dtype)
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.cos, ctx.sin = cos, sin
+        return Rotate.turn(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return Rotate.turn(grad, ctx.cos, -ctx.sin), None, None
+
+
+class Gated(torch.autograd.Function):
+    """silu(gate) * up, keeping its two inputs alone for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, grad):
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
 
 
 class Attention(nn.Module):
@@ -306,26 +367,28 @@ class Attention(nn.Module):
         self.o_proj = Linear(config.num_attention_heads * config.head_dim, D, bias)
 
     def keys_values(self, h, layout, table):
-        """(N, D) -> keys and values, each (B, T, G, d)"""
+        """(N, D) -> keys and values, for each group of rows (b, T, G, d)"""
         k = self.k_proj(h).unflatten(-1, (-1, self.head_dim))                   # (N, G, d)
         v = self.v_proj(h).unflatten(-1, (-1, self.head_dim))                   # (N, G, d)
-        return layout.to_rows(rotate(k, *table)), layout.to_rows(v)
+        return layout.to_rows(Rotate.apply(k, *table)), layout.to_rows(v)
 
-    def forward(self, h, keys, values, layout, table, length=None):
-        """The A tokens of `h` and `layout` ask keys and values (B, S, G, d) of their rows: (A, D) -> (A, D).
+    def forward(self, h, keys, values, layout, table):
+        """The tokens `h` of `layout` ask keys and values of their rows, (b, S, G, d) a group: (A, D) -> (A, D).
 
-        Causal: token t of a row attends to the places 0 to t.  No mask hides padding, because a row's padding stands
-        after its last token.  In decoding, the one token of a row stands at place `length` (B,) of S instead.
+        Causal: the token at a position attends to the places 0 to there.  No mask hides padding, because a row's
+        padding stands after its last token.
         """
         q = self.q_proj(h).unflatten(-1, (-1, self.head_dim))                   # (A, H, d)
-        q = layout.to_rows(rotate(q, *table))                                   # (B, T, H, d)
-        mask = None
-        if length is not None:
-            mask = torch.arange(keys.shape[1], device=h.device) <= length[:, None, None, None]      # (B, 1, 1, S)
-        out = F.scaled_dot_product_attention(                                   # softmax(q k / sqrt d) v, in fp32
-            q.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2),    # (B, H, T, d), (B, G, S, d) twice
-            attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[2] != keys.shape[2])
-        return self.o_proj(layout.to_tokens(out.transpose(1, 2)).flatten(1))    # (A, D)
+        out = []
+        for q, k, v, rows in zip(layout.to_rows(Rotate.apply(q, *table)), keys, values, layout.rows):
+            mask = None
+            if not layout.whole:
+                place = torch.arange(k.shape[1], device=h.device)               # (S,)
+                mask = place <= layout.position[rows][:, None, :, None]         # (b, 1, A of the row, S)
+            out.append(F.scaled_dot_product_attention(                          # softmax(q k / sqrt d) v, in fp32
+                q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),        # (b, H, T, d), (b, G, S, d) twice
+                attn_mask=mask, is_causal=layout.whole, enable_gqa=q.shape[2] != k.shape[2]).transpose(1, 2))
+        return self.o_proj(layout.to_tokens([o.flatten(2) for o in out]))       # (A, D)
 
 
 class MLP(nn.Module):
@@ -338,7 +401,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(Gated.apply(self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nn.Module):
@@ -352,20 +415,18 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, layout, table, asked=None, cache=None, layer=None):
-        """(N, D) -> (N, D), or (A, D) for the tokens at the places asked (A,): then nothing is done for others
-        but the keys and values that those attend to."""
+    def forward(self, x, layout, table, last=False, cache=None, layer=None):
+        """(N, D) -> (N, D).  In the last layer (A, D), for the tokens that are asked for alone: there nothing is
+        done for the others but the keys and values that those attend to."""
         h = self.adapter(self.input_layernorm(x))
         keys, values = self.self_attn.keys_values(h, layout, table)
-        length = None
         if cache is not None:
-            length = cache.length
-            keys, values = cache.put(layer, keys, values)
-        if asked is not None:                           # from here on, go on with the asked tokens alone
-            tokens, layout = layout.only(asked)
-            x, h = x.index_select(0, tokens), h.index_select(0, tokens)         # (A, D)
-            table = [part[tokens] for part in table]
-        x = x + self.self_attn(h, keys, values, layout, table, length)
+            keys, values = ([part] for part in cache.put(layer, *keys, *values))
+        if last and layout.ask is not None:             # from here on, go on with the asked tokens alone
+            x, h = x.index_select(0, layout.asked), h.index_select(0, layout.asked)     # (A, D)
+            table = [part[layout.asked] for part in table]
+            layout = layout.ask
+        x = x + self.self_attn(h, keys, values, layout, table)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -393,16 +454,16 @@ class LLaMA(nn.Module):
         """(N,) ids -> (N, D)"""
         return self.embed_tokens(ids).to(self.compute_dtype)
 
-    def forward(self, x, layout, asked=None, cache=None):
-        """Embeddings (N, D) -> final hidden states (A, D) of the tokens at the places `asked` (A,), or of all N.
+    def forward(self, x, layout, cache=None):
+        """Embeddings (N, D) -> final hidden states (A, D) of the tokens that the layout asks for, or of all N.
 
-        asked counts places as `Layout.back` does.  With a cache, the keys and values of x are stored in it, and x is
-        either the whole beginning of each row or one more token of each.
+        With a cache, the keys and values of x are stored in it, and x is either the whole beginning of each row or
+        one more token of each.
         """
         table = rotary_table(layout.position, self.config.head_dim, self.config.rope_theta)
         last = len(self.layers) - 1
         for layer, block in enumerate(self.layers):
-            arguments = x, layout, table, asked if layer == last else None, cache, layer
+            arguments = x, layout, table, layer == last, cache, layer
             if self.grad_checkpoint and torch.is_grad_enabled():
                 # Not re-entrant: the re-entrant kind gives adapters no gradient where x itself needs none.
                 x = checkpoint(block, *arguments, use_reentrant=False)
@@ -457,18 +518,21 @@ def load_llama(folder, dtype=None, device="cpu"):
     return llama.eval(), tokenizer
 
 
+def next_tokens(ids, position):
+    """Layout of one more token (B,) of each row of a cache, at its position (B,)."""
+    each = torch.arange(len(ids), device=ids.device)
+    return Layout(ids, position, [each[:, None]], each, whole=False)
+
+
 def greedy_continuation(llama, ids, n):
     """The n most probable next ids after `ids`, one at a time through the cache: LLaMA alone, for tests and eyes."""
     device = llama.embed_tokens.weight.device
     cache = Cache(llama.config, 1, len(ids) + n, llama.compute_dtype, device)
-    out = []
+    layout, out = pack([ids], [1], device, groups=False), []
     with torch.no_grad():
         while len(out) < n:
-            new = out[-1:] or ids
-            layout = pack([new], device)
-            if out:
-                layout.position = cache.length
-            h = llama(llama.embed(layout.ids), layout, torch.tensor([len(new) - 1], device=device), cache)
+            h = llama(llama.embed(layout.ids), layout, cache)
             cache.length = torch.tensor([len(ids) + len(out)], device=device)
             out.append(int(llama.logits(h).argmax()))
+            layout = next_tokens(torch.tensor(out[-1:], device=device), cache.length)
     return out

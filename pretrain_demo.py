@@ -371,7 +371,7 @@ def logits_of(llama, ids):
     """(B, T) ids -> (B, T, vocab), all rows padded to one length: nothing is shared, nothing frozen."""
     B, T = ids.shape
     each = torch.arange(B * T, device=ids.device)
-    layout = llama_file.Layout(ids.flatten(), each % T, each.view(B, T), each)
+    layout = llama_file.Layout(ids.flatten(), each % T, [each.view(B, T)], each)
     return F.linear(llama(llama.embed_tokens(layout.ids), layout), llama.lm_head.weight).view(B, T, -1)
 
 

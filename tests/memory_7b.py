@@ -34,11 +34,13 @@ def held(model, tokens, answer=8):
 
     with torch.device("meta"):
         places = torch.arange(tokens)
-        layout = Layout(places, places, places[None], places)
+        asked = places[-answer:]
+        layout = Layout(places, places, [places[None]], places, asked,
+                        Layout(asked, asked, [places[None, :answer]], places[:answer], whole=False))
         x = torch.empty(tokens, LLAMA_7B.hidden_size, dtype=torch.float16, requires_grad=True)     # image tokens learn
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            h = model.llama(x, layout, places[-answer:])
-            F.cross_entropy(model.llama.logits(h), places[-answer:])
+            h = model.llama(x, layout)
+            F.cross_entropy(model.llama.logits(h), asked)
     return sum(storage.nbytes() for storage in kept.values())
 
 

@@ -202,8 +202,8 @@ def test_cached_answers_are_those_of_full_passes(model, batch):
     for row, (ids, probability) in zip(rows, answers(model, rows, features, temperature=0)):
         x, log_p, expected = model.sequence(row, features), 0.0, []
         for _ in range(8):
-            layout = pack([x + expected])
-            h = model.llama(model.embed(layout.ids, features), layout, torch.tensor([len(x) + len(expected) - 1]))
+            layout = pack([x + expected], [1])
+            h = model.llama(model.embed(layout.ids, features), layout)
             log = model.llama.logits(h).log_softmax(-1)[0]
             log_p += log.max().item()
             if log.argmax() == model.tokenizer.eos_id:

@@ -18,10 +18,11 @@ GOLDEN = Path(__file__).parent / "golden"
 
 def full_logits(model, rows):
     """Logits (T, vocab) of each row, all rows in one pass."""
-    layout = pack(rows)
+    lengths = [len(row) for row in rows]
+    layout = pack(rows, lengths)
     with torch.no_grad():
-        h = layout.to_rows(model(model.embed(layout.ids), layout))
-        return [model.logits(h[b, :len(row)]) for b, row in enumerate(rows)]
+        h = model(model.embed(layout.ids), dataclasses.replace(layout, ask=None))
+        return model.logits(h[layout.asked]).split(lengths)
 
 
 VARIANTS = {
@@ -80,24 +81,28 @@ def test_batched_is_single_and_shared_beginnings_change_nothing(tiny):
 
 
 def test_layout_by_hand():
-    layout = pack([[7, 8], [7, 9, 9]])
-    assert layout.ids.tolist() == [7, 8, 9, 9]
-    assert layout.position.tolist() == [0, 1, 1, 2]
-    assert layout.rows.tolist() == [[0, 1, 0], [0, 2, 3]]
-    assert layout.back.tolist() == [0, 1, 4, 5]
-    x = torch.arange(4.0)[:, None]
-    assert layout.to_tokens(layout.to_rows(x)).equal(x)
+    layout = pack([[7, 8], [7, 9, 9], [7, 8, 3, 3, 3, 3]], asked=[1, 2, 3])
+    assert layout.ids.tolist() == [7, 8, 9, 9, 3, 3, 3, 3]
+    assert layout.position.tolist() == [0, 1, 1, 2, 2, 3, 4, 5]
+    assert [table.tolist() for table in layout.rows] == [[[0, 1]], [[0, 2, 3]], [[0, 1, 4, 5, 6, 7]]]
+    assert [table.tolist() for table in pack([[7, 8], [7, 9, 9]], groups=False).rows] == [[[0, 1, 0], [0, 2, 3]]]
+    assert layout.asked.tolist() == [1, 2, 3, 5, 6, 7]
+    assert layout.ask.position.tolist() == [1, 1, 2, 3, 4, 5]
+    assert [table.tolist() for table in layout.ask.rows] == [[[0]], [[1, 2]], [[3, 4, 5]]]
+    for some in (layout, layout.ask, pack([[7, 8], [7, 9, 9]], [2, 1], groups=False).ask):
+        x = torch.arange(2.0 * len(some.ids)).view(-1, 2)
+        assert some.to_tokens(some.to_rows(x)).equal(x)
 
 
 def test_asked_tokens_are_those_of_the_full_pass(tiny):
     model, _ = tiny
-    rows = [[5, 9, 17, 3], [5, 9, 60]]
-    layout = pack(rows)
-    asked = torch.tensor([0, 3, 4 + 2, 4 + 0])          # b * T + t, T = 4; the last one is shared with the first
+    rows = [[5, 9, 17, 3], [5, 9, 60], [5, 9, 17, 3, 8, 8, 8, 8, 8], [5, 9, 17, 3]]      # some of the asked are shared
+    every, some = pack(rows), pack(rows, [4, 1, 6, 2])
     with torch.no_grad():
-        x = model.embed(layout.ids)
-        full, some = model(x, layout), model(x, layout, asked)
-    torch.testing.assert_close(some, full[layout.rows.view(-1)[asked]], rtol=1e-5, atol=1e-5)
+        full = model(model.embed(every.ids), every)
+        asked = model(model.embed(some.ids), some)
+    assert len(asked) == 4 + 1 + 6 + 2
+    torch.testing.assert_close(asked, full[some.asked], rtol=1e-5, atol=1e-5)
 
 
 def test_cached_is_full_at_every_step(tiny):
@@ -106,20 +111,18 @@ def test_cached_is_full_at_every_step(tiny):
     rows = [[5, 9, 17, 3], [8, 2], [44, 45, 46, 47, 48, 49]]
     more = [[10, 11, 12], [20, 21, 22], [30, 31, 32]]
     full = full_logits(model, [row + tail for row, tail in zip(rows, more)])
-    layout = pack(rows)
-    T = layout.rows.shape[1]
-    length = torch.tensor([len(row) for row in rows])
-    cache = Cache(model.config, len(rows), T + 3, torch.float32, "cpu")
+    layout = pack(rows, [1, 1, 1], groups=False)
+    cache = Cache(model.config, len(rows), 6 + 3, torch.float32, "cpu")
     with torch.no_grad():
-        h = model(model.embed(layout.ids), layout, torch.arange(3) * T + length - 1, cache)
-        cache.length = length
+        h = model(model.embed(layout.ids), layout, cache)
+        cache.length = torch.tensor([len(row) for row in rows])
         for step in range(4):
             for b, row in enumerate(rows):
                 torch.testing.assert_close(model.logits(h)[b], full[b][len(row) - 1 + step], rtol=1e-5, atol=1e-5)
             if step == 3:
                 break
-            ids, each = torch.tensor([tail[step] for tail in more]), torch.arange(3)
-            h = model(model.embed(ids), llama.Layout(ids, cache.length, each[:, None], each), None, cache)
+            ids = torch.tensor([tail[step] for tail in more])
+            h = model(model.embed(ids), llama.next_tokens(ids, cache.length), cache)
             cache.length = cache.length + 1
 
 
