@@ -82,8 +82,8 @@ class Progress:
                 progress.step()
 
     total  how many units there are, or None where nobody knows; done: units finished before this start (resume).
-    A log gets its first line after 5 s, and then one whenever a tenth of the time so far has passed again,
-    at least once in 30 s.  Everything goes to stderr: stdout is for results.
+    What is done within a second prints nothing.  A log gets its first line after 5 s, and then one whenever a tenth of
+    the time so far has passed again, at least once in 30 s.  Everything goes to stderr: stdout is for results.
     """
 
     def __init__(self, what, total=None, unit="", done=0):
@@ -94,7 +94,8 @@ class Progress:
 
     def __enter__(self):
         self.start = time.monotonic()
-        self.next_print = self.start + (0 if self.terminal else 5)
+        self.patience = 1 if self.terminal else 5       # what is done sooner needs no line
+        self.next_print = self.start + self.patience
         return self
 
     def step(self, n=1, note=None):
@@ -108,7 +109,9 @@ class Progress:
             self.next_print = now + (0.1 if self.terminal else min(30, max(5, (now - self.start) / 10)))
 
     def __exit__(self, kind, value, traceback):
-        if kind is None and (self.terminal or time.monotonic() - self.start >= 5):
+        if time.monotonic() - self.start < self.patience:
+            return False
+        if kind is None:
             self._print(time.monotonic(), last=True)
         elif self.terminal:
             print(file=sys.stderr)              # leave the unfinished line standing

@@ -4,17 +4,20 @@ A data set is a folder ROOT/NAME/ with train.tsv, val.tsv and test.tsv, and phot
 Nothing here knows of models: a tokenizer is anything with `encode` and `eos_id`.
 """
 
+import codecs
 import csv
 import hashlib
 import random
+from array import array
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from console import UserError
+from console import Progress, UserError
 from weights import check_file
 
 COLUMNS = ("id", "images", "category", "texts", "attribute_names", "attribute_values")
@@ -57,51 +60,95 @@ class Row(NamedTuple):
 # ------------------------------------------------------------------------------------------------ reading, sampling
 
 
-def read_products(path, labelled=True):
-    """The products of a TSV file, in its order, as a list; UserError as `iterate_products`, or if there are none."""
-    products = list(iterate_products(path, labelled))
-    if not products:
-        raise UserError(f"{path}: has a header but no products")
-    return products
+class Products(Sequence):
+    """The products of a TSV file, in its order, read from it whenever they are asked for: memory holds where each line
+    starts, not its texts, so a million products cost as little as a thousand.
 
-
-def iterate_products(path, labelled=True):
-    """The products of a TSV file, one at a time.  UserError with file and line for what does not fit.
-
+    Every line is read once at the start.  UserError with file and line for what does not fit, or if there are none.
     labelled  whether every line must have a value; without, a missing or empty value is ""
     """
-    path = Path(path)
-    check_file(path, "a data set's TSV")
-    csv.field_size_limit(1 << 24)
-    needed = COLUMNS if labelled else COLUMNS[:-1]
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        lines = csv.reader(file, dialect="excel-tab", strict=True)
+
+    def __init__(self, path, labelled=True):
+        self.path, self.labelled = Path(path), labelled
+        check_file(self.path, "a data set's TSV")
+        csv.field_size_limit(1 << 24)
+        self.file = open(self.path, "rb")
+        needed = COLUMNS if labelled else COLUMNS[:-1]
+        lines = Lines(self.file, self.path)
+        self.header = next(lines.cells, [])
+        absent = [name for name in needed if name not in self.header]
+        if absent:
+            raise UserError(f"{self.path}, line 1: the header lacks {', '.join(absent)}; it must name the columns "
+                            f"{' '.join(needed)}, separated by tabs")
+        self.needed = [name for name in ("id", "attribute_names", "attribute_values") if name in needed]
+        self.place = {name: self.header.index(name) for name in COLUMNS if name in self.header}
+        self.starts = array("q")                        # of each product's line, in bytes
+        self.first = start = lines.end
+        with Progress(f"reading {self.path.name}", unit="products") as progress:
+            for cells in lines.cells:
+                if cells:
+                    self.product(cells, lines.where)
+                    self.starts.append(start)
+                    progress.step()
+                start = lines.end
+        if not self.starts:
+            raise UserError(f"{self.path}: has a header but no products")
+
+    def product(self, cells, where):
+        """The Product of a line's cells."""
+        if len(cells) != len(self.header):
+            raise UserError(f"{where()}: has {len(cells)} columns, the header {len(self.header)}; "
+                            "cells with a tab, a newline or a quote in them must be quoted")
+        cell = {name: " ".join(cells[i].split()) for name, i in self.place.items()}
+        empty = [name for name in self.needed if not cell[name]]
+        if empty:
+            raise UserError(f"{where()}: {empty[0]} is empty")
+        return Product(cell["id"], cell["images"], cell["category"], cell["texts"].removeprefix("[Title]").strip(),
+                       cell["attribute_names"], cell.get("attribute_values", ""))
+
+    def __len__(self):
+        return len(self.starts)
+
+    def __iter__(self):
+        with open(self.path, "rb") as file:             # of its own: two loops may run at the same time
+            file.seek(self.first)
+            lines = Lines(file, self.path)
+            yield from (self.product(cells, lines.where) for cells in lines.cells if cells)
+
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            return [self[k] for k in range(*i.indices(len(self)))]
+        self.file.seek(self.starts[i])
+        lines = Lines(self.file, self.path)
+        return self.product(next(lines.cells), lines.where)
+
+
+class Lines:
+    """An open TSV file from where it stands: `cells`, the cells line by line, and `end`, where the last of them ended."""
+
+    def __init__(self, file, path):
+        self.file, self.path, self.end = file, path, file.tell()
+        self.reader = csv.reader(self.text(), dialect="excel-tab", strict=True)
+        self.cells = self.read()
+
+    def text(self):
+        for line in iter(self.file.readline, b""):
+            if self.end == 0:
+                line = line.removeprefix(codecs.BOM_UTF8)
+            self.end = self.file.tell()
+            yield line.decode("utf-8")
+
+    def read(self):
         try:
-            header = next(lines, [])
-            absent = [name for name in needed if name not in header]
-            if absent:
-                raise UserError(f"{path}, line 1: the header lacks {', '.join(absent)}; it must name the columns "
-                                f"{' '.join(needed)}, separated by tabs")
-            place = {name: header.index(name) for name in COLUMNS if name in header}
-            for cells in lines:
-                if not cells:
-                    continue
-                where = f"{path}, line {lines.line_num}"
-                if len(cells) != len(header):
-                    raise UserError(f"{where}: has {len(cells)} columns, the header {len(header)}; "
-                                    "cells with a tab, a newline or a quote in them must be quoted")
-                cell = {name: " ".join(cells[i].split()) for name, i in place.items()}
-                empty = [n for n in ("id", "attribute_names", "attribute_values") if n in needed and not cell.get(n)]
-                if empty:
-                    raise UserError(f"{where}: {empty[0]} is empty")
-                yield Product(cell["id"], cell["images"], cell["category"],
-                              cell["texts"].removeprefix("[Title]").strip(),
-                              cell["attribute_names"], cell.get("attribute_values", ""))
+            yield from self.reader
         except UnicodeDecodeError as error:
-            raise UserError(f"{path}, after line {lines.line_num}: is not UTF-8 text ({error.reason})") from None
+            raise UserError(f"{self.path}, after line {self.reader.line_num}: is not UTF-8 text ({error.reason})") from None
         except csv.Error as error:
-            raise UserError(f"{path}, line {lines.line_num}: is not a readable TSV ({error}); "
+            raise UserError(f"{self.where()}: is not a readable TSV ({error}); "
                             "cells with a quote in them must be quoted as Python's csv module does it") from None
+
+    def where(self):
+        return f"{self.path}, line {self.reader.line_num}"
 
 
 def read_split(root, dataset, split):
@@ -111,14 +158,16 @@ def read_split(root, dataset, split):
         known = sorted(p.parent.name for p in Path(root).glob("*/train.tsv"))
         raise UserError(f"there is no data set {dataset!r} in {root}: it holds {', '.join(known) or 'none'}. "
                         "A data set is a folder with train.tsv, val.tsv and test.tsv (see README)")
-    return read_products(folder / f"{split}.tsv")
+    return Products(folder / f"{split}.tsv")
 
 
 def values_of(products):
     """{attribute: its values, sorted}: the answers that a data set knows."""
     found = defaultdict(set)
-    for product in products:
-        found[product.attribute].add(product.value)
+    with Progress("values", len(products), "products") as progress:
+        for product in products:
+            found[product.attribute].add(product.value)
+            progress.step()
     return {attribute: sorted(values) for attribute, values in sorted(found.items())}
 
 
@@ -142,8 +191,10 @@ def sample_labels(products, labels, seed):
 def fingerprint(products):
     """A short hash of products and their order, so that a run can tell that its data changed."""
     digest = hashlib.sha256()
-    for p in products:
-        digest.update("\t".join((p.id, p.image, p.category, p.title, p.attribute, p.value)).encode() + b"\n")
+    with Progress("fingerprint", len(products), "products") as progress:
+        for p in products:
+            digest.update("\t".join((p.id, p.image, p.category, p.title, p.attribute, p.value)).encode() + b"\n")
+            progress.step()
     return digest.hexdigest()[:16]
 
 
@@ -193,30 +244,35 @@ class Epoch:
 
     def __init__(self, products, seed, number, strategy="judge_last", ratio=1.0, text=True):
         self.products, self.seed, self.number, self.strategy, self.text = products, seed, number, strategy, text
-        self.peers = defaultdict(list)                  # attribute -> products that have it
-        for i, product in enumerate(products):
-            self.peers[product.attribute].append(i)
-        self.place = {i: k for same in self.peers.values() for k, i in enumerate(same)}
+        known = {}                                      # attribute -> its number
+        numbers = (known.setdefault(p.attribute, len(known)) for p in products)
+        self.attribute = np.fromiter(numbers, np.int32, len(products))
+        count = np.bincount(self.attribute)
+        self.peers = np.split(np.argsort(self.attribute, kind="stable"), np.cumsum(count)[:-1])    # for each attribute
+        self.place = np.empty(len(products), np.int64)  # of a product among its peers
+        for same in self.peers:
+            self.place[same] = np.arange(len(same))
         draw = np.random.default_rng([seed, number])
-        lonely = {i for same in self.peers.values() if len(same) == 1 for i in same}    # nothing to compare with
-        compared = [] if strategy == "none" else [i for i in draw.permutation(len(products)).tolist() if i not in lonely]
-        wanted = round(ratio * len(compared))
-        plan = [(i, None) for i in range(len(products))]
-        plan += [(compared[n % len(compared)], n // len(compared)) for n in range(wanted)]
-        self.plan = [plan[i] for i in draw.permutation(len(plan)).tolist()]
+        self.compared = np.empty(0, np.int64)
+        if strategy != "none":
+            shuffled = draw.permutation(len(products))
+            self.compared = shuffled[count[self.attribute[shuffled]] > 1]       # without those that have no peer
+        self.plan = draw.permutation(len(products) + round(ratio * len(self.compared)))
 
     def __len__(self):
         return len(self.plan)
 
     def __getitem__(self, n):
-        i, repeat = self.plan[n]
+        planned = int(self.plan[n])
+        if planned < len(self.products):
+            return base_question(self.products[planned], self.text)
+        repeat, k = divmod(planned - len(self.products), len(self.compared))
+        i = int(self.compared[k])
         product = self.products[i]
-        if repeat is None:
-            return base_question(product, self.text)
         draw = random.Random(f"partner {self.seed} {self.number} {product.id} {product.attribute} {repeat}")
-        peers = self.peers[product.attribute]
+        peers = self.peers[self.attribute[i]]
         k = draw.randrange(len(peers) - 1)              # uniform among the others
-        partner = self.products[peers[k + (k >= self.place[i])]]
+        partner = self.products[int(peers[k + (k >= self.place[i])])]
         return comparison(product, partner, self.strategy, self.text, ask_first=draw.random() < 0.5)
 
 

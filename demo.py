@@ -18,6 +18,7 @@ What the world knows stands in the tables below; titles, photos and the prose of
 import csv
 import io
 import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ from drawing import draw
 HERE = Path(__file__).resolve().parent
 LLAMA, VIT = HERE / "demo" / "llama", HERE / "demo" / "vit"     # the small backbones
 ROOT = HERE / "cache" / "demo"                                  # where texts and photos are written
+NAME = re.compile(r"DEMO\d{5}\.jpg")                            # of a photo
 VERSION = "1"                                                   # another number: an older cache is written anew
 SPLITS = {"train": 160, "val": 20, "test": 25}                  # products a value
 WAYS = {"picture": 0.45, "text": 0.20, "both": 0.35}            # how a value is implicit, and how often
@@ -184,9 +186,9 @@ def write_dataset():
 
 
 def draw_photos(root, names):
-    """Draw those of the photos `names` ("DEMO00012.jpg", ...) that are not in root/images yet."""
+    """Draw those of the photos `names` that are the demo world's ("DEMO00012.jpg", ...) and not in root/images yet."""
     folder = Path(root) / "images"
-    absent = sorted({name for name in names if not (folder / name).exists()})
+    absent = sorted({name for name in names if NAME.fullmatch(name) and not (folder / name).exists()})
     with Progress("drawing", total=len(absent), unit="photos") as progress:
         for name in absent:
             with whole_file(folder / name) as partial:

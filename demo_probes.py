@@ -69,7 +69,7 @@ def probe(run):
     model, features, config, sources, _ = load_run(run, {})
     known = sample_labels(read_split(sources.data, config.dataset, "train"), config.labels, config.seed)
     test = read_split(sources.data, config.dataset, "test")
-    prepare_photos(features, known + test, config, sources)
+    prepare_photos(features, [known, test], config, sources)
 
     def f1(values):
         return score(test, [(value, 1.0) for value in values])["micro_f1"]

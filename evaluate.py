@@ -7,7 +7,6 @@
 
 import argparse
 import csv
-import itertools
 import json
 import sys
 import time
@@ -20,13 +19,13 @@ import console
 import demo
 from config import add_flags, build_model, choose_device, describe, find_sources, read_run
 from console import Progress, UserError, whole_file, write_text
-from data import (COLUMNS, Product, answer_ids, base_question, fingerprint, iterate_products, read_split, rows_of,
+from data import (COLUMNS, Product, Products, answer_ids, base_question, fingerprint, read_split, rows_of,
                   sample_labels)
 from eiven import export
 from report import confusion_file, confusion_png, report_html
 
 ANSWER_BATCH = 64                                       # products answered together
-FILE_CHUNK = 4096                                       # products of a file in memory together
+SORTED_TOGETHER = 4096                                  # products in memory as rows, and answered in order of length
 
 
 # ------------------------------------------------------------------------------------------------ answering
@@ -38,25 +37,25 @@ def answer(model, features, products, config, temperature=0.1, top_p=0.75, value
     values  {attribute: allowed answers} to choose from, or None for free text.  The answers do not depend on how
     products are batched: they are sorted by length only to save work, and each draws from a generator of its own.
     """
-    rows, photos = rows_of([base_question(p, config.text) for p in products], model.tokenizer, config.image)
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt))
-    answers = [None] * len(rows)
-    with Progress(what, len(rows), "products") as progress:
-        for start in range(0, len(order), ANSWER_BATCH):
-            batch = order[start:start + ANSWER_BATCH]
-            names = list(dict.fromkeys(photos[p] for i in batch for p in rows[i].photos))
-            place = {name: k for k, name in enumerate(names)}
-            batch_rows = [rows[i]._replace(photos=tuple(place[photos[p]] for p in rows[i].photos)) for i in batch]
-            found = model.generate(
-                batch_rows,
-                features.read(names, model.device) if features else None,
-                [f"answer {config.seed} {products[i].id} {products[i].attribute}" for i in batch],
-                temperature, top_p,
-                allowed=values and [[answer_ids(v, model.tokenizer) for v in values[products[i].attribute]]
-                                    for i in batch])
-            for i, (ids, probability) in zip(batch, found):
-                answers[i] = model.tokenizer.decode(ids).strip(), probability
-            progress.step(len(batch))
+    answers = [None] * len(products)
+    with Progress(what, len(products), "products") as progress:
+        for first in range(0, len(products), SORTED_TOGETHER):
+            some = products[first:first + SORTED_TOGETHER]
+            rows, photos = rows_of([base_question(p, config.text) for p in some], model.tokenizer, config.image)
+            order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt))
+            for start in range(0, len(order), ANSWER_BATCH):
+                batch = order[start:start + ANSWER_BATCH]
+                names = list(dict.fromkeys(photos[p] for i in batch for p in rows[i].photos))
+                place = {name: k for k, name in enumerate(names)}
+                found = model.generate(
+                    [rows[i]._replace(photos=tuple(place[photos[p]] for p in rows[i].photos)) for i in batch],
+                    features.read(names, model.device) if features else None,
+                    [f"answer {config.seed} {some[i].id} {some[i].attribute}" for i in batch],
+                    temperature, top_p,
+                    allowed=values and [[answer_ids(v, model.tokenizer) for v in values[some[i].attribute]] for i in batch])
+                for i, (ids, probability) in zip(batch, found):
+                    answers[first + i] = model.tokenizer.decode(ids).strip(), probability
+                progress.step(len(batch))
     return answers
 
 
@@ -116,14 +115,12 @@ def write_results(folder, title, products, answers, metrics, images=None):
 
 
 def write_predictions(path, answered):
-    """Products and their answers as TSV: the data set's columns, then prediction and probability.  How many."""
-    n = 0
+    """Products and their answers as TSV: the data set's columns, then prediction and probability."""
     with whole_file(path) as partial, open(partial, "w", encoding="utf-8", newline="") as file:
         lines = csv.writer(file, dialect="excel-tab", lineterminator="\n")
         lines.writerow([*COLUMNS, "prediction", "probability"])
-        for n, (p, (prediction, probability)) in enumerate(answered, start=1):
+        for p, (prediction, probability) in answered:
             lines.writerow([p.id, p.image, p.category, p.title, p.attribute, p.value, prediction, f"{probability:.4f}"])
-    return n
 
 
 def evaluate(model, features, products, config, sources, split, folder, merged=False, **how):
@@ -164,11 +161,10 @@ def load_run(run, given):
 
 
 def prepare_photos(features, products, config, sources):
-    """Features of the products' photos, which the demo world draws first."""
-    names = [p.image for p in products]
+    """Features of the photos of these lists of products; the demo world draws the photos first."""
     if config.demo and not config.data:
-        demo.draw_photos(sources.data, names)
-    features.prepare(names)
+        demo.draw_photos(sources.data, [p.image for some in products for p in some])
+    features.prepare(p.image for some in products for p in some)
 
 
 def answer_one(model, features, config, raw, args):
@@ -201,7 +197,7 @@ def export_run(model, features, config, sources, out):
         raise UserError(f"--export {out}: exists already; name a folder that does not")
     products = read_split(sources.data, config.dataset, "test")[:32]
     if features:
-        prepare_photos(features, products, config, sources)
+        prepare_photos(features, [products], config, sources)
     rows, photos = rows_of([base_question(p, config.text) for p in products], model.tokenizer, config.image)
     read = features.read(photos, model.device) if features else None
     with torch.no_grad():
@@ -213,22 +209,18 @@ def export_run(model, features, config, sources, out):
           f"{len(rows)} test products)")
 
 
-def answer_file(model, features, config, raw, args):
-    """Answer a TSV of any length into another one, some thousand products at a time."""
-    known = raw["values"] if args.constrain else None
-
-    def answered():
-        products = iterate_products(args.input, labelled=False)
-        while some := list(itertools.islice(products, FILE_CHUNK)):
-            unknown = sorted({p.attribute for p in some} - raw["values"].keys()) if args.constrain else []
-            if unknown:
-                raise UserError(f"{args.input}: --constrain knows no values of {', '.join(unknown[:5])}; "
-                                f"the run was trained on {', '.join(raw['values'])}")
-            if features:
-                features.prepare([p.image for p in some])
-            yield from zip(some, answer(model, features, some, config, args.temperature, args.top_p, known))
-
-    print(f"{args.output}: {write_predictions(args.output, answered()):,} products answered")
+def answer_file(model, features, config, sources, raw, args):
+    """Answer a TSV of any length into another one; every line of it is checked before the first is answered."""
+    products = Products(args.input, labelled=False)
+    unknown = sorted({p.attribute for p in products} - raw["values"].keys())
+    if args.constrain and unknown:
+        raise UserError(f"{args.input}: --constrain knows no values of {', '.join(unknown[:5])}; "
+                        f"the run was trained on {', '.join(raw['values'])}")
+    if features:
+        prepare_photos(features, [products], config, sources)
+    answers = answer(model, features, products, config, args.temperature, args.top_p, raw["values"] if args.constrain else None)
+    write_predictions(args.output, zip(products, answers))
+    print(f"{args.output}: {len(products):,} products answered")
 
 
 def main():
@@ -279,7 +271,7 @@ def main():
         return answer_one(model, features, config, raw, args)
     print(describe(config, sources))
     if args.input:
-        return answer_file(model, features, config, raw, args)
+        return answer_file(model, features, config, sources, raw, args)
     products = read_split(sources.data, config.dataset, args.split)
     if args.split != "test":                            # as train.py does: few labels are few for validation, too
         products = sample_labels(products, config.labels, config.seed)
@@ -291,7 +283,7 @@ def main():
     if args.constrain and unknown:
         raise UserError(f"--constrain knows no values of {', '.join(unknown[:5])}: training had no label of it")
     if features:
-        prepare_photos(features, products, config, sources)
+        prepare_photos(features, [products], config, sources)
     evaluate(model, features, products, config, sources, args.split,
              args.run if args.split == "test" else args.run / args.split,
              merged=args.merge, temperature=args.temperature, top_p=args.top_p, values=values)

@@ -48,33 +48,50 @@ class PhotoFeatures:
             self.database = sqlite3.connect(cache, timeout=60)
             self.database.execute("pragma journal_mode = wal")      # readers and one writer at the same time
             self.database.execute("create table if not exists cls (key blob primary key, layers integer, tokens blob)")
+            # The photos of this run: a temporary table on the disk, since the names of a million fill the memory.
+            self.database.execute("create temporary table photo (name text primary key, key blob)")
         except sqlite3.Error as error:
             raise UserError(f"{cache}: the cache of photo features cannot be used ({error}); delete it, and it is "
                             "made again") from None
-        self.keys = {}                                  # photo name -> key, for photos known to be in the cache
         self.read_one = lru_cache(maxsize=4096)(self._read_one)     # of ViT-B/16 50 MB at most
 
     def prepare(self, names):
         """Make sure that all these photos are in the cache; progress on the way, work saved as it is done."""
-        names = [name for name in dict.fromkeys(names) if name not in self.keys]
-        absent = [name for name in names if not name or not (self.images / name).is_file()]
+        try:
+            self._find(names)
+            self._compute_missing()
+        except sqlite3.Error as error:
+            raise UserError(f"the cache of photo features cannot be written ({error}); is the disk full?") from None
+
+    def _find(self, names):
+        """Put the photos and their keys into the table `photo`."""
+        seen, absent = 0, []
+        with Progress("photos looked up", unit="photos") as progress, self.database:
+            for name in names:
+                seen += 1
+                progress.step()
+                if self.database.execute("select 1 from photo where name = ?", (name,)).fetchone():
+                    continue
+                if not name or not (self.images / name).is_file():
+                    absent.append(name)
+                elif not absent:                        # else there will be an error: only count
+                    key = hashlib.sha256(self.vit_key + digest_of(self.images / name)).digest()
+                    self.database.execute("insert into photo values (?, ?)", (name, key))
         if absent:
-            raise UserError(f"{len(absent):,} of {len(names):,} photos are not in {self.images}, e.g. "
+            raise UserError(f"{len(absent):,} of {seen:,} photos are not in {self.images}, e.g. "
                             f"{', '.join(repr(name) for name in absent[:3])}. Download them (see DATA.md), or leave "
                             "photos out with --no-image")
-        with Progress("photo features", len(names), "photos") as progress:
-            batch = []
-            for n, name in enumerate(names, start=1):
-                key = hashlib.sha256(self.vit_key + digest_of(self.images / name)).digest()
-                if not self.database.execute("select 1 from cls where key = ?", (key,)).fetchone():
-                    batch.append((name, key))
-                else:
-                    self.keys[name] = key
-                    progress.step()
-                if len(batch) == BATCH or (n == len(names) and batch):
-                    self._compute(batch)
-                    progress.step(len(batch))
-                    batch = []
+
+    def _compute_missing(self):
+        missing = "from photo where not exists (select 1 from cls where cls.key = photo.key)"
+        [total] = self.database.execute(f"select count(*) {missing}").fetchone()
+        last = 0
+        with Progress("photo features", total, "photos") as progress:
+            while batch := self.database.execute(f"select rowid, name, key {missing} and rowid > ? order by rowid "
+                                                 "limit ?", (last, BATCH)).fetchall():
+                self._compute([(name, key) for _, name, key in batch])
+                last = batch[-1][0]
+                progress.step(len(batch))
 
     def _compute(self, batch):
         size = self.vit.config.image_size
@@ -87,11 +104,10 @@ class PhotoFeatures:
         with self.database:                             # one transaction
             self.database.executemany("insert or replace into cls values (?, ?, ?)", [
                 (key, one.shape[0], one.numpy().tobytes()) for (_, key), one in zip(batch, tokens)])     # (K, V)
-        self.keys.update(batch)
 
     def _read_one(self, name):
-        layers, tokens = self.database.execute("select layers, tokens from cls where key = ?",
-                                               (self.keys[name],)).fetchone()
+        layers, tokens = self.database.execute(
+            "select layers, tokens from photo join cls using (key) where name = ?", (name,)).fetchone()
         tokens = np.frombuffer(tokens, dtype=np.float32).reshape(layers, -1)
         return torch.tensor(tokens[-1:] if self.single else tokens)      # (K, V)
 

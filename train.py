@@ -208,7 +208,7 @@ def main(argv=None):
     device = choose_device(config.device)
     model, features = build_model(config, sources, device)
     if features:
-        prepare_photos(features, products + val + test, config, sources)
+        prepare_photos(features, [products, val, test], config, sources)
     if not resumed:
         run = run or run_folder(config)
         write_text(run / "config.json", config_text(config, values=values_of(products), data_fingerprint=data))

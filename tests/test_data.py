@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from console import UserError
-from data import Epoch, Product, base_question, comparison, fingerprint, read_products, read_split, rows_of, \
+from data import Epoch, Product, Products, base_question, comparison, fingerprint, read_split, rows_of, \
     sample_labels, values_of
 from llama import Tokenizer
 
@@ -150,12 +150,24 @@ def tsv(tmp_path, text, encoding="utf-8"):
 
 def test_a_line_becomes_a_product(tmp_path):
     path = tsv(tmp_path, HEADER + 'B1\tB1.jpg\tShoes\t"[Title] 6""  Heel\tpump"\tBoot Style\tChelsea\n')
-    assert read_products(path) == [Product("B1", "B1.jpg", "Shoes", '6" Heel pump', "Boot Style", "Chelsea")]
+    assert list(Products(path)) == [Product("B1", "B1.jpg", "Shoes", '6" Heel pump', "Boot Style", "Chelsea")]
 
 
 def test_columns_may_stand_in_any_order_and_values_be_absent(tmp_path):
     path = tsv(tmp_path, "attribute_names\tid\timages\ttexts\tcategory\nBoot Style\tB1\t\tA shoe\t\n")
-    assert read_products(path, labelled=False) == [Product("B1", "", "", "A shoe", "Boot Style", "")]
+    assert list(Products(path, labelled=False)) == [Product("B1", "", "", "A shoe", "Boot Style", "")]
+
+
+def test_products_are_read_from_the_file_one_by_one(tmp_path):
+    """A byte order mark, Windows' line ends, blank lines, and a quoted cell over two lines: any of them by its place."""
+    text = (HEADER + LINE + "\n" + 'B2\tB2.jpg\tShoes\t"two\nlines, a ""quote"", größer"\tBoot Style\tChelsea\n'
+            + LINE.replace("B1", "B3")).replace("\n", "\r\n")
+    products = Products(tsv(tmp_path, text, "utf-8-sig"))
+    assert [p.id for p in products] == ["B1", "B2", "B3"] and len(products) == 3
+    assert products[1].title == 'two lines, a "quote", größer'
+    assert [products[i] for i in (2, 0, 1, -1)] == [list(products)[i] for i in (2, 0, 1, 2)]
+    assert products[1:] == list(products)[1:] and list(zip(products, products))[2] == (products[2], products[2])
+    assert isinstance(sample_labels(products, 1, 0), list) and sample_labels(products, None, 0) is products
 
 
 @pytest.mark.parametrize("text, said", [
@@ -172,17 +184,17 @@ def test_columns_may_stand_in_any_order_and_values_be_absent(tmp_path):
 def test_what_does_not_fit_is_named_with_its_line(tmp_path, text, said):
     path = tsv(tmp_path, text)
     with pytest.raises(UserError, match=said) as error:
-        read_products(path)
+        Products(path)
     assert str(path) in str(error.value)
 
 
 def test_a_byte_order_mark_is_no_part_of_the_header(tmp_path):
-    assert len(read_products(tsv(tmp_path, HEADER + LINE, "utf-8-sig"))) == 1
+    assert len(Products(tsv(tmp_path, HEADER + LINE, "utf-8-sig"))) == 1
 
 
 def test_other_encodings_are_refused(tmp_path):
     with pytest.raises(UserError, match="is not UTF-8"):
-        read_products(tsv(tmp_path, HEADER + LINE.replace("Shoes", "Schuhe für"), "latin-1"))
+        Products(tsv(tmp_path, HEADER + LINE.replace("Shoes", "Schuhe für"), "latin-1"))
 
 
 def test_an_unknown_data_set_is_named_with_those_there(data_root):

@@ -1,0 +1,567 @@
+"""Speed and memory, each against the usual way of doing the same work, in the same run:
+
+    pip install transformers==5.23.0                    the only extra package, for this file alone
+    python bench.py                                     the demo's model, and random weights of LLaMA-7B's width
+    python bench.py --llama SMOLLM2 --data ROOT --dataset footwear --vit VIT --weights-7b DIR        everything
+
+The usual way ("peer") is transformers' LlamaForCausalLM with adapters by forward hooks, rows padded to the longest of
+their batch (or, as LaVIN does, to 512), logits for every token; for answers, its `generate` on left-padded batches.
+Both sides hold the same weights, get the same rows in the same order, and must agree: the loss and every trained
+gradient to 1e-4 of its size, the answers token for token.  The two take turns, and a figure is the median over the
+turns of the ratio of their seconds, with its least and greatest.  Seconds are one machine's at one hour; ratios travel.
+"""
+
+import argparse
+import copy
+import hashlib
+import itertools
+import json
+import os
+import platform
+import resource
+import sqlite3
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import console
+import demo
+from config import FEATURE_CACHE, PROJECT, keep_freed_memory
+from console import UserError, write_text
+from data import Epoch, Row, base_question, fingerprint, read_split, rows_of, sample_labels, values_of
+from eiven import EIVEN, taps
+from features import PhotoFeatures
+from llama import LLaMA, LlamaConfig, Tokenizer, load_llama, official_name, pack
+from train import make_optimizer
+from vit import load_vit
+
+SECTIONS = ("train", "generate", "load", "features", "scaling", "memory")
+MODELS = ("demo", "llama", "wide")
+BATCH, WIDE_BATCH = 32, 8                               # rows of a step; of the wide model, where a row takes seconds
+LAVIN_LENGTH = 512                                      # LaVIN pads every row to this many tokens
+WIDE = LlamaConfig(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=4,
+                   num_attention_heads=32, num_key_value_heads=32, head_dim=128, rms_norm_eps=1e-6)
+
+
+def import_transformers():
+    try:
+        import transformers
+    except ImportError:
+        raise UserError("bench.py compares with transformers, which is not installed: "
+                        "pip install transformers==5.23.0") from None
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
+
+
+# ------------------------------------------------------------------------------------------------ the peer
+
+
+class Peer(nn.Module):
+    """The same model the usual way: transformers, hooks, padding.  Frozen weights are shared with ours, not copied."""
+
+    def __init__(self, model):
+        super().__init__()
+        transformers = import_transformers()
+        ours = model.llama.config
+        config = transformers.LlamaConfig(
+            **{k: v for k, v in vars(ours).items() if k != "rope_theta"}, use_cache=True,
+            rope_parameters={"rope_type": "default", "rope_theta": ours.rope_theta})
+        with torch.device("meta"):
+            self.llama = transformers.LlamaForCausalLM(config)
+        weights = {official_name(n): p for n, p in model.llama.named_parameters() if ".adapter." not in n}
+        self.llama.load_state_dict(weights, assign=True, strict=not ours.tie_word_embeddings)
+        self.llama.tie_weights()
+        self.llama.model.rotary_emb = type(self.llama.model.rotary_emb)(config)        # its table is in no checkpoint
+        self.llama.requires_grad_(False).eval()
+        self.adapters = nn.ModuleList(copy.deepcopy(block.adapter) for block in model.llama.layers)
+        for layer, adapter in zip(self.llama.model.layers, self.adapters):
+            layer.input_layernorm.register_forward_hook(lambda module, x, out, adapter=adapter: adapter(out))
+        self.projector = copy.deepcopy(model.projector)
+        self.eos_id = model.tokenizer.eos_id
+
+    def trained(self):
+        parts = {f"adapters.{i}": adapter for i, adapter in enumerate(self.adapters)}
+        if self.projector is not None:
+            parts["projector"] = self.projector
+        return {f"{part}.{name}": p for part, module in parts.items() for name, p in module.named_parameters()}
+
+    def embed(self, ids, features):
+        """(B, T) ids, image tokens below 0 -> (B, T, D)"""
+        x = self.llama.model.embed_tokens(ids.clamp(min=0))
+        if features is not None:
+            x = x.clone()
+            x[ids < 0] = self.projector(features).flatten(0, 1)[-1 - ids[ids < 0]]
+        return x
+
+    def loss(self, X, rows, features, length=None):
+        """X, the rows' [I', Q, C] as ids, padded on the right to the longest or to `length`."""
+        T = length or max(len(x) + len(row.answer) for x, row in zip(X, rows))
+        ids, target = torch.zeros(len(X), T, dtype=torch.long), torch.full((len(X), T), -100)
+        mask = torch.zeros(len(X), T, dtype=torch.long)
+        for b, (x, row) in enumerate(zip(X, rows)):
+            whole = x + row.answer
+            ids[b, :len(whole)], mask[b, :len(whole)] = torch.tensor(whole), 1
+            target[b, len(x):len(whole)] = torch.tensor(row.answer)
+        logits = self.llama(inputs_embeds=self.embed(ids, features), attention_mask=mask, use_cache=False).logits
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), target[:, 1:].flatten(), reduction="sum") / len(X)
+
+    @torch.no_grad()
+    def generate(self, X, features, limit):
+        """Greedy answers, padded on the left: lists of ids without end token."""
+        T = max(map(len, X))
+        ids = torch.tensor([[0] * (T - len(x)) + x for x in X])
+        mask = torch.tensor([[0] * (T - len(x)) + [1] * len(x) for x in X])
+        out = self.llama.generate(inputs_embeds=self.embed(ids, features), attention_mask=mask, do_sample=False,
+                                  max_new_tokens=limit, eos_token_id=self.eos_id, pad_token_id=self.eos_id)
+        return [list(itertools.takewhile(lambda t: t != self.eos_id, row)) for row in out.tolist()]
+
+
+# ------------------------------------------------------------------------------------------------ turns and ratios
+
+
+def seconds(do):
+    start = time.perf_counter()
+    do()
+    return time.perf_counter() - start
+
+
+def turns(rounds, **sides):
+    """{side: its seconds, one a round}.  The sides take turns, after a round that does not count; what takes less than
+    a second gets more rounds, up to 25."""
+    warm_up = sum(seconds(do) for do in sides.values())
+    took = {name: [] for name in sides}
+    for _ in range(max(rounds, min(25, int(20 / warm_up)))):
+        for name, do in sides.items():
+            took[name].append(seconds(do))
+    return took
+
+
+class Report:
+    """Prints the table line by line, and keeps it for the JSON."""
+
+    def __init__(self):
+        self.lines = []
+
+    def add(self, section, what, each, unit, at_least=None, at_most=None, note="", **more):
+        """The median of `each`, one figure a round, its spread, and what it should reach."""
+        value, low, high = statistics.median(each), min(each), max(each)
+        self.lines.append({"section": section, "what": what, "value": value, "low": low, "high": high, "rounds": len(each),
+                           "unit": unit, "at_least": at_least, "at_most": at_most, "note": note, **more})
+        missed = at_least is not None and value < at_least or at_most is not None and value > at_most
+        goal = f"at least {at_least:g}" if at_least is not None else f"at most {at_most:g}" if at_most is not None else ""
+        spread = f"{low:.2f} to {high:.2f} ({len(each)})"
+        print(f"{section:8}  {what:58}  {value:8.2f} {unit:2}  {spread:22}  {goal:13} {'MISSED' if missed else '':6}  {note}",
+              flush=True)
+
+    def ratio(self, section, what, over, under, unit="x", **more):
+        """Of two sides' seconds, round by round."""
+        self.add(section, what, [a / b for a, b in zip(over, under)], unit,
+                 seconds=[statistics.median(over), statistics.median(under)], **more)
+
+
+def agree(what, ours, peer, tolerance=1e-4):
+    """Both sides' results must be the same, to a share of the peer's greatest."""
+    far = (ours - peer).abs().max().item() / max(peer.abs().max().item(), 1e-30)
+    if not far <= tolerance:
+        raise UserError(f"{what}: ours and the peer's differ by {far:.1e} of the greatest, more than {tolerance:.0e}; "
+                        "their times cannot be compared")
+
+
+# ------------------------------------------------------------------------------------------------ what is measured on
+
+
+class Subject:
+    """A model with rows to train on and questions to answer.  goals: what the issue of speed asks of it."""
+
+    def __init__(self, name, goals, model, rows, questions, features=None, question_features=None):
+        self.name, self.goals, self.model = name, goals, model
+        self.rows, self.features = rows, features
+        self.questions, self.question_features = questions, question_features
+        draw = torch.Generator().manual_seed(1)
+        with torch.no_grad():                           # the zeros of step 0 would hide gradients
+            for p in model.trained().values():
+                p += 0.02 * torch.randn(p.shape, generator=draw)
+
+
+def subjects(args):
+    """The models that are asked for, one after the other: the wide one alone takes 4 GB."""
+    demo_root = demo.write_dataset()
+    root = Path(args.data) if args.data else demo_root
+
+    def examples(root, dataset, batch, questions):
+        epoch = Epoch(sample_labels(read_split(root, dataset, "train"), 10, 0), 0, 0)       # as train.py by default
+        return [epoch[n] for n in range(batch)], [base_question(p) for p in read_split(root, dataset, "test")[:questions]]
+
+    def text_rows(tokenizer, examples, vocabulary):
+        return [Row((), *([t % vocabulary for t in ids] for ids in row[1:]))
+                for row in rows_of(examples, tokenizer, image=False)[0]]
+
+    if "demo" in args.models:
+        llama, tokenizer = load_llama(demo.LLAMA, torch.float32)
+        some, asked = examples(demo_root, "general", BATCH, 128)
+        features = PhotoFeatures(FEATURE_CACHE, demo.VIT, demo_root / "images")
+        names = [name for example in some + asked for name in example.photos]
+        demo.draw_photos(demo_root, names)
+        features.prepare(names)
+        (rows, photos), (questions, shown) = rows_of(some, tokenizer), rows_of(asked, tokenizer)
+        yield Subject("demo's model", {"train": 1.8, "generate": 1.8}, EIVEN(llama, tokenizer, features.width), rows,
+                      questions, features.read(photos, "cpu"), features.read(shown, "cpu"))
+    if "llama" in args.models and args.llama:
+        llama, tokenizer = load_llama(args.llama, torch.float32)
+        some, asked = examples(root, args.dataset, BATCH, 64)
+        vocabulary = llama.config.vocab_size
+        yield Subject(Path(args.llama).name, {"train": 1.8, "generate": 1.4}, EIVEN(llama, tokenizer, None),
+                      text_rows(tokenizer, some, vocabulary), text_rows(tokenizer, asked, vocabulary))
+    if "wide" in args.models:
+        tokenizer = Tokenizer(Path(args.llama or demo.LLAMA) / "tokenizer.model")
+        with torch.device("meta"):
+            llama = LLaMA(WIDE)
+        llama = llama.to_empty(device="cpu").eval()
+        draw = torch.Generator().manual_seed(0)
+        for name, p in llama.named_parameters():
+            nn.init.ones_(p) if "norm" in name else nn.init.normal_(p, 0, 0.02, generator=draw)
+        some, asked = examples(root, args.dataset, WIDE_BATCH, 16)
+        yield Subject("7B width x 4 layers", {"train": 2.0, "generate": 1.6, "limit": 85}, EIVEN(llama, tokenizer, None),
+                      text_rows(tokenizer, some, WIDE.vocab_size), text_rows(tokenizer, asked, WIDE.vocab_size))
+
+
+# ------------------------------------------------------------------------------------------------ train
+
+
+def bench_train(subject, report, rounds):
+    model, rows, features = subject.model, subject.rows, subject.features
+    peer = Peer(model)
+    X = [model.sequence(row, features) for row in rows]
+
+    def stepper(trainee, loss_of):
+        optimizer = make_optimizer(trainee)
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-5
+
+        def step():
+            optimizer.zero_grad(set_to_none=True)
+            loss = loss_of()
+            loss.backward()
+            optimizer.step()
+            return loss.detach()
+        return step
+
+    ours = stepper(model, lambda: model(rows, features))
+    usual = stepper(peer, lambda: peer.loss(X, rows, features))
+    agree(f"{subject.name}: loss", ours(), usual())
+    for (name, a), b in zip(model.trained().items(), peer.trained().values()):
+        agree(f"{subject.name}: gradient of {name}", a.grad, b.grad)
+    took = turns(rounds, ours=ours, usual=usual)
+    lengths = [len(x) + len(row.answer) - 1 for x, row in zip(X, rows)]
+    computed = len(pack([x + row.answer[:-1] for x, row in zip(X, rows)]).ids)
+    note = f"{len(rows)} rows: {computed:,} tokens computed, {sum(lengths):,} real, {len(rows) * max(lengths):,} padded"
+    report.ratio("train", f"{subject.name}: step, peer / ours", took["usual"], took["ours"], at_least=subject.goals["train"],
+                 note=note)
+
+    limit = product_limit(model, computed, sum(len(row.answer) for row in rows), rounds)
+    report.ratio("train", f"{subject.name}: share of the products' limit, real tokens",
+                 [100 * s * sum(lengths) / computed for s in limit], took["ours"], "%", at_least=subject.goals.get("limit"),
+                 note="shared beginnings count for every row that has them")
+    report.ratio("train", f"{subject.name}: the same, tokens computed", [100 * s for s in limit], took["ours"], "%")
+
+    if "limit" not in subject.goals:                    # at the 7B's width a row of 512 takes half a minute
+        few, short = rows[:8], X[:8]
+        took = turns(rounds, ours=stepper(model, lambda: model(few, features)),
+                     usual=stepper(peer, lambda: peer.loss(short, few, features, LAVIN_LENGTH)))
+        report.ratio("train", f"{subject.name}: step of 8 rows, peer padded to {LAVIN_LENGTH} / ours", took["usual"],
+                     took["ours"], at_least=10)
+
+
+def product_limit(model, tokens, answer_tokens, rounds):
+    """Seconds, one figure a round, that the products with frozen matrices alone would take at this machine's rate:
+    forward, and the gradient of their inputs; in the last layer keys and values for all tokens, the rest for those of
+    answers alone.  Attention, norms and all else are not counted."""
+    config, block = model.llama.config, model.llama.layers[0]
+    attention, mlp = block.self_attn, block.mlp
+    for_all = [attention.k_proj, attention.v_proj]
+    rest = [attention.q_proj, attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+    head = model.llama.embed_tokens if config.tie_word_embeddings else model.llama.lm_head
+
+    def both_ways(layers, tokens):
+        took = 0
+        for weight in [layer.weight for layer in layers]:
+            x, y = torch.randn(tokens, weight.shape[1]), torch.randn(tokens, weight.shape[0])
+            torch.mm(x, weight.T, out=y)                # memory that is there already, as a reused one would be
+            took += seconds(lambda: torch.mm(x, weight.T, out=y)) + seconds(lambda: torch.mm(y, weight, out=x))
+        return took
+
+    with torch.no_grad():
+        return [(config.num_hidden_layers - 1) * both_ways(for_all + rest, tokens)
+                + both_ways(for_all, tokens) + both_ways(rest + [head], answer_tokens) for _ in range(rounds)]
+
+
+# ------------------------------------------------------------------------------------------------ generate
+
+
+def bench_generate(subject, report, rounds):
+    model, rows, features = subject.model, subject.questions, subject.question_features
+    peer = Peer(model)
+    limit = max(len(row.answer) for row in rows)        # tokens: as many as the longest true answer has
+    batches = [range(i, min(i + 64, len(rows))) for i in range(0, len(rows), 64)]
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt))         # as evaluate.answer does
+    X = [model.sequence(row, features) for row in rows]
+
+    def answers(model):
+        found = {}
+        for batch in batches:
+            some = [order[n] for n in batch]
+            written = model.generate([rows[i] for i in some], features, temperature=0, limit=limit)
+            found.update((i, ids) for i, (ids, _) in zip(some, written))
+        return [found[i] for i in range(len(rows))]
+
+    def usual():
+        return [ids for batch in batches for ids in peer.generate([X[i] for i in batch], features, limit)]
+
+    same = sum(a == b for a, b in zip(answers(model), usual()))
+    if same != len(rows):
+        raise UserError(f"{subject.name}: {same} of {len(rows)} answers are the peer's; their times cannot be compared")
+    took = turns(rounds, ours=lambda: answers(model), usual=usual)
+    report.ratio("generate", f"{subject.name}: products a second, ours / peer", took["usual"], took["ours"],
+                 at_least=subject.goals["generate"], note=f"{len(rows)} products, {limit} tokens at most, all answers the same")
+
+    plain = copy.deepcopy(model)
+    for block in plain.llama.layers:                    # adapters that do nothing: merged and plain write the same
+        nn.init.zeros_(block.adapter.up_weight)
+        nn.init.zeros_(block.adapter.up_bias)
+    merged = copy.deepcopy(plain).merge_adapters()
+    for block in plain.llama.layers:
+        block.adapter = nn.Identity()
+    took = turns(rounds, merged=lambda: answers(merged), plain=lambda: answers(plain))
+    report.ratio("generate", f"{subject.name}: merged / LLaMA without adapters, time", took["merged"], took["plain"],
+                 at_most=1.02)
+
+
+# ------------------------------------------------------------------------------------------------ load, features
+
+
+def child(code, *arguments):
+    """What a Python of its own prints last, from JSON: for peaks of memory, which never come down again."""
+    done = subprocess.run([sys.executable, "-c", f"import bench, json, sys\nprint(json.dumps(bench.{code}(*sys.argv[1:])))",
+                           *map(str, arguments)], cwd=PROJECT, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"bench.{code} failed: {done.stderr.strip().splitlines()[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def peak():
+    """Greatest resident memory of this process so far, bytes; mapped files count."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def load_and_touch(folder):
+    def do():
+        llama, _ = load_llama(folder)
+        for p in llama.parameters():
+            p.view(torch.int8).view(-1)[::4096].sum()
+        do.size = sum(p.nbytes for p in llama.parameters())
+    return seconds(do), peak(), do.size
+
+
+def read_bytes(folder):
+    buffer = bytearray(16 << 20)
+
+    def do():
+        for path in Path(folder).glob("*.safetensors"):
+            with open(path, "rb", buffering=0) as file:
+                while file.readinto(buffer):
+                    pass
+    return seconds(do)
+
+
+def bench_load(report, args):
+    if not args.weights_7b:
+        return print("load      needs --weights-7b (of a small model, Python's own start is most)")
+    folder = Path(args.weights_7b).resolve()
+    child("read_bytes", folder)
+    pairs = [(child("load_and_touch", folder), child("read_bytes", folder)) for _ in range(args.rounds)]
+    report.ratio("load", "7B: load and touch every page / read the same bytes", [loaded[0] for loaded, _ in pairs],
+                 [read for _, read in pairs], at_most=1.5)
+    report.add("load", "7B: peak memory / weights", [top / size for (_, top, size), _ in pairs], "x", at_most=1.1,
+               note="Python and PyTorch included")
+
+
+def bench_features(report, args):
+    """How much of an epoch goes into photos, and the ViT against transformers'."""
+    root = demo.write_dataset()
+    products = sample_labels(read_split(root, "general", "train"), 10, 0)
+    demo.draw_photos(root, [p.image for p in products])
+    features = PhotoFeatures(FEATURE_CACHE, demo.VIT, root / "images")
+    features.prepare(p.image for p in products)
+    llama, tokenizer = load_llama(demo.LLAMA, torch.float32)
+    model = EIVEN(llama, tokenizer, features.width)
+    optimizer = make_optimizer(model)
+    shares, photo_seconds = [], 0
+
+    def step(examples):
+        nonlocal photo_seconds
+        rows, photos = rows_of(examples, tokenizer)
+        start = time.perf_counter()
+        read = features.read(photos, "cpu")
+        photo_seconds += time.perf_counter() - start
+        model(rows, read).backward()
+        optimizer.step()
+
+    for number in range(args.rounds + 1):
+        epoch, photo_seconds = Epoch(products, 0, number), 0
+        whole = seconds(lambda: [step([epoch[i] for i in range(k, min(k + BATCH, len(epoch)))])
+                                 for k in range(0, len(epoch), BATCH)])
+        shares.append(100 * photo_seconds / whole)
+    report.add("features", "demo's model: share of a later epoch spent on photos", shares[1:], "%", at_most=1,
+               note=f"{len(products)} products; the first epoch {shares[0]:.2f} %")
+
+    folder = Path(args.vit) if args.vit else demo.VIT
+    vit, transformers = load_vit(folder), import_transformers()
+    peer = transformers.CLIPVisionModel.from_pretrained(folder, dtype=torch.float32).eval()
+    pixels = torch.randn(16, 3, vit.config.image_size, vit.config.image_size, generator=torch.Generator().manual_seed(0))
+    layers = taps(vit.config.num_hidden_layers)
+    with torch.no_grad():
+        def usual():
+            states = peer(pixels, output_hidden_states=True).hidden_states
+            return torch.stack([states[k][:, 0] for k in layers], 1)
+        agree("[cls] tokens", vit(pixels, layers), usual())
+        took = turns(args.rounds, ours=lambda: vit(pixels, layers), usual=usual)
+    report.ratio("features", f"{folder.name}: photos a second, ours / peer", took["usual"], took["ours"], note="16 photos")
+
+
+# ------------------------------------------------------------------------------------------------ scaling, memory
+
+
+def bench_scaling(subject, report, rounds, sizes=(256, 1024, 8192), length=64):
+    """Seconds of a step against the real tokens in it: rows of one length that have nothing in common."""
+    model, draw = subject.model, torch.Generator().manual_seed(0)
+    steps = {}
+    for size in sizes:
+        ids = torch.randint(3, model.llama.config.vocab_size, (size // length, length), generator=draw).tolist()
+        rows = [Row((), row[:-5], row[-5:]) for row in ids]         # with the begin token, without the last: 64 read
+        steps[str(size)] = lambda rows=rows: model(rows).backward()
+    took = turns(rounds, **steps)
+    per_token = [[s / size for s in took[str(size)]] for size in sizes]
+    rate = [sum(took[str(size)][n] for size in sizes) / sum(sizes) for n in range(len(per_token[0]))]
+    for size, each in zip(sizes, per_token):
+        report.add("scaling", f"{subject.name}: {size:,} tokens, seconds a token against all sizes'",
+                   [100 * (s / r - 1) for s, r in zip(each, rate)], "%", at_least=-15, at_most=15,
+                   note=f"{1e3 * statistics.median(took[str(size)]):,.0f} ms a step")
+
+
+def write_products(folder, n):
+    """A data set of n products, each with a photo of a few bytes, whose features are in the cache already."""
+    folder = Path(folder)
+    (folder / "images").mkdir(parents=True)
+    (folder / "x").mkdir()
+    features = PhotoFeatures(folder / "features.sqlite", demo.VIT, folder / "images")
+    templates = list(read_split(demo.write_dataset(), "general", "train"))
+    tokens = torch.randn(4, features.width).numpy().tobytes()
+
+    def entries():
+        with open(folder / "x" / "train.tsv", "w", encoding="utf-8") as file:
+            file.write("id\timages\tcategory\ttexts\tattribute_names\tattribute_values\n")
+            for i in range(n):
+                p, photo = templates[i % len(templates)], f"photo {i}".encode()
+                (folder / "images" / f"{i}.jpg").write_bytes(photo)
+                file.write(f"P{i}\t{i}.jpg\t{p.category}\t{p.title} {i}\t{p.attribute}\t{p.value}\n")
+                yield hashlib.sha256(features.vit_key + hashlib.sha256(photo).digest()).digest(), 4, tokens
+
+    with sqlite3.connect(folder / "features.sqlite") as database:
+        database.executemany("insert into cls values (?, ?, ?)", entries())
+
+
+def train_a_little(folder):
+    """Peak memory of a training's start and 20 steps on such a data set."""
+    folder = Path(folder)
+    products = sample_labels(read_split(folder, "x", "train"), None, 0)
+    fingerprint(products), values_of(products)
+    features = PhotoFeatures(folder / "features.sqlite", demo.VIT, folder / "images")
+    features.prepare(p.image for p in products)
+    llama, tokenizer = load_llama(demo.LLAMA, torch.float32)
+    model = EIVEN(llama, tokenizer, features.width)
+    epoch = Epoch(products, 0, 0)
+    for step in range(20):
+        rows, photos = rows_of([epoch[(step * BATCH + k) % len(epoch)] for k in range(BATCH)], tokenizer)
+        model(rows, features.read(photos, "cpu")).backward()
+    return peak()
+
+
+def bench_memory(report, sizes=(1000, 1_000_000)):
+    peaks = []
+    for n in sizes:
+        with tempfile.TemporaryDirectory(dir=PROJECT / "cache") as folder:
+            write_products(folder, n)
+            peaks.append(child("train_a_little", folder))
+    more = (peaks[1] - peaks[0]) / 1e6
+    report.add("memory", f"training on {sizes[1]:,} products against {sizes[0]:,}: more memory", [more], "MB", at_most=200,
+               note=f"peaks {peaks[0] / 1e6:,.0f} and {peaks[1] / 1e6:,.0f} MB; one run each")
+
+
+# ------------------------------------------------------------------------------------------------ the command
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Speed and memory against transformers, in the same run.", allow_abbrev=False)
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"some of {', '.join(SECTIONS)} (default: all)")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, help="of train, generate, scaling (default: all)")
+    parser.add_argument("--llama", metavar="DIR", help="a LLaMA of the official layout, e.g. SmolLM2-135M")
+    parser.add_argument("--data", metavar="ROOT", help="whose prompts are used (default: the demo world's)")
+    parser.add_argument("--dataset", default="general", help="which of its data sets (default: %(default)s)")
+    parser.add_argument("--vit", metavar="DIR", help="a ViT of the official layout (default: the demo's)")
+    parser.add_argument("--weights-7b", metavar="DIR", help="a LLaMA-7B, for loading (random weights will do)")
+    parser.add_argument("--rounds", type=int, default=5, help="how often the sides take turns, at least (default: %(default)s)")
+    parser.add_argument("--json", metavar="FILE", type=Path, default=PROJECT / "runs" / "bench.json",
+                        help="where the figures are written (default: runs/bench.json)")
+    args = parser.parse_args()
+    unknown = set(args.sections) - set(SECTIONS)
+    if unknown or args.rounds < 1:
+        parser.error(f"sections are {', '.join(SECTIONS)}; --rounds is 1 or more")
+    wanted = args.sections or SECTIONS
+    import_transformers()
+    keep_freed_memory()                                 # as train.py does; here it serves both sides
+    for path in (args.llama, args.vit, args.weights_7b):
+        if path and not Path(path).is_dir():
+            raise UserError(f"{path}: there is no such folder")
+    machine = {"processor": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+               "torch": torch.__version__, "transformers": import_transformers().__version__, "python": platform.python_version()}
+    print(", ".join(f"{k} {v}" for k, v in machine.items()))
+    print(f"{'section':8}  {'what':58}  {'median':>8}     {'spread (rounds)':22}  goal")
+    report = Report()
+    if {"train", "generate", "scaling"} & set(wanted):
+        scaled = False
+        for subject in subjects(args):
+            if "train" in wanted:
+                bench_train(subject, report, args.rounds)
+            if "generate" in wanted:
+                bench_generate(subject, report, args.rounds)
+            if "scaling" in wanted and not scaled and (subject.name != "demo's model" or not args.llama):
+                bench_scaling(subject, report, args.rounds)
+                scaled = True
+    if "load" in wanted:
+        bench_load(report, args)
+    if "features" in wanted:
+        bench_features(report, args)
+    if "memory" in wanted:
+        bench_memory(report)
+    asked = vars(args) | {"json": str(args.json)}
+    write_text(args.json, json.dumps({"machine": machine, "arguments": asked, "figures": report.lines}, indent=2) + "\n")
+    print(f"written: {args.json}")
+
+
+def processor():
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
+        if line.startswith("model name"):
+            return line.split(": ", 1)[1]
+    return platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    console.run(main)
