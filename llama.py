@@ -254,7 +254,7 @@ class Cache:
 
 
 class FrozenProduct(torch.autograd.Function):
-    """x W^T for a W that never learns: the backward pass needs W alone, so x is not kept.
+    """x W^T for a W that never learns, (N, in) -> (N, out): the backward pass needs W alone, so x is not kept.
 
     On a CPU, W may be stored in 16 bits under an fp32 x.  It is then widened some rows at a time: a strip of W fits
     the processor's cache, and the product runs at the speed of fp32 weights in half of their memory.
@@ -267,21 +267,31 @@ class FrozenProduct(torch.autograd.Function):
         ctx.weight = weight
         if x.dtype == weight.dtype:
             return x @ weight.T
-        return torch.cat([x @ strip.to(x.dtype).T for strip in weight.split(FrozenProduct.STRIP)], dim=-1)
+        out = x.new_empty(len(x), len(weight))
+        for part, strip in zip(out.split(FrozenProduct.STRIP, dim=1), FrozenProduct.widened(weight, x.dtype)):
+            torch.mm(x, strip.T, out=part)
+        return out
 
     @staticmethod
     def backward(ctx, grad):
         weight = ctx.weight
         if grad.dtype == weight.dtype:
             return grad @ weight, None
-        grad_x = 0
-        for part, strip in zip(grad.split(FrozenProduct.STRIP, dim=-1), weight.split(FrozenProduct.STRIP)):
-            grad_x = grad_x + part @ strip.to(grad.dtype)
+        grad_x = grad.new_zeros(len(grad), weight.shape[1])
+        for part, strip in zip(grad.split(FrozenProduct.STRIP, dim=1), FrozenProduct.widened(weight, grad.dtype)):
+            grad_x.addmm_(part, strip)
         return grad_x, None
+
+    @staticmethod
+    def widened(weight, dtype):
+        """The strips of W, one after the other, in the same piece of memory: new pages would cost as much as the product."""
+        wide = torch.empty(FrozenProduct.STRIP, weight.shape[1], dtype=dtype)
+        for strip in weight.split(FrozenProduct.STRIP):
+            yield wide[:len(strip)].copy_(strip)
 
 
 class Linear(nn.Module):
-    """x W^T (+ bias) with frozen weights: (..., features_in) -> (..., features_out)."""
+    """x W^T (+ bias) with frozen weights: (N, features_in) -> (N, features_out)."""
 
     def __init__(self, features_in, features_out, bias=False):
         super().__init__()
@@ -290,7 +300,7 @@ class Linear(nn.Module):
 
     def forward(self, x):
         y = FrozenProduct.apply(x, self.weight)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return y if self.bias is None else y.add_(self.bias.to(y.dtype))
 
 
 class RMSNorm(nn.Module):
