@@ -7,7 +7,8 @@
 The usual way ("peer") is transformers' LlamaForCausalLM with adapters by forward hooks, rows padded to the longest of
 their batch (or, as LaVIN does, to 512), logits for every token; for answers, its `generate` on left-padded batches.
 Both sides hold the same weights, get the same rows in the same order, and must agree: the loss and every trained
-gradient to 1e-4 of its size, the answers token for token.  The two take turns, and a figure is the median over the
+gradient to 1e-4 of its size, the answers token for token.  Answering in order of length is ours; the peer's batches are
+in the data's order.  The two take turns, and a figure is the median over the
 turns of the ratio of their seconds, with its least and greatest.  Seconds are one machine's at one hour; ratios travel.
 """
 
@@ -111,7 +112,8 @@ class Peer(nn.Module):
             ids[b, :len(whole)], mask[b, :len(whole)] = torch.tensor(whole), 1
             target[b, len(x):len(whole)] = torch.tensor(row.answer)
         logits = self.llama(inputs_embeds=self.embed(ids, features), attention_mask=mask, use_cache=False).logits
-        return F.cross_entropy(logits[:, :-1].flatten(0, 1), target[:, 1:].flatten(), reduction="sum") / len(X)
+        following = F.pad(target[:, 1:], (0, 1), value=-100)            # as transformers' own loss does it
+        return F.cross_entropy(logits.flatten(0, 1), following.flatten(), reduction="sum") / len(X)
 
     @torch.no_grad()
     def generate(self, X, features, limit):
@@ -134,8 +136,8 @@ def seconds(do):
 
 
 def turns(rounds, **sides):
-    """{side: its seconds, one a round}.  The sides take turns, after a round that does not count; what takes less than
-    a second gets more rounds, up to 25."""
+    """{side: its seconds, one a round}.  The sides take turns, after a round that does not count; where a round takes
+    less than four seconds there are more of them, up to 25."""
     warm_up = sum(seconds(do) for do in sides.values())
     took = {name: [] for name in sides}
     for _ in range(max(rounds, min(25, int(20 / warm_up)))):
@@ -155,15 +157,16 @@ class Report:
         value, low, high = statistics.median(each), min(each), max(each)
         self.lines.append({"section": section, "what": what, "value": value, "low": low, "high": high, "rounds": len(each),
                            "unit": unit, "at_least": at_least, "at_most": at_most, "note": note, **more})
-        missed = at_least is not None and value < at_least or at_most is not None and value > at_most
-        goal = f"at least {at_least:g}" if at_least is not None else f"at most {at_most:g}" if at_most is not None else ""
+        met = (at_least is None or value >= at_least) and (at_most is None or value <= at_most)     # not met by a NaN
+        goal = (f"{at_least:g} to {at_most:g}" if None not in (at_least, at_most) else
+                f"at least {at_least:g}" if at_least is not None else f"at most {at_most:g}" if at_most is not None else "")
         spread = f"{low:.2f} to {high:.2f} ({len(each)})"
-        print(f"{section:8}  {what:58}  {value:8.2f} {unit:2}  {spread:22}  {goal:13} {'MISSED' if missed else '':6}  {note}",
+        print(f"{section:8}  {what:58}  {value:8.2f} {unit:2}  {spread:22}  {goal:13} {'' if met else 'MISSED':6}  {note}",
               flush=True)
 
     def ratio(self, section, what, over, under, unit="x", **more):
         """Of two sides' seconds, round by round."""
-        self.add(section, what, [a / b for a, b in zip(over, under)], unit,
+        self.add(section, what, [a / b for a, b in zip(over, under, strict=True)], unit,
                  seconds=[statistics.median(over), statistics.median(under)], **more)
 
 
@@ -179,7 +182,7 @@ def agree(what, ours, peer, tolerance=1e-4):
 
 
 class Subject:
-    """A model with rows to train on and questions to answer.  goals: what the issue of speed asks of it."""
+    """A model with rows to train on and questions to answer.  goals: the ratios that are wanted of it."""
 
     def __init__(self, name, goals, model, rows, questions, features=None, question_features=None):
         self.name, self.goals, self.model = name, goals, model
@@ -201,6 +204,7 @@ def subjects(args):
         return [epoch[n] for n in range(batch)], [base_question(p) for p in read_split(root, dataset, "test")[:questions]]
 
     def text_rows(tokenizer, examples, vocabulary):
+        # The wide model has LLaMA's 32,000 pieces, the tokenizer perhaps more.
         return [Row((), *([t % vocabulary for t in ids] for ids in row[1:]))
                 for row in rows_of(examples, tokenizer, image=False)[0]]
 
@@ -256,21 +260,23 @@ def bench_train(subject, report, rounds):
 
     ours = stepper(model, lambda: model(rows, features))
     usual = stepper(peer, lambda: peer.loss(X, rows, features))
+    limits = []
     agree(f"{subject.name}: loss", ours(), usual())
     for (name, a), b in zip(model.trained().items(), peer.trained().values()):
         agree(f"{subject.name}: gradient of {name}", a.grad, b.grad)
-    took = turns(rounds, ours=ours, usual=usual)
     lengths = [len(x) + len(row.answer) - 1 for x, row in zip(X, rows)]
     computed = len(pack([x + row.answer[:-1] for x, row in zip(X, rows)]).ids)
+    products = product_times(model, computed, sum(len(row.answer) for row in rows))
+    took = turns(rounds, ours=ours, usual=usual, products=lambda: limits.append(products()))
+    limits = limits[-len(took["ours"]):]                # without the round that does not count
     note = f"{len(rows)} rows: {computed:,} tokens computed, {sum(lengths):,} real, {len(rows) * max(lengths):,} padded"
     report.ratio("train", f"{subject.name}: step, peer / ours", took["usual"], took["ours"], at_least=subject.goals["train"],
                  note=note)
 
-    limit = product_limit(model, computed, sum(len(row.answer) for row in rows), rounds)
-    report.ratio("train", f"{subject.name}: share of the products' limit, real tokens",
-                 [100 * s * sum(lengths) / computed for s in limit], took["ours"], "%", at_least=subject.goals.get("limit"),
-                 note="shared beginnings count for every row that has them")
-    report.ratio("train", f"{subject.name}: the same, tokens computed", [100 * s for s in limit], took["ours"], "%")
+    report.ratio("train", f"{subject.name}: share of the products' limit, tokens computed", [100 * s for s in limits],
+                 took["ours"], "%", at_least=subject.goals.get("limit"))
+    report.ratio("train", f"{subject.name}: the same, real tokens", [100 * s * sum(lengths) / computed for s in limits],
+                 took["ours"], "%", note="shared beginnings count for every row that has them")
 
     if "limit" not in subject.goals:                    # at the 7B's width a row of 512 takes half a minute
         few, short = rows[:8], X[:8]
@@ -280,10 +286,10 @@ def bench_train(subject, report, rounds):
                      took["ours"], at_least=10)
 
 
-def product_limit(model, tokens, answer_tokens, rounds):
-    """Seconds, one figure a round, that the products with frozen matrices alone would take at this machine's rate:
-    forward, and the gradient of their inputs; in the last layer keys and values for all tokens, the rest for those of
-    answers alone.  Attention, norms and all else are not counted."""
+def product_times(model, tokens, answer_tokens):
+    """A function that measures how many seconds the products with frozen matrices alone would take at this machine's
+    rate: forward, and the gradient of their inputs; in the last layer keys and values for all tokens, the rest for those
+    of answers alone.  Attention, norms and all else are not counted."""
     config, block = model.llama.config, model.llama.layers[0]
     attention, mlp = block.self_attn, block.mlp
     for_all = [attention.k_proj, attention.v_proj]
@@ -295,12 +301,17 @@ def product_limit(model, tokens, answer_tokens, rounds):
         for weight in [layer.weight for layer in layers]:
             x, y = torch.randn(tokens, weight.shape[1]), torch.randn(tokens, weight.shape[0])
             torch.mm(x, weight.T, out=y)                # memory that is there already, as a reused one would be
-            took += seconds(lambda: torch.mm(x, weight.T, out=y)) + seconds(lambda: torch.mm(y, weight, out=x))
+            start = time.perf_counter()
+            torch.mm(x, weight.T, out=y)
+            torch.mm(y, weight, out=x)
+            took += time.perf_counter() - start
         return took
 
-    with torch.no_grad():
-        return [(config.num_hidden_layers - 1) * both_ways(for_all + rest, tokens)
-                + both_ways(for_all, tokens) + both_ways(rest + [head], answer_tokens) for _ in range(rounds)]
+    @torch.no_grad()
+    def measure():
+        return ((config.num_hidden_layers - 1) * both_ways(for_all + rest, tokens)
+                + both_ways(for_all, tokens) + both_ways([*rest, head], answer_tokens))
+    return measure
 
 
 # ------------------------------------------------------------------------------------------------ generate
@@ -332,13 +343,16 @@ def bench_generate(subject, report, rounds):
     report.ratio("generate", f"{subject.name}: products a second, ours / peer", took["usual"], took["ours"],
                  at_least=subject.goals["generate"], note=f"{len(rows)} products, {limit} tokens at most, all answers the same")
 
-    plain = copy.deepcopy(model)
+    frozen = {id(p): p for p in model.parameters() if not p.requires_grad}      # shared, not copied
+    plain = copy.deepcopy(model, dict(frozen))
     for block in plain.llama.layers:                    # adapters that do nothing: merged and plain write the same
         nn.init.zeros_(block.adapter.up_weight)
         nn.init.zeros_(block.adapter.up_bias)
-    merged = copy.deepcopy(plain).merge_adapters()
+    merged = copy.deepcopy(plain, dict(frozen)).merge_adapters()
     for block in plain.llama.layers:
         block.adapter = nn.Identity()
+    if answers(merged) != answers(plain):
+        raise UserError(f"{subject.name}: merged adapters that do nothing change answers")
     took = turns(rounds, merged=lambda: answers(merged), plain=lambda: answers(plain))
     report.ratio("generate", f"{subject.name}: merged / LLaMA without adapters, time", took["merged"], took["plain"],
                  at_most=1.02)
@@ -352,7 +366,8 @@ def child(code, *arguments):
     done = subprocess.run([sys.executable, "-c", f"import bench, json, sys\nprint(json.dumps(bench.{code}(*sys.argv[1:])))",
                            *map(str, arguments)], cwd=PROJECT, capture_output=True, text=True)
     if done.returncode:
-        raise UserError(f"bench.{code} failed: {done.stderr.strip().splitlines()[-1]}")
+        said = done.stderr.strip().splitlines() or ["it was stopped, perhaps for want of memory"]
+        raise UserError(f"bench.{code} ended with {done.returncode}: {said[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -362,12 +377,12 @@ def peak():
 
 
 def load_and_touch(folder):
-    def do():
-        llama, _ = load_llama(folder)
-        for p in llama.parameters():
-            p.view(torch.int8).view(-1)[::4096].sum()
-        do.size = sum(p.nbytes for p in llama.parameters())
-    return seconds(do), peak(), do.size
+    """(seconds, peak of memory, bytes of weights)"""
+    start = time.perf_counter()
+    llama, _ = load_llama(folder)
+    for p in llama.parameters():
+        p.view(torch.int8).view(-1)[::4096].sum()
+    return time.perf_counter() - start, peak(), sum(p.nbytes for p in llama.parameters())
 
 
 def read_bytes(folder):
@@ -403,24 +418,26 @@ def bench_features(report, args):
     llama, tokenizer = load_llama(demo.LLAMA, torch.float32)
     model = EIVEN(llama, tokenizer, features.width)
     optimizer = make_optimizer(model)
-    shares, photo_seconds = [], 0
 
     def step(examples):
-        nonlocal photo_seconds
+        """Seconds that a step spends on photos."""
         rows, photos = rows_of(examples, tokenizer)
         start = time.perf_counter()
         read = features.read(photos, "cpu")
-        photo_seconds += time.perf_counter() - start
+        took = time.perf_counter() - start
         model(rows, read).backward()
         optimizer.step()
+        return took
 
+    shares = []
     for number in range(args.rounds + 1):
-        epoch, photo_seconds = Epoch(products, 0, number), 0
-        whole = seconds(lambda: [step([epoch[i] for i in range(k, min(k + BATCH, len(epoch)))])
-                                 for k in range(0, len(epoch), BATCH)])
-        shares.append(100 * photo_seconds / whole)
+        epoch = Epoch(products, 0, number)
+        batches = [[epoch[i] for i in range(k, min(k + BATCH, len(epoch)))] for k in range(0, len(epoch), BATCH)]
+        start = time.perf_counter()
+        photos = sum(map(step, batches))
+        shares.append(100 * photos / (time.perf_counter() - start))
     report.add("features", "demo's model: share of a later epoch spent on photos", shares[1:], "%", at_most=1,
-               note=f"{len(products)} products; the first epoch {shares[0]:.2f} %")
+               note=f"{len(products)} products, from memory; the first epoch, from the disk: {shares[0]:.2f} %")
 
     folder = Path(args.vit) if args.vit else demo.VIT
     vit, transformers = load_vit(folder), import_transformers()
@@ -496,6 +513,7 @@ def train_a_little(folder):
 
 def bench_memory(report, sizes=(1000, 1_000_000)):
     peaks = []
+    (PROJECT / "cache").mkdir(exist_ok=True)
     for n in sizes:
         with tempfile.TemporaryDirectory(dir=PROJECT / "cache") as folder:
             write_products(folder, n)
@@ -535,25 +553,34 @@ def main():
     print(", ".join(f"{k} {v}" for k, v in machine.items()))
     print(f"{'section':8}  {'what':58}  {'median':>8}     {'spread (rounds)':22}  goal")
     report = Report()
+    try:
+        measure(wanted, report, args)
+    finally:                                            # what was measured before an error or Ctrl-C is kept
+        asked = vars(args) | {"json": str(args.json)}
+        write_text(args.json, json.dumps({"machine": machine, "arguments": asked, "figures": report.lines}, indent=2) + "\n")
+        print(f"written: {args.json}")
+
+
+def measure(wanted, report, args):
+    """The sections, in order; scaling on the first model that is large enough for overheads not to count."""
     if {"train", "generate", "scaling"} & set(wanted):
-        scaled = False
+        if "llama" in args.models and not args.llama:
+            print("the model `llama` needs --llama: skipped")
+        to_scale = "scaling" in wanted
         for subject in subjects(args):
             if "train" in wanted:
                 bench_train(subject, report, args.rounds)
             if "generate" in wanted:
                 bench_generate(subject, report, args.rounds)
-            if "scaling" in wanted and not scaled and (subject.name != "demo's model" or not args.llama):
+            if to_scale and (subject.name != "demo's model" or args.models == ["demo"]):
                 bench_scaling(subject, report, args.rounds)
-                scaled = True
+                to_scale = False
     if "load" in wanted:
         bench_load(report, args)
     if "features" in wanted:
         bench_features(report, args)
     if "memory" in wanted:
         bench_memory(report)
-    asked = vars(args) | {"json": str(args.json)}
-    write_text(args.json, json.dumps({"machine": machine, "arguments": asked, "figures": report.lines}, indent=2) + "\n")
-    print(f"written: {args.json}")
 
 
 def processor():

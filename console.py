@@ -82,8 +82,9 @@ class Progress:
                 progress.step()
 
     total  how many units there are, or None where nobody knows; done: units finished before this start (resume).
-    What is done within a second prints nothing.  A log gets its first line after 5 s, and then one whenever a tenth of
-    the time so far has passed again, at least once in 30 s.  Everything goes to stderr: stdout is for results.
+    What is done within a second prints nothing on a terminal.  A log gets its first line after 5 s, and then one
+    whenever a tenth of the time so far has passed again, at least once in 30 s.  Everything goes to stderr: stdout is
+    for results.
     """
 
     def __init__(self, what, total=None, unit="", done=0):

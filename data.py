@@ -7,6 +7,7 @@ Nothing here knows of models: a tokenizer is anything with `encode` and `eos_id`
 import codecs
 import csv
 import hashlib
+import os
 import random
 from array import array
 from collections import defaultdict
@@ -73,6 +74,7 @@ class Products(Sequence):
         check_file(self.path, "a data set's TSV")
         csv.field_size_limit(1 << 24)
         self.file = open(self.path, "rb")
+        self.identity = identity(self.file)
         needed = COLUMNS if labelled else COLUMNS[:-1]
         lines = Lines(self.file, self.path)
         self.header = next(lines.cells, [])
@@ -111,6 +113,7 @@ class Products(Sequence):
 
     def __iter__(self):
         with open(self.path, "rb") as file:             # of its own: two loops may run at the same time
+            self.same(file)
             file.seek(self.first)
             lines = Lines(file, self.path)
             yield from (self.product(cells, lines.where) for cells in lines.cells if cells)
@@ -118,9 +121,22 @@ class Products(Sequence):
     def __getitem__(self, i):
         if isinstance(i, slice):
             return [self[k] for k in range(*i.indices(len(self)))]
+        self.same(self.file)
         self.file.seek(self.starts[i])
         lines = Lines(self.file, self.path)
         return self.product(next(lines.cells), lines.where)
+
+    def same(self, file):
+        """UserError if this is not the file, or not in the state, that was read at the start: answers would be paired
+        with other products."""
+        if identity(file) != self.identity:
+            raise UserError(f"{self.path}: was changed while it is in use; start again")
+
+
+def identity(file):
+    """What changes when an open file is written to or is another one."""
+    stat = os.fstat(file.fileno())
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 class Lines:

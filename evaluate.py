@@ -31,16 +31,16 @@ SORTED_TOGETHER = 4096                                  # products in memory as 
 # ------------------------------------------------------------------------------------------------ answering
 
 
-def answer(model, features, products, config, temperature=0.1, top_p=0.75, values=None, what="answering"):
-    """[(answer, probability)] for products, in their order.
+def answers_to(model, features, products, config, temperature=0.1, top_p=0.75, values=None, what="answering"):
+    """Yield (answer, probability) for each of the products, in their order; some thousand are in work at a time.
 
     values  {attribute: allowed answers} to choose from, or None for free text.  The answers do not depend on how
     products are batched: they are sorted by length only to save work, and each draws from a generator of its own.
     """
-    answers = [None] * len(products)
     with Progress(what, len(products), "products") as progress:
         for first in range(0, len(products), SORTED_TOGETHER):
             some = products[first:first + SORTED_TOGETHER]
+            answers = [None] * len(some)
             rows, photos = rows_of([base_question(p, config.text) for p in some], model.tokenizer, config.image)
             order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt))
             for start in range(0, len(order), ANSWER_BATCH):
@@ -54,9 +54,14 @@ def answer(model, features, products, config, temperature=0.1, top_p=0.75, value
                     temperature, top_p,
                     allowed=values and [[answer_ids(v, model.tokenizer) for v in values[some[i].attribute]] for i in batch])
                 for i, (ids, probability) in zip(batch, found):
-                    answers[first + i] = model.tokenizer.decode(ids).strip(), probability
+                    answers[i] = model.tokenizer.decode(ids).strip(), probability
                 progress.step(len(batch))
-    return answers
+            yield from answers
+
+
+def answer(*args, **how):
+    """The list of what `answers_to` yields."""
+    return list(answers_to(*args, **how))
 
 
 # ------------------------------------------------------------------------------------------------ scoring
@@ -107,10 +112,12 @@ def write_results(folder, title, products, answers, metrics, images=None):
     """metrics.json, predictions.tsv, a confusion matrix an attribute and report.html, each whole, into `folder`."""
     write_text(folder / "metrics.json", json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
     write_predictions(folder / "predictions.tsv", zip(products, answers))
+    counts = defaultdict(Counter)                       # attribute -> how often (gold, answer)
+    for p, (prediction, _) in zip(products, answers):
+        counts[p.attribute][p.value, prediction] += 1
     for attribute in metrics["attributes"]:
-        pairs = [(p.value, a) for p, (a, _) in zip(products, answers) if p.attribute == attribute]
         with whole_file(folder / confusion_file(attribute)) as partial:
-            confusion_png(f"{attribute}: {title}", Counter(pairs)).save(partial, format="png")
+            confusion_png(f"{attribute}: {title}", counts[attribute]).save(partial, format="png")
     write_text(folder / "report.html", report_html(title, products, answers, metrics, images))
 
 
@@ -209,16 +216,16 @@ def export_run(model, features, config, sources, out):
           f"{len(rows)} test products)")
 
 
-def answer_file(model, features, config, sources, raw, args):
-    """Answer a TSV of any length into another one; every line of it is checked before the first is answered."""
-    products = Products(args.input, labelled=False)
-    unknown = sorted({p.attribute for p in products} - raw["values"].keys())
-    if args.constrain and unknown:
+def answer_file(products, model, features, config, sources, raw, args):
+    """Answer the products of a TSV of any length into another one."""
+    unknown = sorted({p.attribute for p in products} - raw["values"].keys()) if args.constrain else []
+    if unknown:
         raise UserError(f"{args.input}: --constrain knows no values of {', '.join(unknown[:5])}; "
                         f"the run was trained on {', '.join(raw['values'])}")
     if features:
         prepare_photos(features, [products], config, sources)
-    answers = answer(model, features, products, config, args.temperature, args.top_p, raw["values"] if args.constrain else None)
+    values = raw["values"] if args.constrain else None
+    answers = answers_to(model, features, products, config, args.temperature, args.top_p, values)
     write_predictions(args.output, zip(products, answers))
     print(f"{args.output}: {len(products):,} products answered")
 
@@ -255,6 +262,8 @@ def main():
     if args.image and not Path(args.image).is_file():
         raise UserError(f"--image {args.image}: there is no such file")
 
+    if args.input:                                      # every line of it is checked before anything else is done
+        products = Products(args.input, labelled=False)
     given = {name: getattr(args, name) for name in ("data", "llama", "vit", "device", "dtype") if hasattr(args, name)}
     model, features, config, sources, raw = load_run(args.run, given)
     if args.merge or args.export:
@@ -271,7 +280,7 @@ def main():
         return answer_one(model, features, config, raw, args)
     print(describe(config, sources))
     if args.input:
-        return answer_file(model, features, config, sources, raw, args)
+        return answer_file(products, model, features, config, sources, raw, args)
     products = read_split(sources.data, config.dataset, args.split)
     if args.split != "test":                            # as train.py does: few labels are few for validation, too
         products = sample_labels(products, config.labels, config.seed)

@@ -6,6 +6,7 @@ A photo is known by its bytes and the ViT by its weights: changing either is a n
 """
 
 import hashlib
+import os
 import sqlite3
 from functools import lru_cache
 from pathlib import Path
@@ -49,7 +50,7 @@ class PhotoFeatures:
             self.database.execute("pragma journal_mode = wal")      # readers and one writer at the same time
             self.database.execute("create table if not exists cls (key blob primary key, layers integer, tokens blob)")
             # The photos of this run: a temporary table on the disk, since the names of a million fill the memory.
-            self.database.execute("create temporary table photo (name text primary key, key blob)")
+            self.database.execute("create temporary table photo (name blob primary key, key blob)")
         except sqlite3.Error as error:
             raise UserError(f"{cache}: the cache of photo features cannot be used ({error}); delete it, and it is "
                             "made again") from None
@@ -61,37 +62,42 @@ class PhotoFeatures:
             self._find(names)
             self._compute_missing()
         except sqlite3.Error as error:
-            raise UserError(f"the cache of photo features cannot be written ({error}); is the disk full?") from None
+            raise UserError(f"the cache of photo features cannot be used ({error}); is the disk full, or the file locked "
+                            "or damaged? It may be deleted, and is made again") from None
 
     def _find(self, names):
-        """Put the photos and their keys into the table `photo`."""
-        seen, absent = 0, []
+        """Put the photos and their keys into the table `photo`; UserError if some are not there."""
+        absent = {}
         with Progress("photos looked up", unit="photos") as progress, self.database:
             for name in names:
-                seen += 1
                 progress.step()
-                if self.database.execute("select 1 from photo where name = ?", (name,)).fetchone():
+                known = self.database.execute("select 1 from photo where name = ?", (os.fsencode(name),)).fetchone()
+                if known or name in absent:
                     continue
                 if not name or not (self.images / name).is_file():
-                    absent.append(name)
-                elif not absent:                        # else there will be an error: only count
-                    key = hashlib.sha256(self.vit_key + digest_of(self.images / name)).digest()
-                    self.database.execute("insert into photo values (?, ?)", (name, key))
+                    absent[name] = True
+                    continue
+                # Once one is absent there will be an error, and the others are only counted.
+                key = b"" if absent else hashlib.sha256(self.vit_key + digest_of(self.images / name)).digest()
+                self.database.execute("insert into photo values (?, ?)", (os.fsencode(name), key))
+            [there] = self.database.execute("select count(*) from photo").fetchone()
+            self.database.execute("delete from photo where key = ?", (b"",))
         if absent:
-            raise UserError(f"{len(absent):,} of {seen:,} photos are not in {self.images}, e.g. "
-                            f"{', '.join(repr(name) for name in absent[:3])}. Download them (see DATA.md), or leave "
+            raise UserError(f"{len(absent):,} of {there + len(absent):,} photos are not in {self.images}, e.g. "
+                            f"{', '.join(repr(name) for name in list(absent)[:3])}. Download them (see DATA.md), or leave "
                             "photos out with --no-image")
 
     def _compute_missing(self):
         missing = "from photo where not exists (select 1 from cls where cls.key = photo.key)"
-        [total] = self.database.execute(f"select count(*) {missing}").fetchone()
+        [total] = self.database.execute(f"select count(distinct key) {missing}").fetchone()
         last = 0
         with Progress("photo features", total, "photos") as progress:
             while batch := self.database.execute(f"select rowid, name, key {missing} and rowid > ? order by rowid "
                                                  "limit ?", (last, BATCH)).fetchall():
-                self._compute([(name, key) for _, name, key in batch])
+                once = {key: os.fsdecode(name) for _, name, key in batch}       # equal photos are one
+                self._compute([(name, key) for key, name in once.items()])
                 last = batch[-1][0]
-                progress.step(len(batch))
+                progress.step(len(once))
 
     def _compute(self, batch):
         size = self.vit.config.image_size
@@ -107,7 +113,8 @@ class PhotoFeatures:
 
     def _read_one(self, name):
         layers, tokens = self.database.execute(
-            "select layers, tokens from photo join cls using (key) where name = ?", (name,)).fetchone()
+            "select layers, tokens from photo join cls using (key) where name = ?",
+            (os.fsencode(name),)).fetchone()
         tokens = np.frombuffer(tokens, dtype=np.float32).reshape(layers, -1)
         return torch.tensor(tokens[-1:] if self.single else tokens)      # (K, V)
 

@@ -141,7 +141,7 @@ class Layout:
     position  (N,)    rotary positions: places in their rows
     rows      for each group of rows a table (b, T): which of the N tokens is row b's t-th; past a row's end it is 0,
               whose answer nobody reads
-    back      (N,)    where a token stands in the flattened tables, one after the other, in one of the rows that have it
+    back      (N,)    where a token stands when the groups' rows are put end to end, in any one row that has it
     asked     the A tokens that answers are wanted for, (A,) of the N, row after row
     ask       their own Layout, (b, A of the row) tables with the same rows in the same groups; None if all are asked
     whole     whether the tokens are the beginnings of their rows, not some later ones alone
@@ -204,7 +204,7 @@ def pack(rows, asked=None, device="cpu", groups=True):
 
     packed = layout(ids, position, places)
     if asked is not None:
-        wanted = [place for own, n in zip(places, asked) for place in own[-n:]]
+        wanted = [place for own, n in zip(places, asked) for place in own[len(own) - n:]]
         starts = itertools.accumulate(asked, initial=0)
         packed.asked = torch.tensor(wanted, device=device)
         packed.ask = layout([ids[p] for p in wanted], [position[p] for p in wanted],
@@ -285,7 +285,7 @@ class FrozenProduct(torch.autograd.Function):
     @staticmethod
     def widened(weight, dtype):
         """The strips of W, one after the other, in the same piece of memory: new pages would cost as much as the product."""
-        wide = torch.empty(FrozenProduct.STRIP, weight.shape[1], dtype=dtype)
+        wide = torch.empty(FrozenProduct.STRIP, weight.shape[1], dtype=dtype, device=weight.device)
         for strip in weight.split(FrozenProduct.STRIP):
             yield wide[:len(strip)].copy_(strip)
 
@@ -389,8 +389,8 @@ class Attention(nn.Module):
         padding stands after its last token.
         """
         q = self.q_proj(h).unflatten(-1, (-1, self.head_dim))                   # (A, H, d)
-        out = []
-        for q, k, v, rows in zip(layout.to_rows(Rotate.apply(q, *table)), keys, values, layout.rows):
+        asking, out = layout.to_rows(Rotate.apply(q, *table)), []
+        for q, k, v, rows in zip(asking, keys, values, layout.rows):            # a group at a time
             mask = None
             if not layout.whole:
                 place = torch.arange(k.shape[1], device=h.device)               # (S,)

@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import itertools
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -78,9 +79,11 @@ def report_html(title, products, answers, metrics, images=None):
                 f"<small>p = {probability:.2f}</small></p>"
                 + ("" if right else f"<p>gold: {html.escape(product.value)}</p>") + "</div>")
 
-    judged = [(p, a, probability) for p, (a, probability) in zip(products, answers)]
-    wrong = [card(*j) for j in [j for j in judged if j[1] != j[0].value][:EXAMPLES]]
-    right = [card(*j) for j in [j for j in judged if j[1] == j[0].value][:EXAMPLES]]
+    def cards(right):
+        judged = ((p, a, probability) for p, (a, probability) in zip(products, answers) if (p.value == a) == right)
+        return [card(*j) for j in itertools.islice(judged, EXAMPLES)]
+
+    wrong, right = cards(right=False), cards(right=True)
     rows = "".join(cells(name, m) for name, m in metrics["attributes"].items())
     matrices = "".join(f"<img class='matrix' alt='confusion matrix: {html.escape(attribute)}' "
                        f"src='{confusion_file(attribute)}'>" for attribute in metrics["attributes"])

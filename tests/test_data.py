@@ -1,5 +1,6 @@
 """Products, few labels, and the texts of figure 3, letter for letter."""
 
+import tracemalloc
 from collections import Counter
 
 import pytest
@@ -168,6 +169,34 @@ def test_products_are_read_from_the_file_one_by_one(tmp_path):
     assert [products[i] for i in (2, 0, 1, -1)] == [list(products)[i] for i in (2, 0, 1, 2)]
     assert products[1:] == list(products)[1:] and list(zip(products, products))[2] == (products[2], products[2])
     assert isinstance(sample_labels(products, 1, 0), list) and sample_labels(products, None, 0) is products
+
+
+def test_a_file_that_changes_under_a_run_is_an_error(tmp_path):
+    path = tsv(tmp_path, HEADER + LINE + LINE)
+    products = Products(path)
+    path.with_name("new").write_text(HEADER + LINE.replace("B1", "B9") + LINE)
+    path.with_name("new").replace(path)                 # another file: places still come from the one that was opened
+    assert products[0].id == "B1"
+    with pytest.raises(UserError, match="was changed while it is in use"):
+        list(products)
+    products = Products(path)
+    path.write_text(HEADER + LINE)                      # cut off in place
+    with pytest.raises(UserError, match="was changed while it is in use"):
+        products[1]
+
+
+def test_memory_holds_no_texts(tmp_path):
+    """20,000 products with long titles, read, listed by value, and planned for an epoch: a small part of the file."""
+    line = "B{0}\tB{0}.jpg\tShoes\t[Title] " + "a long title " * 80 + "\tBoot Style\tChelsea\n"
+    path = tsv(tmp_path, HEADER + "".join(line.format(i) for i in range(20_000)))
+    tracemalloc.start()
+    products = Products(path)
+    values_of(products), fingerprint(products)
+    epoch = Epoch(products, 0, 0)
+    assert len(epoch[5].prompt) > 1000
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert path.stat().st_size > 20e6 and most < 4e6
 
 
 @pytest.mark.parametrize("text, said", [

@@ -1,5 +1,6 @@
 """Features of photos: computed once, known by content, safe against what goes wrong."""
 
+import os
 import shutil
 
 import pytest
@@ -67,8 +68,24 @@ def test_another_photo_or_another_vit_is_another_entry(folder, vit_dir, tmp_path
 
 
 def test_missing_photos_are_counted_and_named(folder, vit_dir):
-    with pytest.raises(UserError, match=r"2 of 3 photos are not in .*'gone.jpg', ''.*--no-image"):
-        open_features(folder, vit_dir).prepare(["B0001.jpg", "gone.jpg", ""])
+    f = open_features(folder, vit_dir)
+    for _ in range(2):                                  # counted by photo, not by mention, and again the same
+        with pytest.raises(UserError, match=r"2 of 4 photos are not in .*'gone.jpg', ''.*--no-image"):
+            f.prepare(["B0001.jpg", "gone.jpg", "", "gone.jpg", "B0002.jpg", "B0002.jpg", "B0001.jpg"])
+    f.prepare(NAMES)                                    # those that were only counted are computed when it matters
+    assert f.read(NAMES, "cpu").shape == (3, 2, 24)
+
+
+def test_a_name_may_be_any_bytes_and_equal_photos_are_computed_once(folder, vit_dir, monkeypatch):
+    odd = os.fsdecode(b"caf\xe9.jpg")
+    for name in (odd, "copy.jpg"):
+        shutil.copy(folder / "images" / "B0001.jpg", folder / "images" / name)
+    opened = []
+    monkeypatch.setattr(features, "open_photo", lambda path: opened.append(path) or open_photo(path))
+    f = open_features(folder, vit_dir)
+    f.prepare([*NAMES, odd, "copy.jpg"])
+    assert len(opened) == 3
+    assert torch.equal(f.read([odd], "cpu"), f.read(["B0001.jpg"], "cpu"))
 
 
 def test_a_broken_photo_is_named_and_loses_nothing(folder, vit_dir, monkeypatch):
