@@ -136,13 +136,16 @@ def seconds(do):
 
 
 def turns(rounds, **sides):
-    """{side: its seconds, one a round}.  The sides take turns, after a round that does not count; where a round takes
-    less than four seconds there are more of them, up to 25."""
-    warm_up = sum(seconds(do) for do in sides.values())
+    """{side: its seconds, one a round}.  The sides take turns; where a round takes less than four seconds there are more
+    rounds, up to 25.  Each side has been called before, by a check or a smaller call, so that none is cold."""
     took = {name: [] for name in sides}
-    for _ in range(max(rounds, min(25, int(20 / warm_up)))):
+    done = 0
+    while done < rounds:
         for name, do in sides.items():
             took[name].append(seconds(do))
+        done += 1
+        if done == 1:
+            rounds = max(rounds, min(25, int(20 / sum(s[0] for s in took.values()))))
     return took
 
 
@@ -268,7 +271,6 @@ def bench_train(subject, report, rounds):
     computed = len(pack([x + row.answer[:-1] for x, row in zip(X, rows)]).ids)
     products = product_times(model, computed, sum(len(row.answer) for row in rows))
     took = turns(rounds, ours=ours, usual=usual, products=lambda: limits.append(products()))
-    limits = limits[-len(took["ours"]):]                # without the round that does not count
     note = f"{len(rows)} rows: {computed:,} tokens computed, {sum(lengths):,} real, {len(rows) * max(lengths):,} padded"
     report.ratio("train", f"{subject.name}: step, peer / ours", took["usual"], took["ours"], at_least=subject.goals["train"],
                  note=note)
@@ -464,6 +466,7 @@ def bench_scaling(subject, report, rounds, sizes=(256, 1024, 8192), length=64):
         ids = torch.randint(3, model.llama.config.vocab_size, (size // length, length), generator=draw).tolist()
         rows = [Row((), row[:-5], row[-5:]) for row in ids]         # with the begin token, without the last: 64 read
         steps[str(size)] = lambda rows=rows: model(rows).backward()
+    steps[str(sizes[0])]()
     took = turns(rounds, **steps)
     per_token = [[s / size for s in took[str(size)]] for size in sizes]
     rate = [sum(took[str(size)][n] for size in sizes) / sum(sizes) for n in range(len(per_token[0]))]
