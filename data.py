@@ -70,7 +70,7 @@ class Products(Sequence):
     """
 
     def __init__(self, path, labelled=True):
-        self.path, self.labelled = Path(path), labelled
+        self.path = Path(path)
         check_file(self.path, "a data set's TSV")
         csv.field_size_limit(1 << 24)
         self.file = open(self.path, "rb")
