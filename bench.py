@@ -45,7 +45,7 @@ from vit import load_vit
 
 SECTIONS = ("train", "generate", "load", "features", "scaling", "memory")
 MODELS = ("demo", "llama", "wide")
-BATCH, WIDE_BATCH = 32, 8                               # rows of a step; of the wide model, where a row takes seconds
+BATCH, WIDE_BATCH = 32, 16                              # rows of a step; of the wide model, where a row takes seconds
 LAVIN_LENGTH = 512                                      # LaVIN pads every row to this many tokens
 WIDE = LlamaConfig(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=4,
                    num_attention_heads=32, num_key_value_heads=32, head_dim=128, rms_norm_eps=1e-6)

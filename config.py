@@ -226,7 +226,7 @@ def keep_freed_memory():
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
         return
-    mallopt(-3, 1 << 30)                                # M_MMAP_THRESHOLD: smaller blocks are not mapped one by one
+    mallopt(-3, 1 << 30) or mallopt(-3, 1 << 25)        # M_MMAP_THRESHOLD: smaller blocks are not mapped one by one
     mallopt(-1, 2 ** 31 - 1)                            # M_TRIM_THRESHOLD: the heap's free end is not given back
 
 

@@ -28,6 +28,7 @@ import numpy as np
 import sentencepiece
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
@@ -43,8 +44,8 @@ TAPS = (3, 6, 9, 12)
 
 VIT = vit_file.ViTConfig(hidden_size=64, intermediate_size=256, num_hidden_layers=12, num_attention_heads=4,
                          patch_size=8, image_size=48)
-MARGIN = 56                                             # drawings are kept a little larger, to be cut at random
-DRAWINGS, VIT_STEPS, VIT_BATCH, VIT_RATE = 14_000, 1800, 64, 1.2e-3
+SMALLEST_CUT = 0.85                                     # of a side: drawings are cut at random, and brought to 48
+DRAWINGS, VIT_STEPS, VIT_BATCH, VIT_RATE = 18_000, 5000, 64, 1.2e-3
 CAPTION_STEPS, CAPTION_LAYERS, FINE_CAPTIONS = 600, 3, 0.25
 OTHER_SEEDS = 10_000_000                                # products' seeds are their numbers, far below
 
@@ -60,19 +61,18 @@ ITEM_NAMES = [item for items in demo.ITEMS.values() for item in items]
 
 
 def drawing(number):
-    """(pixels (MARGIN, MARGIN, 3) uint8, look, family, item): a drawing for the ViT, from its number alone."""
+    """(pixels (SIDE, SIDE, 3) uint8, look, family, item): a drawing for the ViT, from its number alone."""
     rng = np.random.default_rng([int(demo.VERSION), OTHER_SEEDS + number])
     look = list(LOOKS)[rng.integers(len(LOOKS))]
     attribute, family = LOOKS[look]
     item = list(demo.ITEMS[attribute])[rng.integers(len(demo.ITEMS[attribute]))]
     if rng.random() < 0.05:
         look, family = demo.HIDDEN, FAMILY_COUNT - 1
-    photo = demo.draw(look, item, rng).resize((MARGIN, MARGIN), resample=3)
-    return np.asarray(photo), LOOK_NAMES.index(look), family, ITEM_NAMES.index(item)
+    return np.asarray(demo.draw(look, item, rng)), LOOK_NAMES.index(look), family, ITEM_NAMES.index(item)
 
 
 def make_drawings(numbers):
-    """Drawings as arrays: (n, MARGIN, MARGIN, 3) uint8 and three of labels (n,)."""
+    """Drawings as arrays: (n, SIDE, SIDE, 3) uint8 and three of labels (n,)."""
     found = []
     with Pool() as pool, Progress("drawing", len(numbers), "drawings") as progress:
         for one in pool.imap(drawing, numbers, chunksize=50):
@@ -83,17 +83,23 @@ def make_drawings(numbers):
 
 
 def as_pixels(drawings, rng=None):
-    """(n, 3, 48, 48), normalised as CLIP does; with rng: cut, mirrored and lit at random, else from the middle."""
-    size, spare = VIT.image_size, MARGIN - VIT.image_size
-    cut = np.empty((len(drawings), size, size, 3), np.float32)
+    """(n, 3, 48, 48), read as vit.preprocess reads photos; with rng: cut, mirrored and lit at random.
+
+    The whole drawing is among the cuts: products' photos are never cut, and a look must not be known by its size.
+    """
+    if rng is None:
+        return torch.stack([vit_file.preprocess(Image.fromarray(image), VIT.image_size) for image in drawings])
+    size, side = VIT.image_size, drawings.shape[1]
+    pixels = np.empty((len(drawings), size, size, 3), np.float32)
     for i, image in enumerate(drawings):
-        left, top = rng.integers(0, spare + 1, 2) if rng else (spare // 2, spare // 2)
-        image = image[top:top + size, left:left + size]
-        if rng and rng.random() < 0.5:
-            image = image[:, ::-1]
-        cut[i] = image * rng.uniform(0.85, 1.15) if rng else image
-    cut = (np.clip(cut / 255, 0, 1) - vit_file.CLIP_MEAN) / vit_file.CLIP_STD
-    return torch.from_numpy(cut.astype(np.float32)).permute(0, 3, 1, 2).contiguous()
+        cut = rng.uniform(SMALLEST_CUT, 1) * side
+        left, top = rng.uniform(0, side - cut, 2)
+        photo = Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + cut, top + cut))
+        if rng.random() < 0.5:
+            photo = photo.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        pixels[i] = np.asarray(photo, np.float32) * rng.uniform(0.85, 1.15)
+    pixels = (np.clip(pixels / 255, 0, 1) - np.float32(vit_file.CLIP_MEAN)) / np.float32(vit_file.CLIP_STD)
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
 
 def start_vit():
@@ -335,11 +341,13 @@ def train_tokenizer(path, vocab_size, documents=8000):
 
 
 def trainable(llama):
-    """The same model with weights that learn: LLaMA's own Linear is for frozen ones and gives them no gradient."""
+    """The same model with weights that learn: LLaMA's own Linear and RMSNorm are for frozen ones and give them no gradient."""
     for module in list(llama.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, llama_file.Linear):
                 setattr(module, name, nn.Linear(child.weight.shape[1], child.weight.shape[0], bias=False))
+            elif isinstance(child, llama_file.RMSNorm):
+                setattr(module, name, nn.RMSNorm(len(child.weight), child.eps))
     for name, p in llama.named_parameters():
         p.requires_grad_(True)
         if p.dim() == 1:

@@ -37,7 +37,7 @@ def make_optimizer(model):
     biases = [p for name, p in trained.items() if name.endswith("bias")]
     weights = [p for name, p in trained.items() if not name.endswith("bias")]
     return torch.optim.AdamW([{"params": weights, "weight_decay": 0.02}, {"params": biases, "weight_decay": 0.0}],
-                             betas=(0.9, 0.95))
+                             betas=(0.9, 0.95), fused=True)     # one operation for all: 2 ms of the demo's 100 a step
 
 
 def train_step(model, optimizer, scaler, examples, features, config):

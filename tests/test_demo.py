@@ -8,6 +8,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 
 import demo
 import llama
@@ -50,7 +51,7 @@ def test_the_prose_holds_no_title_of_the_data_set():
 def test_no_picture_of_the_test_split_occurs_elsewhere():
     assert len(ROWS) < pretrain_demo.OTHER_SEEDS                # products' seeds are their numbers
     chosen = [rows[i]["id"] for rows in SPLITS.values() for i in range(12)]
-    pictures = [demo.photo_of(product).resize((pretrain_demo.MARGIN,) * 2, resample=3).tobytes() for product in chosen]
+    pictures = [demo.photo_of(product).tobytes() for product in chosen]
     pictures += [pretrain_demo.drawing(number)[0].tobytes() for number in range(12)]
     assert len(set(pictures)) == len(pictures)
 
@@ -108,6 +109,13 @@ def test_the_llama_knows_its_world():
         ids = [tokenizer.bos_id, *tokenizer.encode(seen), *tokenizer.encode(asked)]
         right += llama.greedy_continuation(model, ids, len(answer)) == answer
     assert right >= 24
+
+
+def test_pretraining_gives_every_weight_a_gradient(tiny_config):
+    """LLaMA's own Linear and RMSNorm are for frozen weights: they have no gradient, silently."""
+    model = pretrain_demo.trainable(llama.LLaMA(tiny_config))
+    pretrain_demo.logits_of(model, torch.arange(12).view(2, 6)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
 
 
 def test_tables_stand_beside_the_papers(tmp_path):

@@ -146,6 +146,32 @@ def test_frozen_product_has_the_gradient_of_the_product(dtype, monkeypatch):
     torch.testing.assert_close(ours, grad @ weight.float())
 
 
+WEIGHT, ANGLE = 0.5 + torch.arange(6) / 6, torch.linspace(0, 3, 21).view(7, 1, 3)
+
+
+def turned(x, cos, sin):
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+@pytest.mark.parametrize("ours, plain, shapes", [
+    (lambda x: llama.Normalize.apply(x, WEIGHT, 1e-5),
+     lambda x: x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * WEIGHT, [(7, 6)]),
+    (lambda x: llama.Rotate.apply(x, ANGLE.cos(), ANGLE.sin()), lambda x: turned(x, ANGLE.cos(), ANGLE.sin()), [(7, 2, 6)]),
+    (llama.Gated.apply, lambda gate, up: gate * torch.sigmoid(gate) * up, [(7, 6), (7, 6)]),
+], ids=["Normalize", "Rotate", "Gated"])
+def test_gradients_written_by_hand_are_those_of_autograd(ours, plain, shapes):
+    inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    wide = [x.detach().double().requires_grad_() for x in inputs]               # the reference is in fp64
+    out, reference = ours(*inputs), plain(*wide)
+    grad = torch.randn(out.shape)
+    out.backward(grad)
+    reference.backward(grad.double())
+    torch.testing.assert_close(out, reference.float(), rtol=1e-5, atol=1e-6)
+    for x, y in zip(inputs, wide):
+        torch.testing.assert_close(x.grad, y.grad.float(), rtol=1e-5, atol=1e-6)
+
+
 def test_sizes_at_7b():
     with torch.device("meta"):
         model = LLaMA(LlamaConfig(32000, 4096, 11008, 32, 32, 32, 128, 1e-6))
