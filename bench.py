@@ -458,22 +458,25 @@ def bench_features(report, args):
 # ------------------------------------------------------------------------------------------------ scaling, memory
 
 
-def bench_scaling(subject, report, rounds, sizes=(256, 1024, 8192), length=64):
-    """Seconds of a step against the real tokens in it: rows of one length that have nothing in common."""
+def bench_scaling(subject, report, rounds, sizes=(256, 1024, 8192), repeats=(4, 2, 1), length=64):
+    """Seconds of a step against the real tokens in it: rows of one length that have nothing in common.
+
+    Each size's seconds a token against the geometric mean of all sizes': proportional growth would be 0 everywhere.
+    """
     model, draw = subject.model, torch.Generator().manual_seed(0)
     steps = {}
-    for size in sizes:
+    for size, times in zip(sizes, repeats):
         ids = torch.randint(3, model.llama.config.vocab_size, (size // length, length), generator=draw).tolist()
         rows = [Row((), row[:-5], row[-5:]) for row in ids]         # with the begin token, without the last: 64 read
-        steps[str(size)] = lambda rows=rows: model(rows).backward()
-    steps[str(sizes[0])]()
-    took = turns(rounds, **steps)
-    per_token = [[s / size for s in took[str(size)]] for size in sizes]
-    rate = [sum(took[str(size)][n] for size in sizes) / sum(sizes) for n in range(len(per_token[0]))]
-    for size, each in zip(sizes, per_token):
+        steps[size, times] = lambda rows=rows, times=times: [model(rows).backward() for _ in range(times)]
+    steps[sizes[0], repeats[0]]()
+    took = turns(rounds, **{str(size): do for (size, _), do in steps.items()})
+    each = {size: [s / (size * times) for s in took[str(size)]] for size, times in steps}
+    common = [statistics.geometric_mean(round_) for round_ in zip(*each.values())]
+    for size, per_token in each.items():
         report.add("scaling", f"{subject.name}: {size:,} tokens, seconds a token against all sizes'",
-                   [100 * (s / r - 1) for s, r in zip(each, rate)], "%", at_least=-15, at_most=15,
-                   note=f"{1e3 * statistics.median(took[str(size)]):,.0f} ms a step")
+                   [100 * (s / c - 1) for s, c in zip(per_token, common)], "%", at_least=-15, at_most=15,
+                   note=f"{1e3 * size * statistics.median(per_token):,.0f} ms a step")
 
 
 def write_products(folder, n):

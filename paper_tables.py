@@ -32,6 +32,7 @@ ROWS = {                                                # name of a configuratio
     "judge-first": ("--lbc", "judge_first"),
     "better-instance": ("--lbc", "better_instance"),
     "no-lbc": ("--lbc", "none"),
+    "no-lbc-twice": ("--lbc", "none", "--epochs", "30"),        # as many steps as with comparisons
     "base-mlp": (*BASE, "--adapter", "mlp"),
     "base-mlp-linear": (*BASE, "--adapter", "mlp-linear"),
     "no-image": ("--no-image",),
@@ -54,6 +55,7 @@ TABLES = [
         ("LBC_Better_Instance", "better-instance", "53.02 / 63.51"),
         ("w/o LBC (and, in the paper's figures, w/o MGVF)", "base", "47.85 / 59.30"),
         ("w/o LBC, MGVF kept", "no-lbc", "not given"),
+        ("the same for 30 epochs, as many steps as with LBC", "no-lbc-twice", "not given"),
     ]),
     ("Table 5: adapters in EIVEN-Base", "paper: mean of Clothing and Footwear, 50 and 100 labels", [
         ("RepAdapter", "base", "60.72"),

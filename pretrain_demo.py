@@ -9,7 +9,7 @@ layers 3, 6, 9 and 12 name looks, things and colours.  Then layers 10 to 12 alon
 does: the last [cls] token must itself be the caption's embedding.  A caption says the thing, its main colour and
 roughly how it looks ("lines", "spots"); only one in four says the fine look.
 
-The LLaMA, 4 layers of width 160, reads prose: which looks and circumstances belong to which value, questions about
+The LLaMA, 4 layers of width 128, reads prose: which looks and circumstances belong to which value, questions about
 products that are described in words, and comparisons of two products.  Where EIVEN will put four image tokens, the
 prose has up to four words that tell what is seen; the projector has to learn to say such words.
 
