@@ -18,7 +18,8 @@ from data import STRATEGIES
 from eiven import EIVEN
 from features import PhotoFeatures
 from llama import LLaMA, load_llama, read_config
-from weights import read_json
+from vit import weight_file
+from weights import read_json, sample_digest, shard_files
 
 PROJECT = Path(__file__).resolve().parent
 DATA, LLAMA, VIT = PROJECT / "data", PROJECT / "weights" / "llama-7b", PROJECT / "weights" / "clip-vit-b-16"
@@ -142,11 +143,12 @@ class Sources(NamedTuple):
     vit: Path | None
 
 
-def find_sources(config):
+def find_sources(config, data_needed=True):
     """Sources: a path given wins, then the project's own folders, then the demo world.
 
     The demo world is used where nothing is given and nothing is there, or with --demo, or by the names `demo`: demo
     and real are never mixed unasked.  What was found is put into the config, so that the run stays with it.
+    data_needed  whether anything will be read from the data's folder
     """
     nothing = not (config.data or config.llama or config.vit or DATA.exists() or LLAMA.exists() or VIT.exists())
     config.demo = config.demo or nothing
@@ -169,12 +171,35 @@ def find_sources(config):
             sources.append(demo.write_dataset())
         else:
             path = Path(given or default)
-            if not path.exists():
+            if not path.exists() and (data_needed or name != "data"):
                 raise UserError(f"--{name}: {what} should be in {path}, which does not exist; {how}. "
                                 "Everything from the demo world: --demo")
             sources.append(path.resolve())
             setattr(config, name, str(path.resolve()))
     return Sources(*sources)
+
+
+def weights_fingerprint(sources):
+    """{"llama": ..., "vit": ...}: which weights a run was trained on.  With others of the same shape its adapters would
+    load, and answer nonsense."""
+    def beside(folder, *names):
+        return [folder / name for name in names if (folder / name).exists()]
+
+    llama = [*beside(sources.llama, "config.json", "tokenizer.model"), *shard_files(sources.llama, "LLaMA weights")]
+    vit = sources.vit and weight_file(sources.vit)
+    return {"llama": sample_digest(llama),
+            "vit": sample_digest([*beside(vit.parent, "config.json"), vit]) if vit else None}
+
+
+def check_weights(run, raw, sources):
+    """UserError if the weights are not those that the run with the config.json `raw` was trained on."""
+    if "weights_fingerprint" not in raw:
+        raise UserError(f"{run}: its config.json does not say which weights it was trained on; was it written by another "
+                        "version?")
+    for name, now in weights_fingerprint(sources).items():
+        if raw["weights_fingerprint"][name] != now:
+            raise UserError(f"{run}: was trained with another {name} than the one in {getattr(sources, name)}; name the folder "
+                            f"of the right one with --{name}, or train anew")
 
 
 def describe(config, sources):
@@ -216,6 +241,9 @@ def choose_dtype(name, device, llama):
     with torch.device("meta"):
         parameters = sum(p.numel() for p in LLaMA(read_config(llama / "config.json")).parameters())
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")           # a container's, which the machine's own memory does not tell
+    if limit.exists() and (allowed := limit.read_text().strip()).isdigit():
+        memory = min(memory, int(allowed))
     return torch.float32 if 4 * parameters <= 0.6 * memory else None
 
 

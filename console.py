@@ -29,6 +29,13 @@ def run(main):
     except BrokenPipeError:                     # e.g. `| head`: the reader has left, nothing is wrong
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
+    except (MemoryError, RuntimeError) as error:        # PyTorch's are RuntimeErrors, and known by what they say
+        if isinstance(error, RuntimeError) and not any(s in str(error) for s in ("out of memory", "can't allocate memory")):
+            raise
+        said = (str(error) or type(error).__name__).splitlines()[0][:120]
+        print(f"{name}: error: more memory is needed than there is ({said}); --micro-batch-size and --grad-checkpoint take "
+              "less, also with --resume", file=sys.stderr)
+        raise SystemExit(2) from None
     except OSError as error:                    # a full disk, a folder that may not be written
         print(f"{name}: error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -39,7 +39,7 @@ class Product:
     @property
     def context(self):
         """C, the text context: title and category."""
-        return f"{self.title}, {self.category}" if self.category else self.title
+        return ", ".join(part for part in (self.title, self.category) if part)
 
 
 class Example(NamedTuple):

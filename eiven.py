@@ -29,6 +29,7 @@ from console import UserError, whole_file, write_text
 from llama import Cache, next_tokens, official_name, pack
 from weights import map_safetensors
 
+TEMPERATURE, TOP_P = 0.1, 0.75                           # of answers (section 4.1)
 CLS_EVERY = 3                                           # a [cls] token after every third layer (section 4.1)
 
 
@@ -132,7 +133,7 @@ class EIVEN(nn.Module):
     # ------------------------------------------------------------------------------------------------ answering
 
     @torch.no_grad()
-    def generate(self, rows, features=None, seeds=None, temperature=0.1, top_p=0.75, limit=32, allowed=None):
+    def generate(self, rows, features=None, seeds=None, temperature=TEMPERATURE, top_p=TOP_P, limit=32, allowed=None):
         """Answers to rows: a list of (ids without end token, probability of that answer under the model).
 
         seeds     one per row; the draws of a row depend on its seed alone, not on its neighbours in the batch
@@ -216,25 +217,31 @@ class EIVEN(nn.Module):
 
 SHARD_BYTES = 5_000_000_000
 
-EXPORT_README = """\
-An EIVEN run, its adapters merged: an ordinary LLaMA (Hugging Face layout, attention_bias) and, if it saw photos, its
-projector.  Prompt: "Question: What is the {attribute} of this product?\\nContext: {title}, {category}\\nAnswer:"
+def export_readme(model, tapped, text):
+    """How to use an export: of a run that saw the [cls] of the ViT layers `tapped` (none: no photos), and texts or not."""
+    context = "\\nContext: {title}, {category}" if text else ""
+    lines = ["An EIVEN run, its adapters merged: an ordinary LLaMA (Hugging Face layout, attention_bias)"
+             + (" and its projector." if tapped else "."),
+             f'Prompt: "Question: What is the {{attribute}} of this product?{context}\\nAnswer:", behind the begin token',
+             "", '    llama = transformers.AutoModelForCausalLM.from_pretrained(".", dtype="auto")']
+    if tapped:
+        lines += ['    p = safetensors.torch.load_file("projector.safetensors")',
+                  f"    # cls: (K, V) = {len(tapped), model.projector.gate.in_features}, the [cls] after ViT layer "
+                  + ", ".join(map(str, tapped)),
+                  "    linear = torch.nn.functional.linear",
+                  '    gate, down = [linear(cls, p[f"{n}.weight"], p[f"{n}.bias"]) for n in ("gate", "down")]',
+                  '    image = linear(torch.nn.functional.silu(gate) * down, p["up.weight"], p["up.bias"])     # (K, D)']
+    image = "image.to(llama.dtype), " if tapped else ""
+    return "\n".join(lines + [
+        "    text = llama.get_input_embeddings()                          # ids: the begin token, then the prompt's",
+        f"    x = torch.cat([text(ids[:1]), {image}text(ids[1:])])",
+        "    llama.generate(inputs_embeds=x[None], max_new_tokens=32)", ""])
 
-    llama = transformers.AutoModelForCausalLM.from_pretrained(".", dtype="auto")
-    p = safetensors.torch.load_file("projector.safetensors")     # cls: (K, V), the [cls] of ViT layers 3, 6, 9, 12
-    linear = torch.nn.functional.linear
-    gate, down = [linear(cls, p[f"{n}.weight"], p[f"{n}.bias"]) for n in ("gate", "down")]
-    image = linear(torch.nn.functional.silu(gate) * down, p["up.weight"], p["up.bias"])     # (K, D) image tokens
-    text = llama.get_input_embeddings()                          # ids: the begin token, then the prompt's
-    x = torch.cat([text(ids[:1]), image.to(llama.dtype), text(ids[1:])])
-    llama.generate(inputs_embeds=x[None], max_new_tokens=32)
-"""
 
-
-def export(model, llama_folder, out):
+def export(model, llama_folder, out, readme):
     """Write a merged model to the new folder `out` as an ordinary Hugging Face LLaMA, and the projector beside it.
 
-    model is merged already.  Files: config.json (the source's, with attention_bias), tokenizer.model, safetensors in
+    model is merged already, readme is export_readme's.  Files: config.json (the source's, with attention_bias), tokenizer.model, safetensors in
     shards of 5 GB with an index, projector.safetensors, README.md.  `out` appears whole or not at all.
     """
     out, llama_folder = Path(out), Path(llama_folder)
@@ -270,7 +277,7 @@ def export(model, llama_folder, out):
     if model.projector is not None:
         save_file({n: p.detach().cpu().contiguous() for n, p in model.projector.named_parameters()},
                   partial / "projector.safetensors")
-    write_text(partial / "README.md", EXPORT_README)
+    write_text(partial / "README.md", readme)
     partial.replace(out)
 
 

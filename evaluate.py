@@ -17,11 +17,11 @@ import torch
 
 import console
 import demo
-from config import add_flags, build_model, choose_device, describe, find_sources, read_run
+from config import add_flags, build_model, check_weights, choose_device, describe, find_sources, read_run
 from console import Progress, UserError, whole_file, write_text
-from data import (COLUMNS, Product, Products, answer_ids, base_question, fingerprint, read_split, rows_of,
+from data import (COLUMNS, Product, Products, answer_ids, base_question, comparison, fingerprint, read_split, rows_of,
                   sample_labels)
-from eiven import export
+from eiven import TEMPERATURE, TOP_P, export, export_readme, taps
 from report import confusion_file, confusion_png, report_html
 
 ANSWER_BATCH = 64                                       # products answered together
@@ -31,7 +31,7 @@ SORTED_TOGETHER = 4096                                  # products in memory as 
 # ------------------------------------------------------------------------------------------------ answering
 
 
-def answers_to(model, features, products, config, temperature=0.1, top_p=0.75, values=None, what="answering"):
+def answers_to(model, features, products, config, temperature=TEMPERATURE, top_p=TOP_P, values=None, what="answering"):
     """Yield (answer, probability) for each of the products, in their order; some thousand are in work at a time.
 
     values  {attribute: allowed answers} to choose from, or None for free text.  The answers do not depend on how
@@ -138,7 +138,7 @@ def evaluate(model, features, products, config, sources, split, folder, merged=F
     start = time.monotonic()
     answers = answer(model, features, products, config, what=f"answering {split}", **how)
     metrics = score(products, answers)
-    settings = {"temperature": 0.1, "top_p": 0.75, **{k: v for k, v in how.items() if k != "values"}}
+    settings = {"temperature": TEMPERATURE, "top_p": TOP_P, **{k: v for k, v in how.items() if k != "values"}}
     metrics.update(split=split, dataset=config.dataset, labels=config.labels or "all", seed=config.seed,
                    constrained=how.get("values") is not None, merged=merged, dtype=str(model.llama.embed_tokens.weight.dtype),
                    sources=describe(config, sources),
@@ -153,15 +153,20 @@ def evaluate(model, features, products, config, sources, split, folder, merged=F
 # ------------------------------------------------------------------------------------------------ the command
 
 
-def load_run(run, given):
-    """(model, features, config, sources, raw config) of a finished run; `given` are flags that replace the saved ones."""
+def load_run(run, given, data_needed=True):
+    """(model, features, config, sources, raw config) of a finished run.
+
+    given        flags that replace the saved ones
+    data_needed  whether anything will be read from the data's folder
+    """
     config, raw = read_run(run)
     for name, value in given.items():
         setattr(config, name, value)
     trained = Path(run) / "adapter.safetensors"
     if not trained.exists():
         raise UserError(f"{run}: the training of this run has not ended; go on with: python train.py --resume {run}")
-    sources = find_sources(config)
+    sources = find_sources(config, data_needed)
+    check_weights(run, raw, sources)
     model, features = build_model(config, sources, choose_device(config.device))
     model.load(trained)
     return model, features, config, sources, raw
@@ -172,6 +177,27 @@ def prepare_photos(features, products, config, sources):
     if config.demo and not config.data:
         demo.draw_photos(sources.data, [p.image for some in products for p in some])
     features.prepare(p.image for some in products for p in some)
+
+
+def check_lengths(model, features, products, config, compared=False):
+    """UserError before any work if a product's question is longer than LLaMA can read, with its answer.
+
+    compared  whether a question may hold two products; then each must fit with another as long as itself
+    """
+    most = model.llama.config.max_position_embeddings
+    photos = 0 if features is None else 1 if features.single else len(taps(features.vit.config.num_hidden_layers))
+    with Progress("lengths", len(products), "products") as progress:
+        for p in products:
+            progress.step()
+            if 3 * (len(p.context.encode()) + len(p.attribute.encode()) + len(p.value.encode())) + 200 < most:
+                continue                                # no piece is shorter than a byte: this cannot be too long
+            example = comparison(p, p, config.lbc, config.text) if compared else base_question(p, config.text)
+            [row], _ = rows_of([example], model.tokenizer, image=False)
+            tokens = 1 + photos * (1 + compared) + len(row.prompt) + len(row.answer)
+            if tokens > most:
+                raise UserError(f"product {p.id!r}: its question{' with another product as long' if compared else ''} has "
+                                f"{tokens:,} tokens, more than the {most:,} that this LLaMA was trained to read; shorten its "
+                                f"title: {p.title[:100]!r}…")
 
 
 def answer_one(model, features, config, raw, args):
@@ -210,20 +236,23 @@ def export_run(model, features, config, sources, out):
     with torch.no_grad():
         before = model.answer_logits(rows, read)
         after = model.merge_adapters().answer_logits(rows, read)
-    export(model, sources.llama, out)
+    tapped = taps(features.vit.config.num_hidden_layers) if features else ()
+    tapped = tapped[-1:] if config.features == "single" else tapped
+    export(model, sources.llama, out, export_readme(model, tapped, config.text))
     print(f"{out}: merged LLaMA{' and projector' if features else ''} written; the greatest difference of logits, merged "
           f"against unmerged, is {(after - before).abs().max():.2e} (logits to {before.abs().max():.0f}; answers to "
           f"{len(rows)} test products)")
 
 
 def answer_file(products, model, features, config, sources, raw, args):
-    """Answer the products of a TSV of any length into another one."""
+    """Answer the products of a TSV of any length into another one.  Attributes are asked as they are written there."""
     unknown = sorted({p.attribute for p in products} - raw["values"].keys()) if args.constrain else []
     if unknown:
         raise UserError(f"{args.input}: --constrain knows no values of {', '.join(unknown[:5])}; "
                         f"the run was trained on {', '.join(raw['values'])}")
     if features:
         prepare_photos(features, [products], config, sources)
+    check_lengths(model, features, products, config)
     values = raw["values"] if args.constrain else None
     answers = answers_to(model, features, products, config, args.temperature, args.top_p, values)
     write_predictions(args.output, zip(products, answers))
@@ -235,11 +264,11 @@ def main():
     parser.add_argument("run", metavar="RUN", type=Path, help="run folder that train.py wrote")
     parser.add_argument("--split", default="test", choices=("train", "val", "test"), help="default: %(default)s")
     parser.add_argument("--merge", action="store_true", help="fold the adapters into LLaMA's weights first")
-    parser.add_argument("--temperature", type=float, default=0.1, help="0 takes the best token (default: %(default)s)")
-    parser.add_argument("--top-p", type=float, default=0.75, help="nucleus (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=TEMPERATURE, help="0 takes the best token (default: %(default)s)")
+    parser.add_argument("--top-p", type=float, default=TOP_P, help="nucleus (default: %(default)s)")
     parser.add_argument("--constrain", action="store_true", help="answer only with values known from training")
     parser.add_argument("--image", metavar="FILE", help="photo of one product")
-    parser.add_argument("--text", metavar="TEXT", help="title of one product")
+    parser.add_argument("--text", metavar="TEXT", help="title of one product, best with its category: \"title, category\"")
     parser.add_argument("--attribute", metavar="NAME", help="attribute that is asked of it")
     parser.add_argument("--input", metavar="TSV", type=Path, help="answer the products of this file")
     parser.add_argument("--output", metavar="TSV", type=Path, help="where to write their answers")
@@ -265,7 +294,7 @@ def main():
     if args.input:                                      # every line of it is checked before anything else is done
         products = Products(args.input, labelled=False)
     given = {name: getattr(args, name) for name in ("data", "llama", "vit", "device", "dtype") if hasattr(args, name)}
-    model, features, config, sources, raw = load_run(args.run, given)
+    model, features, config, sources, raw = load_run(args.run, given, data_needed=not (one or args.input))
     if args.merge or args.export:
         if config.adapter == "mlp":
             raise UserError("this run has MLP-Adapters, whose non-linearity cannot be merged; "

@@ -90,8 +90,9 @@ def read_config(path):
                         f"{raw['hidden_size']!r} and {raw['num_attention_heads']!r}") from None
     sizes = {k: v for k, v in vars(config).items() if k not in ("attention_bias", "tie_word_embeddings")}
     wrong = {k: v for k, v in sizes.items() if isinstance(v, bool) or not isinstance(v, (int, float)) or v <= 0}
+    wrong |= {k: v for k, v in sizes.items() if isinstance(v, float) and k not in ("rms_norm_eps", "rope_theta")}
     if wrong:
-        raise UserError(f"{path}: sizes must be positive numbers, but it gives {wrong}")
+        raise UserError(f"{path}: sizes must be positive whole numbers, but it gives {wrong}")
     if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2:
         raise UserError(f"{path}: {config.num_attention_heads} query heads must be a multiple of "
                         f"{config.num_key_value_heads} key/value heads, and head_dim {config.head_dim} even")

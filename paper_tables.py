@@ -20,6 +20,7 @@ from pathlib import Path
 
 import console
 from console import Progress, UserError, write_text
+from eiven import TEMPERATURE, TOP_P
 
 HERE = Path(__file__).resolve().parent
 BASE = ("--features", "single", "--lbc", "none")
@@ -83,6 +84,15 @@ def do_run(folder, flags, threads):
         raise UserError(f"a run ended with exit code {code}: {' '.join(command)}\n  it said: {said[-1] if said else 'nothing'}")
 
 
+def same_flags(runs, flags):
+    """UserError if the folder holds runs that were started with other flags: their scores would stand in one table."""
+    path = runs / "flags.json"
+    if path.exists() and (before := json.loads(path.read_text(encoding="utf-8"))) != flags:
+        raise UserError(f"{runs}: its runs were started with {' '.join(before)}, but now it is {' '.join(flags)}; "
+                        "name another folder with --runs")
+    write_text(path, json.dumps(flags) + "\n")
+
+
 def scores(runs, dataset, row, labels, seeds, split="test"):
     """(micro-F1 of the runs that are done, products scored)."""
     found, n = [], 0
@@ -90,6 +100,9 @@ def scores(runs, dataset, row, labels, seeds, split="test"):
         path = run_folder(runs, dataset, row, labels, seed) / ("val" if split == "val" else "") / "metrics.json"
         if path.exists():
             metrics = json.loads(path.read_text(encoding="utf-8"))
+            if metrics["merged"] or metrics["constrained"] or (metrics["temperature"], metrics["top_p"]) != (TEMPERATURE, TOP_P):
+                raise UserError(f"{path}: was scored again with other settings; score it as it was: python evaluate.py "
+                                f"{path.parent}")
             found.append(metrics["micro_f1"])
             n = metrics["n"]
     return found, n
@@ -106,7 +119,10 @@ def cell(found):
 def markdown(runs, dataset, labels, seeds, split="test"):
     """The tables as far as the runs are done."""
     n = max((scores(runs, dataset, row, count, seeds, split)[1] for row in ROWS for count in labels), default=0)
-    source = next((json.loads(p.read_text(encoding="utf-8"))["sources"] for p in sorted(runs.glob("*/metrics.json"))), "")
+    sources = {json.loads(p.read_text(encoding="utf-8"))["sources"] for p in sorted(runs.glob(f"{dataset}-*/metrics.json"))}
+    if len(sources) > 1:
+        raise UserError(f"{runs}: holds runs on different data or weights: {'; '.join(sorted(sources))}")
+    source = "".join(sources)
     lines = [f"micro-F1 in per cent on the {split} split (n = {n}) of `{dataset}`: mean ± standard deviation over seeds "
              f"(how many). {source}", ""]
     for title, paper, rows in TABLES:
@@ -142,9 +158,11 @@ def main():
     for count in args.labels:
         if count != "all" and not (count.isdigit() and int(count)):
             parser.error(f"--labels {count}: a positive number or 'all'")
-    for flag in ("--out", "--seed", "--resume"):
-        if flag in passed_on:
-            parser.error(f"{flag}: is set for every run by this command")
+    own = {"--out", "--seed", "--resume", *(flag for flags in ROWS.values() for flag in flags if flag.startswith("--"))}
+    for flag in (word.split("=")[0] for word in passed_on):
+        if flag in own:
+            parser.error(f"{flag}: is set by this command, run by run")
+    same_flags(args.runs, [args.dataset, *passed_on])
     threads = max(1, (os.cpu_count() or 1) // max(1, args.jobs))
     plan = []                                           # seeds outermost: soon there is a whole table of one seed
     for seed in args.seeds:

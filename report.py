@@ -21,7 +21,8 @@ def confusion_png(title, counts):
     cell, font, small = 44, ImageFont.load_default(14), ImageFont.load_default(12)
     margin = 24 + int(max(font.getlength(value) for value in columns))
     top = margin + 40
-    image = Image.new("RGB", (margin + cell * len(columns) + 24, top + cell * len(golds) + 44), "white")
+    width = max(margin + cell * len(columns) + 24, 24 + int(font.getlength(title)))
+    image = Image.new("RGB", (width, top + cell * len(golds) + 44), "white")
     draw = ImageDraw.Draw(image)
     draw.text((12, 12), title, fill="black", font=font)
     for j, value in enumerate(columns):                 # column names stand upright

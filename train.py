@@ -10,17 +10,24 @@ import math
 import os
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:                                     # not on Windows: there a run folder is not locked
+    fcntl = None
 
 import torch
 
 import console
-from config import PROJECT, Config, add_flags, build_model, choose_device, describe, find_sources, read_run, config_text
+from config import (PROJECT, Config, add_flags, build_model, check_weights, choose_device, config_text, describe, find_sources,
+                    read_run, weights_fingerprint)
 from console import Progress, UserError, duration, whole_file, write_text
 from data import Epoch, fingerprint, read_split, rows_of, sample_labels, values_of
-from evaluate import evaluate, prepare_photos
+from evaluate import check_lengths, evaluate, prepare_photos
 
-SAVE_EVERY = 60                                         # seconds of work that a power cut can cost
+SAVE_EVERY = 60                                         # seconds; a power cut costs so much work, and the step under way
 
 
 def learning_rate(step, steps, steps_per_epoch, peak):
@@ -32,7 +39,7 @@ def learning_rate(step, steps, steps_per_epoch, peak):
 
 
 def make_optimizer(model):
-    """AdamW over what is trained, by name and shape; biases do not decay."""
+    """AdamW over what is trained; biases, known by their names, do not decay."""
     trained = model.trained()
     biases = [p for name, p in trained.items() if name.endswith("bias")]
     weights = [p for name, p in trained.items() if not name.endswith("bias")]
@@ -80,7 +87,8 @@ def load_state(path, model, optimizer, scaler):
             for name, parameter in model.trained().items():
                 parameter.copy_(state["trained"][name])
         optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
+        if scaler.is_enabled() and state["scaler"]:     # a run that comes from a CPU has none
+            scaler.load_state_dict(state["scaler"])
         return state["step"]
     except Exception as error:                          # torch raises a dozen kinds for a broken file
         raise UserError(f"{path}: cannot be read as the state of this run ({str(error).splitlines()[0][:100]}); "
@@ -142,6 +150,18 @@ def keep_log(path, done):
         write_text(path, "".join(lines[:done]))
 
 
+@contextmanager
+def alone_in(run):
+    """While a process trains in a run folder, another one that is started there is an error."""
+    with open(run / "config.json", "rb") as held:
+        try:
+            if fcntl:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)       # let go when the process ends, however it ends
+        except BlockingIOError:
+            raise UserError(f"{run}: another process is training in this folder; wait for it, or stop it") from None
+        yield
+
+
 # ------------------------------------------------------------------------------------------------ the command
 
 
@@ -181,7 +201,8 @@ def parse(argv=None):
     if "out" in given:
         parser.error("--resume RUN goes on in RUN: leave --out out")
     config, _ = read_run(run)
-    movable = ("data", "llama", "vit", "device")        # a run may go on where its files have moved to
+    # A run may go on where its files have moved to, and with less memory (the gradients' last bits may differ).
+    movable = ("data", "llama", "vit", "device", "micro_batch_size", "grad_checkpoint")
     for name, value in given.items():
         if name in movable:
             setattr(config, name, value)
@@ -203,22 +224,30 @@ def main(argv=None):
     val = sample_labels(read_split(sources.data, config.dataset, "val"), config.labels, config.seed)
     test = read_split(sources.data, config.dataset, "test")
     data = {split: fingerprint(p) for split, p in (("train", products), ("val", val), ("test", test))}
-    if resumed and read_run(run)[1]["data_fingerprint"] != data:
-        raise UserError(f"--resume {run}: the data in {sources.data} is not what this run was started with")
+    if resumed:
+        raw = read_run(run)[1]
+        check_weights(run, raw, sources)
+        if raw["data_fingerprint"] != data:
+            raise UserError(f"--resume {run}: the data in {sources.data} is not what this run was started with")
     device = choose_device(config.device)
     model, features = build_model(config, sources, device)
     if features:
         prepare_photos(features, [products, val, test], config, sources)
+    check_lengths(model, features, products, config, compared=config.lbc != "none")
+    check_lengths(model, features, val, config)
+    check_lengths(model, features, test, config)
     if not resumed:
         run = run or run_folder(config)
-        write_text(run / "config.json", config_text(config, values=values_of(products), data_fingerprint=data))
+        write_text(run / "config.json", config_text(config, values=values_of(products), data_fingerprint=data,
+                                                    weights_fingerprint=weights_fingerprint(sources)))
     print(f"run folder: {run}")
 
     if not (run / "adapter.safetensors").exists():
         try:
-            train(model, features, products, config, run)
+            with alone_in(run):
+                train(model, features, products, config, run)
         except KeyboardInterrupt:
-            print(f"\ninterrupted; at most {SAVE_EVERY} s of work are lost. Go on with: python train.py --resume {run}",
+            print(f"\ninterrupted; at most {SAVE_EVERY} s of work and the step under way are lost. Go on with: python train.py --resume {run}",
                   file=sys.stderr)
             raise SystemExit(130) from None
     else:

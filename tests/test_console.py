@@ -62,4 +62,6 @@ def test_mistakes_and_interrupts_have_their_exit_codes():
         assert "Traceback" not in done.stderr
         return done.returncode, done.stderr.strip()
     assert code("raise console.UserError('what, where, what next')") == (2, "-c: error: what, where, what next")
+    for body in ("raise MemoryError", "raise RuntimeError('CUDA out of memory. Tried')", "__import__('torch').empty(1 << 60)"):
+        assert code(body)[0] == 2 and "--micro-batch-size" in code(body)[1]
     assert code("raise KeyboardInterrupt")[0] == 130

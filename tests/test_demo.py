@@ -15,6 +15,7 @@ import llama
 import paper_tables
 import pretrain_demo
 import vit
+from console import UserError
 
 SPLITS = demo.make_splits()
 ROWS = [row for rows in SPLITS.values() for row in rows]
@@ -119,11 +120,31 @@ def test_pretraining_gives_every_weight_a_gradient(tiny_config):
 
 
 def test_tables_stand_beside_the_papers(tmp_path):
+    as_answered = {"merged": False, "constrained": False, "temperature": 0.1, "top_p": 0.75}
     for seed, f1 in ((0, 80.0), (1, 90.0)):
         for row in ("full", "base"):
             folder = paper_tables.run_folder(tmp_path, "general", row, "50", seed)
             folder.mkdir(parents=True)
-            (folder / "metrics.json").write_text(json.dumps({"micro_f1": f1, "n": 550, "sources": "DEMO WORLD"}))
+            (folder / "metrics.json").write_text(json.dumps({"micro_f1": f1, "n": 550, "sources": "DEMO WORLD", **as_answered}))
     text = paper_tables.markdown(tmp_path, "general", ["50"], [0, 1])
     assert "| EIVEN | 85.0 ± 7.1 (2) | 57.31 / 64.98 |" in text and "n = 550" in text and "DEMO WORLD" in text
     assert "| - MGVF | - | 53.5 / 62.27 |" in text
+    path = paper_tables.run_folder(tmp_path, "general", "base", "50", 1) / "metrics.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "constrained": True}))
+    with pytest.raises(UserError, match="was scored again with other settings"):
+        paper_tables.markdown(tmp_path, "general", ["50"], [0, 1])
+
+
+@pytest.mark.parametrize("flag", ["--seed=5", "--out=x", "--resume", "--lbc", "--epochs=1"])
+def test_flags_that_the_tables_set_are_not_taken(flag, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("sys.argv", ["paper_tables.py", "--runs", str(tmp_path / "runs"), flag])
+    with pytest.raises(SystemExit):
+        paper_tables.main()
+    assert "is set by this command" in capsys.readouterr().err and not (tmp_path / "runs").exists()
+
+
+def test_runs_with_other_flags_do_not_enter_the_same_tables(tmp_path):
+    paper_tables.same_flags(tmp_path, ["general"])
+    paper_tables.same_flags(tmp_path, ["general"])
+    with pytest.raises(UserError, match="name another folder with --runs"):
+        paper_tables.same_flags(tmp_path, ["general", "--llama", "X"])

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import randomize
 
+import eiven
 from console import UserError
 from data import Row
 from eiven import EIVEN, Projector, nucleus, taps
@@ -295,7 +296,6 @@ def test_an_export_is_an_ordinary_llama(model, batch, tmp_path, llama_dir, shard
     """transformers reads it, gets image tokens by the README's lines, and gives our merged logits."""
     transformers = pytest.importorskip("transformers")
     import safetensors.torch
-    import eiven
     monkeypatch.setattr(eiven, "SHARD_BYTES", shard_bytes)
     rows, features = batch
     randomize(model)
@@ -303,7 +303,8 @@ def test_an_export_is_an_ordinary_llama(model, batch, tmp_path, llama_dir, shard
         unmerged = model.answer_logits(rows, features)
         merged = model.merge_adapters().answer_logits(rows, features)
         torch.testing.assert_close(merged, unmerged, rtol=1e-4, atol=1e-4)
-    eiven.export(model, llama_dir, tmp_path / "out")
+    readme = eiven.export_readme(model, (3, 6), text=True)
+    eiven.export(model, llama_dir, tmp_path / "out", readme)
     assert (len(list((tmp_path / "out").glob("model-*.safetensors"))) > 3) == (shard_bytes < 10 ** 9)
     peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     scope = {"torch": torch, "safetensors": safetensors, "llama": peer}
@@ -314,11 +315,19 @@ def test_an_export_is_an_ordinary_llama(model, batch, tmp_path, llama_dir, shard
         for row in rows[:2]:                            # one photo each
             ids = torch.tensor([model.tokenizer.bos_id, *row.prompt, *row.answer[:-1]])
             scope |= {"ids": ids, "cls": features[0]}
-            exec("\n".join(lines[1:7]), scope)
+            exec("\n".join(lines[1:8]), scope)
             theirs.append(peer(inputs_embeds=scope["x"][None]).logits[0, -len(row.answer):])
     expected = merged[:len(rows[0].answer) + len(rows[1].answer)]
     torch.testing.assert_close(torch.cat(theirs), expected, rtol=1e-4, atol=1e-4)
     with pytest.raises(UserError, match="exists already"):
-        eiven.export(model, llama_dir, tmp_path / "out")
+        eiven.export(model, llama_dir, tmp_path / "out", readme)
     again, _ = __import__("llama").load_llama(tmp_path / "out")     # and our own loader reads it
     assert again.config.attention_bias
+
+
+def test_an_export_says_what_its_run_saw(model, tiny):
+    assert "Context: {title}, {category}" in eiven.export_readme(model, (6,), text=True)
+    alone = eiven.export_readme(model, (6,), text=False)
+    assert "Context" not in alone and "(1, 24), the [cls] after ViT layer 6\n" in alone
+    texts = eiven.export_readme(model, (), text=True)
+    assert "projector" not in texts and "image" not in texts

@@ -197,6 +197,7 @@ def test_config_is_honoured(tmp_path, tiny_config):
 
 
 @pytest.mark.parametrize("more, said", [
+    ({"num_hidden_layers": 4.0}, "must be positive whole numbers"),
     ({"model_type": "mistral"}, "model_type is 'mistral'"),
     ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope scaling 'llama3'"),
     ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope scaling 'linear'"),
@@ -204,7 +205,7 @@ def test_config_is_honoured(tmp_path, tiny_config):
     ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
     ({"mlp_bias": True}, "mlp_bias is True"),
     ({"quantization_config": {"bits": 4}}, "quantization_config"),
-    ({"hidden_size": "big"}, "must be positive numbers"),
+    ({"hidden_size": "big"}, "must be positive whole numbers"),
     ({"rope_scaling": "linear"}, "rope scaling 'linear'"),
     ({"num_attention_heads": 0, "head_dim": None}, "must be positive numbers, but are 32 and 0"),
     ({"num_attention_heads": "32", "head_dim": None}, "must be positive numbers, but are 32 and '32'"),

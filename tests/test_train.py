@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import console
 import evaluate
@@ -277,6 +277,48 @@ def test_a_run_is_not_scored_on_other_data(fails, run, data_root, tmp_path):
     (tmp_path / "data" / "shoes" / "test.tsv").write_text(lines)
     assert "the test split is not the one that this run was started with" in fails(
         "evaluate.py", run, "--data", tmp_path / "data")
+
+
+def test_a_run_goes_with_the_weights_it_was_trained_on(fails, run, llama_dir, tmp_path):
+    import shutil
+    shutil.copytree(llama_dir, tmp_path / "llama")
+    weights = load_file(llama_dir / "model.safetensors")
+    save_file({name: -w for name, w in weights.items()}, tmp_path / "llama" / "model.safetensors")
+    for command in (["evaluate.py", run], ["train.py", "--resume", run]):
+        assert "was trained with another llama than the one in" in fails(*command, "--llama", tmp_path / "llama")
+
+
+def test_a_title_that_is_too_long_is_named_before_any_answer(fails, run, data_root, tmp_path):
+    lines = (data_root / "shoes" / "test.tsv").read_text().splitlines()
+    cells = lines[5].split("\t")
+    long = "\t".join([*cells[:3], "word " * 3000, *cells[4:]])
+    (tmp_path / "in.tsv").write_text("\n".join([*lines[:5], long, *lines[6:]]) + "\n")
+    said = fails("evaluate.py", run, "--input", tmp_path / "in.tsv", "--output", tmp_path / "out.tsv")
+    assert f"product {cells[0]!r}: its question has" in said and "shorten its title" in said
+    assert not (tmp_path / "out.tsv").exists()
+
+
+def test_two_processes_do_not_train_in_one_folder(fails, run, tmp_path):
+    import shutil
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "adapter.safetensors").unlink()
+    with train.alone_in(tmp_path / "run"):
+        assert "another process is training in this folder" in fails("train.py", "--resume", tmp_path / "run")
+    train.main(["--resume", str(tmp_path / "run")])
+
+
+def test_one_product_needs_no_data_set(run, data_root, says, tmp_path):
+    answer = says("evaluate.py", run, "--data", tmp_path / "gone", "--image", data_root / "images" / "B0001.jpg",
+                  "--text", "black shoe", "--attribute", "Boot Style")
+    assert answer.startswith("Boot Style: ")
+
+
+def test_a_run_goes_on_with_less_memory(run, tmp_path):
+    import shutil
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "adapter.safetensors").unlink()
+    train.main(["--resume", str(tmp_path / "run"), "--micro-batch-size", "2", "--grad-checkpoint"])
+    assert (tmp_path / "run" / "adapter.safetensors").exists()
 
 
 def test_val_is_scored_again_on_the_same_products(run, says, tmp_path):
