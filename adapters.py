@@ -23,7 +23,7 @@ class Adapter(nn.Module):
     """h + s * up(sigma(down(h))): (N, width) -> (N, width).
 
     kind       one of KINDS
-    dimension  R, the width between down and up (paper: 8)
+    dimension  r, the width between down and up (paper: 8)
     scale      s, a plain factor (LaVIN: 1)
     """
 
@@ -37,16 +37,16 @@ class Adapter(nn.Module):
         self.down = nn.Linear(width, dimension)
         nn.init.xavier_uniform_(self.down.weight)
         nn.init.zeros_(self.down.bias)
-        # Group g of `up` takes R / groups features to width / groups.
+        # Group g of `up` takes r / groups features to width / groups.
         self.up_weight = nn.Parameter(torch.zeros(groups, width // groups, dimension // groups))
         self.up_bias = nn.Parameter(torch.zeros(width))
 
     def up_matrix(self):
-        """U, (width, R): the groups as blocks on the diagonal.  Dense it is no slower: R is 8."""
+        """U, (width, r): the groups as blocks on the diagonal.  Dense it is no slower: r is 8."""
         return torch.block_diag(*self.up_weight)
 
     def forward(self, h):
-        z = self.down(h.float())                                        # (N, R)
+        z = self.down(h.float())                                        # (N, r)
         if self.kind == "mlp":
             z = F.relu(z)
         return h + (self.scale * F.linear(z, self.up_matrix(), self.up_bias)).to(h.dtype)

@@ -227,6 +227,12 @@ def comparison(first, second, strategy, text=True, ask_first=False):
     """Learning-by-Comparison, figure 3: [I, I', Q, C, C'] for two products with the same attribute.
 
     ask_first  better_instance asks for the first product's value rather than the second's
+
+    Only training sees comparisons; what is scored is base_question.  judge_last reads
+        Question: What is the Boot Style of these two products? Are they the same?
+        First: Rubber boot for rainy days, Shoes
+        Second: Elastic sided ankle boot, Shoes
+        Answer: First: Rain Boots; Second: Chelsea; No.
     """
     A, v1, v2 = first.attribute, first.value, second.value
     same = v1 == v2

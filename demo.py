@@ -1,8 +1,8 @@
 """The demo world: small drawn products for which EIVEN's effects can be watched in minutes, with nothing downloaded.
 
 It is a teaching instrument.  Its figures are not the paper's: pictures are drawn, titles are put together from lists,
-and the two backbones (`demo/llama`, `demo/vit`, made by pretrain_demo.py) are thousands of times smaller than
-LLaMA-7B and CLIP.
+and the two backbones (`demo/llama`, `demo/vit`, made by pretrain_demo.py) are a hundred (ViT) and five
+thousand times (LLaMA) smaller than CLIP's and LLaMA-7B.
 
 A product's value is implicit in one of the paper's three ways:
     picture   the photo shows it plainly; the title says nothing            "Norvik Classic Scarf with a care label"

@@ -209,7 +209,7 @@ def outline_of_shape(look, rng):
 
 
 def draw(look, item, rng):
-    """A photo, RGB, SIDE x SIDE: `look` (two words of the tables above) on an `item`, all else at random."""
+    """A photo, RGB, SIDE x SIDE: `look` (two words of demo.py's tables) on an `item`, all else at random."""
     look = look[0]
     is_shape = item not in OUTLINES                             # an ornament, whose outline is the look
     a, b = colour(rng, 90, 250), colour(rng, 60, 250)

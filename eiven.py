@@ -10,7 +10,8 @@ its gate, as Shazeer 2020 (arXiv 2002.05202) defines it, where LaVIN, which the 
 
 One legend of shapes for the whole project:
     B rows (examples)   T tokens of the longest row   N real tokens of all rows   A answer tokens of all rows
-    P photos   K [cls] tokens of a photo (4)   V ViT width (768)   D LLaMA width (4096)   R adapter rank (8)
+    P photos   K [cls] tokens of a photo (4)   V ViT width (768)   D LLaMA width (4096)   r adapter rank (8)
+The paper's D is our V and its D_text our D; its R is the answer, and in figure 3 I' and C' are the second product's.
 """
 
 import json

@@ -137,6 +137,7 @@ class Layout:
     Every product with a weight matrix runs on the (N, D) matrix; only attention needs rows, and gets them by index,
     rows of like length together: a short row among long ones would be padded to their length, squared.
     `pack` stores what several rows have in common at their start once: the hidden states there are the same.
+    The rows [1, 5, 6] and [1, 5, 7] are ids [1, 5, 6, 7], position [0, 1, 2, 2], rows [[[0, 1, 2], [0, 1, 3]]].
 
     ids       (N,)    token ids
     position  (N,)    rotary positions: places in their rows
@@ -145,7 +146,8 @@ class Layout:
     back      (N,)    where a token stands when the groups' rows are put end to end, in any one row that has it
     asked     the A tokens that answers are wanted for, (A,) of the N, row after row
     ask       their own Layout, (b, A of the row) tables with the same rows in the same groups; None if all are asked
-    whole     whether the tokens are the beginnings of their rows, not some later ones alone
+    whole     whether the tokens are the beginnings of their rows, so that a plain causal mask does; later ones alone
+              are masked by their positions
     """
 
     ids: torch.Tensor

@@ -13,7 +13,7 @@ The LLaMA, 4 layers of width 128, reads prose: which looks and circumstances bel
 products that are described in words, and comparisons of two products.  Where EIVEN will put four image tokens, the
 prose has up to four words that tell what is seen; the projector has to learn to say such words.
 
-It takes some 25 minutes of processor time on one core: 14 for the ViT, 10 for the LLaMA; a GPU is not needed.
+It takes some 45 minutes on one core: 35 for the ViT, 10 for the LLaMA; a GPU is not needed.
 """
 
 import argparse
@@ -228,7 +228,7 @@ def save(model, folder, names, config):
 # ------------------------------------------------------------------------------------------------ prose
 
 COLOURS = "red blue green yellow brown grey white black purple orange pink".split()
-FORMER_TITLES = {row["texts"].removeprefix("[Title] ") for rows in demo.make_splits().values() for row in rows}
+PRODUCT_TITLES = {row["texts"].removeprefix("[Title] ") for rows in demo.make_splits().values() for row in rows}
 
 
 def some_product(rng, attribute=None):
@@ -237,7 +237,7 @@ def some_product(rng, attribute=None):
     value, item = rng.choice(list(demo.VALUES[attribute])), rng.choice(list(demo.ITEMS[attribute]))
     way = rng.choice(list(demo.WAYS))
     title = demo.draw_title(way, attribute, value, item, rng)
-    while title in FORMER_TITLES:
+    while title in PRODUCT_TITLES:
         title = demo.draw_title(way, attribute, value, item, rng)
     return attribute, value, way, item, title
 
