@@ -30,7 +30,7 @@ try:
 except ImportError:
     resource = None
 
-from console import Progress, UserError, run, whole_file
+from console import Progress, UserError, run, whole_file, write_text
 from mentions import folded, mentions, without, words
 from sources import FORMAT, one_pass, open_source, parse_labels, parse_metadata, store_labels, store_metadata
 from stats import COLUMNS, SPLITS, print_table, read_tsv, stats, write_tsv
@@ -211,6 +211,12 @@ def split(rows, seed, dataset):
     return parts
 
 
+def remove_splits(folder):
+    """Before new ones are written: a kill in between must not leave one split of an older draw beside another of a newer."""
+    for name in SPLITS:
+        (folder / f"{name}.tsv").unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def only_one(folder):
     """Hold `folder` for this process; UserError if another one does.  The lock ends with the process, however it ends."""
@@ -244,8 +250,10 @@ def build(labels, metadata, root, values=HERE / "values.tsv", datasets=tuple(ATT
                 wanted[category, key].append((dataset, attribute))
     for path in (labels, metadata):             # before hours of work, not after
         open_source(path)[1].close()
-    foreign = [str(root / name) for name in datasets if (root / name / "train.tsv").exists()]
-    if foreign and not (root / ".build").exists():
+    ours = root / ".build" / "written.json"             # the data sets that were built here
+    built = json.loads(ours.read_text()) if ours.exists() else []
+    foreign = [str(root / name) for name in datasets if (root / name / "train.tsv").exists() and name not in built]
+    if foreign:
         raise UserError(f"{', '.join(foreign)}: there already, and not built here. Move it away, or give another --data.")
     label_mark = json.dumps([FORMAT, size_and_time(labels), sorted(wanted.items())])
     metadata_mark = json.dumps([size_and_time(metadata), label_mark])
@@ -287,7 +295,9 @@ def build(labels, metadata, root, values=HERE / "values.tsv", datasets=tuple(ATT
     total = sum(SPLITS.values())
     print("split " + " : ".join(f"{share}" for share in SPLITS.values()) + f" as in the paper; they sum to {total:.2f}, "
           "so " + " : ".join(f"{share / total:.4f}" for share in SPLITS.values()))
+    write_text(ours, json.dumps(sorted({*built, *datasets})))
     for dataset, rows in chosen.items():
+        remove_splits(root / dataset)
         parts = split([row for row, _ in rows if row[0] not in failed], seed, dataset)
         for name, part in parts.items():
             write_tsv(root / dataset / f"{name}.tsv", part)
@@ -378,6 +388,7 @@ def import_release(folder, root, more_images=(), with_photos_only=False):
                 if reason := place_photo(root / "images" / image, found.get(image, ())):
                     missing[image] = reason
                 progress.step()
+        remove_splits(root / name)
         for part, rows in parts.items():
             with_photo = [row for row in rows if row["images"] not in missing]
             kept = with_photo if with_photos_only else rows

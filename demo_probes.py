@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 import console
+from console import UserError
 from data import read_split, sample_labels
 from evaluate import answer, load_run, prepare_photos, score
 
@@ -67,6 +68,8 @@ def shuffled(products, *fields):
 def probe(run):
     """{probe: micro-F1} on the test split, and how many products that is."""
     model, features, config, sources, _ = load_run(run, {})
+    if not (config.image and config.text):
+        raise UserError(f"{run}: was trained without photos or without texts; the probes are for runs of the full method")
     known = sample_labels(read_split(sources.data, config.dataset, "train"), config.labels, config.seed)
     test = read_split(sources.data, config.dataset, "test")
     prepare_photos(features, [known, test], config, sources)

@@ -110,7 +110,6 @@ def table(metrics):
 
 def write_results(folder, title, products, answers, metrics, images=None):
     """metrics.json, predictions.tsv, a confusion matrix an attribute and report.html, each whole, into `folder`."""
-    write_text(folder / "metrics.json", json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
     write_predictions(folder / "predictions.tsv", zip(products, answers))
     counts = defaultdict(Counter)                       # attribute -> how often (gold, answer)
     for p, (prediction, _) in zip(products, answers):
@@ -119,6 +118,8 @@ def write_results(folder, title, products, answers, metrics, images=None):
         with whole_file(folder / confusion_file(attribute)) as partial:
             confusion_png(f"{attribute}: {title}", counts[attribute]).save(partial, format="png")
     write_text(folder / "report.html", report_html(title, products, answers, metrics, images))
+    # Last: where it stands, the rest is whole.
+    write_text(folder / "metrics.json", json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_predictions(path, answered):

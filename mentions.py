@@ -63,7 +63,8 @@ def mentions(names):
             root = stem(word)
             ending = ("" if root.isdigit() else "(?:['’]?s)?" if len(root) < 2 else
                       "(?:['’]?s|es|ed" + ("|d)?" if root[-1] == "e" else f"|{root[-1]}ed)?"))
-            forms.append(f"(?:{root}{ending}|{word})")      # a word holds letters and digits alone
+            more = f"|{word[:-1]}ies" if len(word) > 2 and word[-1] == "y" else ""      # galaxies; canvases by -es
+            forms.append(f"(?:{root}{ending}|{word}(?:es)?{more})")         # a word holds letters and digits alone
         if forms:
             alternatives.add(r"[\W_]{0,3}".join(forms))
     if not alternatives:

@@ -166,7 +166,7 @@ def fetch(url, timeout=20, deadline=60, most_bytes=MOST_BYTES):
             raise NoPhoto("not an http(s) URL")
         with _opener(opened).open(url, timeout=timeout) as answer:
             length = answer.headers.get("Content-Length") or ""
-            length = int(length) if length.isdigit() else None
+            length = int(length) if plain_number(length) else None
             if length is not None and length > most_bytes:
                 raise NoPhoto(f"{length:,} bytes, more than {most_bytes:,}")
             content = bytearray()
@@ -183,7 +183,7 @@ def fetch(url, timeout=20, deadline=60, most_bytes=MOST_BYTES):
         error.close()
         after = error.headers.get("Retry-After") or ""
         raise NoPhoto(f"HTTP {error.code}", again=error.code in RETRIED,
-                      after=min(int(after), 60) if after.isdigit() else 0) from None
+                      after=min(int(after), 60) if plain_number(after) else 0) from None
     except (OSError, http.client.HTTPException, ValueError) as error:      # URLError, time-outs, TLS, blanks in a URL
         cause = getattr(error, "reason", error)
         if time.monotonic() > end:
@@ -194,6 +194,11 @@ def fetch(url, timeout=20, deadline=60, most_bytes=MOST_BYTES):
         raise NoPhoto(" ".join(str(cause).split()) or type(cause).__name__, again=not never) from None
     finally:
         alarm.cancel()
+
+
+def plain_number(text):
+    """Whether a header holds a number that int() reads: not "²", and no thousand digits."""
+    return text.isascii() and text.isdigit() and len(text) < 16
 
 
 def one_photo(name, urls, folder, timeout, deadline, tries, pause, stop):
@@ -233,7 +238,7 @@ def download(wanted, folder, connections=8, timeout=20, deadline=60, tries=3, pa
     connections  how many photos are fetched at once, at most
     timeout, deadline, pause   seconds: without a byte; for one URL; before the first retry (doubled each time)
     tries        how often a URL is asked while its answer may improve (busy, timed out, cut short)
-    Raises UserError where the first 50 (or all) fail.
+    Raises UserError where the first 50 of this start (or all) fail, unless it goes on from another and servers answer.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -243,7 +248,7 @@ def download(wanted, folder, connections=8, timeout=20, deadline=60, tries=3, pa
     for name in todo:
         if name != os.path.basename(name) or name.startswith("."):
             raise ValueError(f"{name!r} is no plain file name")
-    failed, stop = {}, threading.Event()
+    failed, tried, answered, stop = {}, 0, False, threading.Event()
     with Progress("photos", total=len(wanted), unit="photos", done=len(wanted) - len(todo)) as progress, \
             ThreadPoolExecutor(connections) as pool:
         try:
@@ -259,10 +264,13 @@ def download(wanted, folder, connections=8, timeout=20, deadline=60, tries=3, pa
                 done, _ = wait(running, return_when=FIRST_COMPLETED)
                 for job in done:
                     name = running.pop(job)
+                    tried += 1
                     if failures := job.result():
                         failed[name] = failures
+                        answered |= any(reason.startswith("HTTP ") for _, reason in failures)
                     progress.step(note=f"{len(failed):,} failed" if failed else None)
-                if progress.done == len(failed) >= min(ENOUGH_FAILURES, len(wanted)):
+                # A later start tries what failed before: there many failures are natural, but some server answers.
+                if tried == len(failed) >= min(ENOUGH_FAILURES, len(wanted)) and not (answered and progress.done > tried):
                     name, ((url, reason), *_) = next(iter(failed.items()))
                     raise UserError(f"the first {len(failed):,} photos all failed, {name} with {reason!r} at "
                                     f"{url or 'no URL'}. Is this machine online? Start again to go on, or build with --no-photos.")

@@ -19,7 +19,7 @@ import sqlite3
 import threading
 import time
 import zlib
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import cache
@@ -28,7 +28,7 @@ from console import Progress, UserError
 from mentions import clean
 
 ASIN = re.compile(r"[A-Z0-9]{10}", re.ASCII)            # nothing else becomes a file name
-FORMAT = 1                      # counted up when a pass stores something else: what older code has read is then read again
+FORMAT = 2                      # counted up when a pass stores something else: what older code has read is then read again
 CHUNK = 2_000_000               # bytes read at a time, and the work of one process at a time
 LONGEST_LINE = 16_000_000       # bytes; a longer line is broken
 WORTH_PROCESSES = 50_000_000    # bytes of source from which a second process pays
@@ -136,12 +136,14 @@ def parse_labels(wanted, blob):
             counts["whose id is no ASIN"] += 1
         else:
             try:
-                found = [(where, {raw: 0 for each in attribute["evidences"] if (raw := clean(each["value"]))})
-                         for attribute in attributes for where in wanted.get((category, attribute["key"]), ())]
+                found = defaultdict(dict)               # two names of one attribute are one
+                for attribute in attributes:
+                    for where in wanted.get((category, attribute["key"]), ()):
+                        found[where].update({raw: 0 for each in attribute["evidences"] if (raw := clean(each["value"]))})
             except (KeyError, TypeError, AttributeError):
                 counts["broken"] += 1
                 continue
-            rows += [(asin, *where, category, json.dumps(list(raws))) for where, raws in found]
+            rows += [(asin, *where, category, json.dumps(list(raws))) for where, raws in found.items()]
     return rows, counts
 
 

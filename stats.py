@@ -26,8 +26,8 @@ def read_tsv(path):
     rows, problems, lines = [], [], None
     csv.field_size_limit(2**24)
     try:
-        with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
-            lines = csv.reader(file, dialect="excel-tab")
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            lines = csv.reader(file, dialect="excel-tab", strict=True)
             header = next(lines, None)
             if header != COLUMNS:
                 raise UserError(f"{path}, line 1: the header is {header}; it must be {' '.join(COLUMNS)}, tabs between.")
@@ -47,6 +47,8 @@ def read_tsv(path):
                     rows.append(row)
     except csv.Error as error:
         problems.append(f"{path}, line {lines.line_num}: {error}; the rest of the file was not read")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}, after line {lines.line_num if lines else 0}: is not UTF-8 text ({error.reason})") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); python dataset.py build and import write "
                         "train.tsv, val.tsv and test.tsv.") from None

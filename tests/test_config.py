@@ -5,6 +5,7 @@ import torch
 
 import config
 import demo
+import eiven
 from config import Config, choose_dtype, describe, find_sources
 from console import UserError
 
@@ -64,3 +65,11 @@ def test_a_gpu_without_bf16_gets_fp16(capability, dtype, llama_dir, monkeypatch)
     """V100 (7.0) says yes to is_bf16_supported, by emulation; its capability is what counts."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert choose_dtype("auto", torch.device("cuda"), llama_dir) == dtype
+
+
+def test_the_defaults_are_the_papers():
+    """Section 4.1 and Table 5: 15 epochs, rank 8, d_h 128, all granularities, Judge_Last; LaVIN's batch of 32."""
+    c = Config()
+    assert (c.epochs, c.batch_size, c.adapter, c.adapter_dim, c.projector_dim) == (15, 32, "rep", 8, 128)
+    assert (c.features, c.lbc, c.lbc_ratio, c.image, c.text, c.lr) == ("multi", "judge_last", 1.0, True, True, None)
+    assert (eiven.TEMPERATURE, eiven.TOP_P) == (0.1, 0.75)

@@ -61,6 +61,8 @@ def test_spellings_of_one_value_fold_to_one(raws):
     (["Stripe", "striped"], "Striped/Plaid Scarf - Stripes", "Plaid Scarf"),
     (["Golf"], "Nike Golf's Best Goldfish golfer", "Nike Best Goldfish golfer"),
     (["Camo & More"], "A camo & More hat", "A hat"),
+    (["Canvas"], "Two Canvases bag", "Two bag"),
+    (["Galaxy"], "Galaxies & galaxy dress", "dress"),
     (["Leather"], "Leatherette Amerileather Bag", "Leatherette Amerileather Bag"),
     (["Floral"], "Été FLORAL naïve ® 夏", "Été naïve ® 夏"),
     (["Heart"], "Heart", ""),
@@ -291,6 +293,7 @@ def test_wrong_sources_are_refused_by_name(made, tmp_path):
 
 def test_what_was_not_built_here_is_not_written_over(made, tmp_path):
     stats.write_tsv(tmp_path / "clothing/train.tsv", [a_row(1)])
+    (tmp_path / ".build").mkdir()                       # of a build that came to nothing
     with pytest.raises(UserError, match="clothing: there already, and not built here"):
         dataset.build(*made[:2], tmp_path, photos=False)
     write_release(tmp_path / "theirs", {"Clothing": {part: [a_row(2)] for part in stats.SPLITS}})
@@ -314,6 +317,38 @@ def test_an_id_that_is_no_asin_goes_nowhere(tmp_path, capsys):
     assert "5 whose id is no ASIN" in capsys.readouterr().out
     rows = [row for part in stats.SPLITS for row in stats.read_tsv(tmp_path / "root" / "footwear" / f"{part}.tsv")[0]]
     assert [(row["id"], row["texts"]) for row in rows] == [("B000000002", "[Title] A shoe")]
+
+
+def test_two_names_of_one_attribute_are_one_label(tmp_path, capsys):
+    """Heel and Heel Height contradict each other in the first product, and agree in the second."""
+    with open(tmp_path / "l", "w") as labels, open(tmp_path / "m", "w") as metadata:
+        for asin, values in (("B000000001", ("flat", "high heel")), ("B000000002", ("flat", "flat"))):
+            labels.write(json.dumps({"id": asin, "category": "Shoes", "attributes": [
+                {"key": key, "evidences": [{"value": value, "pid": 0, "begin": 0, "end": 9}]}
+                for key, value in zip(("Heel Height", "Heel"), values)]}) + "\n")
+            metadata.write(json.dumps({"asin": asin, "title": "A shoe", "imageURL": []}) + "\n")
+    dataset.build(tmp_path / "l", tmp_path / "m", tmp_path / "root", photos=False, more_than=0)
+    rows = [row for part in stats.SPLITS for row in stats.read_tsv(tmp_path / "root" / "footwear" / f"{part}.tsv")[0]]
+    assert [(row["id"], row["attribute_names"], row["attribute_values"]) for row in rows] == [("B000000002", "Heel Height", "Flat")]
+
+
+def test_the_larger_photo_comes_first(tmp_path):
+    with contextlib.closing(sqlite3.connect(tmp_path / "db")) as db, db:
+        db.execute("CREATE TABLE label (id)")
+        db.execute("INSERT INTO label VALUES ('B000000001')")
+    item = {"asin": "B000000001", "title": "A shoe", "imageURL": ["http://x/small.jpg"], "imageURLHighRes": ["http://x/large.jpg"]}
+    [(_, _, urls)], _ = sources.parse_metadata(str(tmp_path / "db"), json.dumps(item).encode())
+    assert json.loads(urls) == ["http://x/large.jpg", "http://x/small.jpg"]
+
+
+def test_stats_refuse_what_training_refuses(tmp_path):
+    stats.write_tsv(tmp_path / "train.tsv", [a_row(1)])
+    text = (tmp_path / "train.tsv").read_bytes()
+    (tmp_path / "train.tsv").write_bytes(text.replace(b"[Title] ", b"[Title] \xe9 "))
+    with pytest.raises(UserError, match="is not UTF-8 text"):
+        stats.read_tsv(tmp_path / "train.tsv")
+    (tmp_path / "train.tsv").write_bytes(text.replace(b"[Title] ", b'"[Title] "a" b'))
+    assert stats.read_tsv(tmp_path / "train.tsv")[1]
 
 
 # ---- photos
@@ -481,6 +516,15 @@ def test_without_a_network_it_ends_soon(monkeypatch, tmp_path):
     with pytest.raises(UserError, match="the first [5-9][0-9] photos all failed, P.* with 'no route' at http"):
         photos.download({f"P{n}": ["http://x/"] for n in range(9000)}, tmp_path)
     assert len(asked) < 200
+    (tmp_path / "P0.jpg").write_bytes(GOOD)             # a later start
+    with pytest.raises(UserError, match="photos all failed"):
+        photos.download({f"P{n}": ["http://x/"] for n in range(9000)}, tmp_path)
+    monkeypatch.setattr(photos, "fetch", lambda url, *_: (_ for _ in ()).throw(photos.NoPhoto("HTTP 404")))
+    assert len(photos.download({f"P{n}": ["http://x/"] for n in range(200)}, tmp_path)) == 199      # gone, but the server answers
+
+
+def test_numbers_in_headers():
+    assert [photos.plain_number(x) for x in ("12", "", "²", "-1", "9" * 5000)] == [True, False, False, False, False]
 
 
 def test_back_off_doubles_and_obeys_the_server(monkeypatch, tmp_path):

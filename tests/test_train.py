@@ -137,6 +137,82 @@ def test_every_flag_trains_answers_and_is_read_back(flags, tmp_path, more, says)
     assert (tmp_path / "run" / "predictions.tsv").read_bytes() == before
 
 
+@pytest.fixture(scope="module")
+def one_epoch(flags, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "one"
+    train.main([*flags, "--epochs", "1", "--out", str(folder)])
+    return losses(folder)
+
+
+@pytest.mark.parametrize("more, shapes", [
+    (["--adapter", "mlp"], {"adapters.0.up_weight": (1, 32, 8)}),
+    (["--adapter-dim", "4", "--projector-dim", "5"], {"adapters.0.up_weight": (2, 16, 2), "projector.gate.weight": (5, 24)}),
+    (["--no-image"], {"projector.gate.weight": None}), (["--no-text"], {}), (["--lbc", "judge_first"], {}), (["--lbc", "none"], {}),
+    (["--lbc", "better_instance"], {}), (["--lbc-ratio", "2"], {}), (["--features", "single"], {}), (["--lr", "0.1"], {}),
+])
+def test_flags_reach_the_training(one_epoch, flags, tmp_path, more, shapes):
+    train.main([*flags, *more, "--epochs", "1", "--out", str(tmp_path / "run")])
+    assert losses(tmp_path / "run")[:3] != one_epoch[:3]
+    steps = {"--lbc none": 3, "--lbc-ratio 2": 8}.get(" ".join(more), 5)        # of 20 products, and as many comparisons
+    assert len(losses(tmp_path / "run")) == steps
+    trained = load_file(tmp_path / "run" / "adapter.safetensors")
+    assert {name: tuple(trained[name].shape) if name in trained else None for name in shapes} == shapes
+
+
+def test_epochs_draw_their_own_partners_and_end_with_a_smaller_batch(flags, tmp_path, monkeypatch):
+    """40 examples in batches of 7: six steps an epoch, the last of them 5 examples."""
+    batches, step = [], train.train_step
+
+    def seen(model, optimizer, scaler, examples, *more):
+        batches.append(examples)
+        return step(model, optimizer, scaler, examples, *more)
+
+    monkeypatch.setattr(train, "train_step", seen)
+    train.main([*flags, "--batch-size", "7", "--epochs", "2", "--out", str(tmp_path / "run")])
+    assert [len(batch) for batch in batches] == [7, 7, 7, 7, 7, 5] * 2
+    first, second = ([e for batch in half for e in batch] for half in (batches[:6], batches[6:]))
+    base, pairs = ([{e for e in epoch if len(e.photos) == n} for epoch in (first, second)] for n in (1, 2))
+    assert base[0] == base[1] and len(base[0]) == 20 and pairs[0] != pairs[1]
+    rates = [json.loads(line)["lr"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert rates == pytest.approx([train.learning_rate(s, 12, 6, 9e-3 * 7 / 256) for s in range(12)])
+
+
+def test_a_step_pairs_rows_with_their_photos(run, data_root, monkeypatch):
+    """The loss of train_step, by hand: each example alone, with its own photos' features."""
+    model, features, config, sources, _ = evaluate.load_run(run, {})
+    from conftest import randomize
+    from data import Epoch, read_split, rows_of
+    randomize(model)
+    epoch = Epoch(read_split(data_root, "shoes", "train"), 0, 0)
+    examples = [epoch[n] for n in range(9)]
+    features.prepare(name for e in examples for name in e.photos)
+    optimizer = train.make_optimizer(model)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    alone = []
+    for e in examples:
+        [row], names = rows_of([e], model.tokenizer)
+        assert names == list(dict.fromkeys(e.photos))
+        alone.append(model([row], torch.stack([features.read_one(name) for name in names])).item())
+    for size in (None, 4):
+        config.micro_batch_size = size
+        loss, _ = train.train_step(model, optimizer, torch.amp.GradScaler(enabled=False), examples, features, config)
+        assert loss == pytest.approx(sum(alone) / len(alone), rel=1e-4)
+
+
+def test_a_gradient_that_is_not_finite_takes_no_step(run, data_root):
+    model, features, config, sources, _ = evaluate.load_run(run, {})
+    from data import Epoch, read_split
+    epoch = Epoch(read_split(data_root, "shoes", "train"), 0, 0)
+    features.prepare(name for n in range(4) for name in epoch[n].photos)
+    before = {name: p.clone() for name, p in model.trained().items()}
+    model.projector.up.weight.register_hook(lambda grad: grad * float("inf"))
+    with pytest.raises(FloatingPointError, match="its gradients are not finite"):
+        train.train_step(model, train.make_optimizer(model), torch.amp.GradScaler(enabled=False),
+                         [epoch[n] for n in range(4)], features, config)
+    assert all(torch.equal(p, before[name]) for name, p in model.trained().items())
+
+
 def test_what_does_not_change_the_result_does_not(run, flags, tmp_path):
     for name, more in (("micro", ["--micro-batch-size", "3"]), ("checkpoint", ["--grad-checkpoint"])):
         train.main([*flags, *more, "--out", str(tmp_path / name)])
@@ -214,6 +290,49 @@ def test_answering_a_file_and_merging(run, data_root, tmp_path, says):
         with open(tmp_path / name, encoding="utf-8", newline="") as file:
             answers.append([line["prediction"] for line in csv.DictReader(file, dialect="excel-tab")])
     assert answers[0] == answers[1] and len(answers[0]) == 15
+
+
+def test_answers_go_to_their_products(run, data_root):
+    """Each product alone, with its photo and its own seed, answers as in the file; at a temperature that draws."""
+    model, features, config, sources, _ = evaluate.load_run(run, {})
+    from conftest import randomize
+    from data import base_question, read_split, rows_of
+    randomize(model)
+    products = read_split(data_root, "shoes", "test")
+    features.prepare(p.image for p in products)
+    expected = []
+    for p in products:
+        [row], [name] = rows_of([base_question(p)], model.tokenizer)
+        [(ids, probability)] = model.generate([row], features.read_one(name)[None], [f"answer {config.seed} {p.id} {p.attribute}"],
+                                              temperature=2.0, top_p=0.9)
+        expected.append((model.tokenizer.decode(ids).strip(), pytest.approx(probability, rel=1e-3)))
+    assert len({text for text, _ in expected}) > 5      # photo, text and seed matter
+    for size in (64, 4):
+        evaluate.ANSWER_BATCH, usual = size, evaluate.ANSWER_BATCH
+        found = evaluate.answer(model, features, products, config, temperature=2.0, top_p=0.9)
+        evaluate.ANSWER_BATCH = usual
+        assert found == expected
+
+
+def test_scoring_with_other_settings_says_so(run, says, tmp_path):
+    import shutil
+    shutil.copytree(run, tmp_path / "run")
+    says("evaluate.py", tmp_path / "run", "--merge", "--constrain", "--temperature", "1.5", "--top-p", "0.9")
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert (metrics["merged"], metrics["constrained"], metrics["temperature"], metrics["top_p"]) == (True, True, 1.5, 0.9)
+    known = json.loads((run / "config.json").read_text())["values"]
+    with open(tmp_path / "run" / "predictions.tsv", newline="") as file:
+        assert all(row["prediction"] in known[row["attribute_names"]] for row in csv.DictReader(file, dialect="excel-tab"))
+    says("evaluate.py", tmp_path / "run", "--split", "train")
+    assert json.loads((tmp_path / "run" / "train" / "metrics.json").read_text())["n"] == 20
+
+
+def test_exporting_a_run(run, says, tmp_path):
+    out = says("evaluate.py", run, "--export", tmp_path / "out")
+    assert float(out.split("merged against unmerged, is ")[1].split(" ")[0]) < 1e-3
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"config.json", "tokenizer.model", "model.safetensors",
+                                                              "projector.safetensors", "README.md"}
+    assert "after ViT layer 3, 6\n" in (tmp_path / "out" / "README.md").read_text()
 
 
 # ------------------------------------------------------------------------------------------------ mistakes
