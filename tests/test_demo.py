@@ -128,7 +128,9 @@ def test_tables_stand_beside_the_papers(tmp_path):
             (folder / "metrics.json").write_text(json.dumps({"micro_f1": f1, "n": 550, "sources": "DEMO WORLD", **as_answered}))
     text = paper_tables.markdown(tmp_path, "general", ["50"], [0, 1])
     assert "| EIVEN | 85.0 ± 7.1 (2) | 57.31 / 64.98 |" in text and "n = 550" in text and "DEMO WORLD" in text
-    assert "| - MGVF | - | 53.5 / 62.27 |" in text
+    assert "| - MGVF | - | 53.50 / 62.27 |" in text and "paper: General, 50 / 100 labels" in text
+    assert paper_tables.papers(paper_tables.PAPER["base"], "footwear") == "64.14 / 73.46"
+    assert paper_tables.papers(paper_tables.PAPER["base"], "other") == "not given"
     path = paper_tables.run_folder(tmp_path, "general", "base", "50", 1) / "metrics.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "constrained": True}))
     with pytest.raises(UserError, match="was scored again with other settings"):
