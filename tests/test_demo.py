@@ -132,7 +132,17 @@ def test_tables_stand_beside_the_papers(tmp_path):
     assert paper_tables.papers(paper_tables.PAPER["base"], "footwear") == "64.14 / 73.46"
     assert paper_tables.papers(paper_tables.PAPER["base"], "other") == "not given"
     path = paper_tables.run_folder(tmp_path, "general", "base", "50", 1) / "metrics.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "constrained": True}))
+    told = json.loads(path.read_text())
+    for sources, fine in (("data X; LLaMA Y; ViT Z.", True), ("data X; LLaMA Y; no photos.", True), ("data X; LLaMA 0; ViT Z.", False),
+                          ("data X; LLaMA Y; ViT 0.", False), ("data 0; LLaMA Y; no photos.", False)):
+        for other in tmp_path.glob("*/metrics.json"):
+            other.write_text(json.dumps({**told, "sources": sources if other == path else "data X; LLaMA Y; ViT Z."}))
+        if fine:
+            paper_tables.markdown(tmp_path, "general", ["50"], [0, 1])
+        else:
+            with pytest.raises(UserError, match="different data or weights"):
+                paper_tables.markdown(tmp_path, "general", ["50"], [0, 1])
+    path.write_text(json.dumps({**told, "sources": "data X; LLaMA Y; ViT Z.", "constrained": True}))
     with pytest.raises(UserError, match="was scored again with other settings"):
         paper_tables.markdown(tmp_path, "general", ["50"], [0, 1])
 
