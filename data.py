@@ -1,11 +1,9 @@
-"""Products, few labels, questions and answers, and Learning-by-Comparison (section 2.3 and figure 3).
+"""Products, questions and answers, Learning-by-Comparison (section 2.3 and figure 3), few labels, and reading data sets.
 
 A data set is a folder ROOT/NAME/ with train.tsv, val.tsv and test.tsv, and photos in ROOT/images/.
-Nothing here knows of models: a tokenizer is anything with `encode` and `eos_id`.
+This file knows nothing about models: a tokenizer is anything with `encode` and `eos_id`.
 """
 
-import codecs
-import csv
 import hashlib
 import os
 import random
@@ -18,16 +16,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from console import Progress, UserError
-from weights import check_file
+from base.checkpoint import check_file
+from base.console import Progress, UserError
+from base.tsv import COLUMNS, Reader
 
-COLUMNS = ("id", "images", "category", "texts", "attribute_names", "attribute_values")
 STRATEGIES = ("judge_last", "judge_first", "better_instance", "none")
 
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """One line of a data set: a product and one of its attributes.  value is the label, "" where nobody knows it."""
+    """One line of a data set: a product and one of its attributes.  value is its label, "" if it has none."""
 
     id: str
     image: str                                          # file name in ROOT/images/
@@ -43,192 +41,36 @@ class Product:
 
 
 class Example(NamedTuple):
-    """A question as text: photos (file names) for I, the prompt for Q and C, and the answer R."""
+    """A question as text: photos (file names) for I, the prompt for [Q, C], and the answer R."""
 
     photos: tuple
     prompt: str
     answer: str
 
 
-class Row(NamedTuple):
-    """An Example as numbers: photos are places in the batch's features, prompt and answer are ids."""
+class Encoded(NamedTuple):
+    """An Example as numbers: photos are indices into the photos of its batch, prompt and answer are ids."""
 
     photos: tuple
     prompt: list
     answer: list
 
 
-# ------------------------------------------------------------------------------------------------ reading, sampling
-
-
-class Products(Sequence):
-    """The products of a TSV file, in its order, read from it whenever they are asked for: memory holds where each line
-    starts, not its texts, so a million products cost as little as a thousand.
-
-    Every line is read once at the start.  UserError with file and line for what does not fit, or if there are none.
-    labelled  whether every line must have a value; without, a missing or empty value is ""
-    """
-
-    def __init__(self, path, labelled=True):
-        self.path = Path(path)
-        check_file(self.path, "a data set's TSV")
-        csv.field_size_limit(1 << 24)
-        self.file = open(self.path, "rb")
-        self.identity = identity(self.file)
-        needed = COLUMNS if labelled else COLUMNS[:-1]
-        lines = Lines(self.file, self.path)
-        self.header = next(lines.cells, [])
-        absent = [name for name in needed if name not in self.header]
-        if absent:
-            raise UserError(f"{self.path}, line 1: the header lacks {', '.join(absent)}; it must name the columns "
-                            f"{' '.join(needed)}, separated by tabs")
-        self.needed = [name for name in ("id", "attribute_names", "attribute_values") if name in needed]
-        self.place = {name: self.header.index(name) for name in COLUMNS if name in self.header}
-        self.starts = array("q")                        # of each product's line, in bytes
-        self.first = start = lines.end
-        with Progress(f"reading {self.path.name}", unit="products") as progress:
-            for cells in lines.cells:
-                if cells:
-                    self.product(cells, lines.where)
-                    self.starts.append(start)
-                    progress.step()
-                start = lines.end
-        if not self.starts:
-            raise UserError(f"{self.path}: has a header but no products")
-
-    def product(self, cells, where):
-        """The Product of a line's cells."""
-        if len(cells) != len(self.header):
-            raise UserError(f"{where()}: has {len(cells)} columns, the header {len(self.header)}; "
-                            "cells with a tab, a newline or a quote in them must be quoted")
-        cell = {name: " ".join(cells[i].split()) for name, i in self.place.items()}
-        empty = [name for name in self.needed if not cell[name]]
-        if empty:
-            raise UserError(f"{where()}: {empty[0]} is empty")
-        return Product(cell["id"], cell["images"], cell["category"], cell["texts"].removeprefix("[Title]").strip(),
-                       cell["attribute_names"], cell.get("attribute_values", ""))
-
-    def __len__(self):
-        return len(self.starts)
-
-    def __iter__(self):
-        with open(self.path, "rb") as file:             # of its own: two loops may run at the same time
-            self.same(file)
-            file.seek(self.first)
-            lines = Lines(file, self.path)
-            yield from (self.product(cells, lines.where) for cells in lines.cells if cells)
-
-    def __getitem__(self, i):
-        if isinstance(i, slice):
-            return [self[k] for k in range(*i.indices(len(self)))]
-        self.same(self.file)
-        self.file.seek(self.starts[i])
-        lines = Lines(self.file, self.path)
-        return self.product(next(lines.cells), lines.where)
-
-    def same(self, file):
-        """UserError if this is not the file, or not in the state, that was read at the start: answers would be paired
-        with other products."""
-        if identity(file) != self.identity:
-            raise UserError(f"{self.path}: was changed while it is in use; start again")
-
-
-def identity(file):
-    """What changes when an open file is written to or is another one."""
-    stat = os.fstat(file.fileno())
-    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
-
-
-class Lines:
-    """An open TSV file from where it stands: `cells`, the cells line by line, and `end`, where the last of them ended."""
-
-    def __init__(self, file, path):
-        self.file, self.path, self.end = file, path, file.tell()
-        self.reader = csv.reader(self.text(), dialect="excel-tab", strict=True)
-        self.cells = self.read()
-
-    def text(self):
-        for line in iter(self.file.readline, b""):
-            if self.end == 0:
-                line = line.removeprefix(codecs.BOM_UTF8)
-            self.end = self.file.tell()
-            yield line.decode("utf-8")
-
-    def read(self):
-        try:
-            yield from self.reader
-        except UnicodeDecodeError as error:
-            raise UserError(f"{self.path}, after line {self.reader.line_num}: is not UTF-8 text ({error.reason})") from None
-        except csv.Error as error:
-            raise UserError(f"{self.where()}: is not a readable TSV ({error}); "
-                            "cells with a quote in them must be quoted as Python's csv module does it") from None
-
-    def where(self):
-        return f"{self.path}, line {self.reader.line_num}"
-
-
-def read_split(root, dataset, split):
-    """The products of ROOT/DATASET/SPLIT.tsv."""
-    folder = Path(root) / dataset
-    if not folder.is_dir():
-        known = sorted(p.parent.name for p in Path(root).glob("*/train.tsv"))
-        raise UserError(f"there is no data set {dataset!r} in {root}: it holds {', '.join(known) or 'none'}. "
-                        "A data set is a folder with train.tsv, val.tsv and test.tsv (see README)")
-    return Products(folder / f"{split}.tsv")
-
-
-def values_of(products):
-    """{attribute: its values, sorted}: the answers that a data set knows."""
-    found = defaultdict(set)
-    with Progress("values", len(products), "products") as progress:
-        for product in products:
-            found[product.attribute].add(product.value)
-            progress.step()
-    return {attribute: sorted(values) for attribute, values in sorted(found.items())}
-
-
-def sample_labels(products, labels, seed):
-    """`labels` products of each attribute value (all, where there are fewer, or where labels is None), in file order.
-
-    The draw depends on the seed and the value alone, and fewer labels are a part of more labels.
-    """
-    if labels is None:
-        return products
-    by_value = defaultdict(list)
-    for i, product in enumerate(products):
-        by_value[product.attribute, product.value].append(i)
-    chosen = []
-    for (attribute, value), places in by_value.items():
-        random.Random(f"labels {seed} {attribute} {value}").shuffle(places)
-        chosen += places[:labels]
-    return [products[i] for i in sorted(chosen)]
-
-
-def fingerprint(products):
-    """A short hash of products and their order, so that a run can tell that its data changed."""
-    digest = hashlib.sha256()
-    with Progress("fingerprint", len(products), "products") as progress:
-        for p in products:
-            digest.update("\t".join((p.id, p.image, p.category, p.title, p.attribute, p.value)).encode() + b"\n")
-            progress.step()
-    return digest.hexdigest()[:16]
-
-
 # ------------------------------------------------------------------------------------------------ figure 3
 
 
 def base_question(product, text=True):
-    """The question that is asked in training, validation and test alike: [I, Q, C] and the value."""
+    """The question of training, validation and test alike: [I, Q, C], and the value as its answer."""
     context = [f"Context: {product.context}"] if text else []
     return example((product,), f"What is the {product.attribute} of this product?", context, product.value)
 
 
 def comparison(first, second, strategy, text=True, ask_first=False):
-    """Learning-by-Comparison, figure 3: [I, I', Q, C, C'] for two products with the same attribute.
+    """Learning-by-Comparison, figure 3: [I, I', Q, C, C'] for two products with the same attribute.  Training only.
 
-    ask_first  better_instance asks for the first product's value rather than the second's
+    ask_first  better_instance asks for the value of the first product, not of the second
 
-    Only training sees comparisons; what is scored is base_question.  judge_last reads
+    An example of judge_last:
         Question: What is the Boot Style of these two products? Are they the same?
         First: Rubber boot for rainy days, Shoes
         Second: Elastic sided ankle boot, Shoes
@@ -253,15 +95,16 @@ def comparison(first, second, strategy, text=True, ask_first=False):
 
 
 def example(products, question, context, answer):
-    """Q, then C, then the mark after which the answer stands."""
+    """Q, then C, then the mark "Answer:", after which the answer is written."""
     return Example(tuple(p.image for p in products), "\n".join([f"Question: {question}", *context, "Answer:"]), answer)
 
 
 class Epoch:
-    """The examples of one epoch: each product once as base and `ratio` times as the first of a comparison, shuffled.
+    """The examples of one epoch, shuffled: each product once as a base question, and `ratio` times as the first product
+    of a comparison.  Its partner is drawn uniformly from the other products with the same attribute.
 
-    Everything depends on (seed, number) and, for a partner, the product: a resumed run meets the same examples.
-    A ratio that is no whole number compares a random part of the products once more.
+    Everything depends only on (seed, number) and, for a partner, the product: a resumed run sees the same examples.
+    If ratio is not a whole number, a random part of the products is compared once more than the rest.
     """
 
     def __init__(self, products, seed, number, strategy="judge_last", ratio=1.0, text=True):
@@ -278,7 +121,7 @@ class Epoch:
         self.compared = np.empty(0, np.int64)
         if strategy != "none":
             shuffled = draw.permutation(len(products))
-            self.compared = shuffled[count[self.attribute[shuffled]] > 1]       # without those that have no peer
+            self.compared = shuffled[count[self.attribute[shuffled]] > 1]       # only products that have a peer
         self.plan = draw.permutation(len(products) + round(ratio * len(self.compared)))
 
     def __len__(self):
@@ -298,22 +141,151 @@ class Epoch:
         return comparison(product, partner, self.strategy, self.text, ask_first=draw.random() < 0.5)
 
 
-# ------------------------------------------------------------------------------------------------ numbers
+# ------------------------------------------------------------------------------------------------ ids
 
 
-def answer_ids(answer, tokenizer):
+def encode_answer(answer, tokenizer):
     """R: an answer as ids, with its end token."""
     return tokenizer.encode(answer, new_word=True) + [tokenizer.eos_id]
 
 
-def rows_of(examples, tokenizer, image=True):
-    """(rows, photos): the examples as ids, and the file names of the photos that they mention, each once.
+def encode_examples(examples, tokenizer, image=True):
+    """(examples as ids, the file names of their photos, each once).
 
-    Prompt and answer are tokenised apart and their ids joined, so that the border between them is where it is said
-    to be.  image: whether photos are mentioned at all.
+    Prompt and answer are tokenised separately and their ids joined, so the answer starts exactly where the prompt ends.
+    image  False: leave the photos out
     """
-    photos, rows = {}, []
+    photos, encoded = {}, []
     for e in examples:
-        places = tuple(photos.setdefault(name, len(photos)) for name in e.photos) if image else ()
-        rows.append(Row(places, tokenizer.encode(e.prompt), answer_ids(e.answer, tokenizer)))
-    return rows, list(photos)
+        indices = tuple(photos.setdefault(name, len(photos)) for name in e.photos) if image else ()
+        encoded.append(Encoded(indices, tokenizer.encode(e.prompt), encode_answer(e.answer, tokenizer)))
+    return encoded, list(photos)
+
+
+# ------------------------------------------------------------------------------------------------ few labels
+
+
+def sample_labels(products, labels, seed):
+    """`labels` products of each attribute value (all of them if there are fewer, or if labels is None), in file order.
+
+    The draw depends only on the seed and the value, and the draw of fewer labels is part of the draw of more.
+    """
+    if labels is None:
+        return products
+    by_value = defaultdict(list)
+    for i, product in enumerate(products):
+        by_value[product.attribute, product.value].append(i)
+    chosen = []
+    for (attribute, value), indices in by_value.items():
+        random.Random(f"labels {seed} {attribute} {value}").shuffle(indices)
+        chosen += indices[:labels]
+    return [products[i] for i in sorted(chosen)]
+
+
+# ------------------------------------------------------------------------------------------------ reading data sets
+
+
+def read_split(root, dataset, split):
+    """The products of ROOT/DATASET/SPLIT.tsv."""
+    folder = Path(root) / dataset
+    if not folder.is_dir():
+        known = sorted(p.parent.name for p in Path(root).glob("*/train.tsv"))
+        raise UserError(f"there is no data set {dataset!r} in {root}: it holds {', '.join(known) or 'none'}. "
+                        "A data set is a folder with train.tsv, val.tsv and test.tsv (see README)")
+    return Products(folder / f"{split}.tsv")
+
+
+class Products(Sequence):
+    """The products of a TSV file, in file order.  Memory holds only where each line starts; a line is read when it is
+    used, so a million products need little more memory than a thousand.
+
+    Every line is read and checked once at the start.  UserError with file and line for a bad line, or if there are none.
+    labelled  True: every line must have a value; False: a missing or empty value is ""
+    """
+
+    def __init__(self, path, labelled=True):
+        self.path = Path(path)
+        check_file(self.path, "a data set's TSV")
+        self.file = open(self.path, "rb")
+        self.version = file_version(self.file)
+        required = COLUMNS if labelled else COLUMNS[:-1]
+        lines = Reader(self.file, self.path)
+        self.header = next(lines.cells, [])
+        absent = [name for name in required if name not in self.header]
+        if absent:
+            raise UserError(f"{self.path}, line 1: the header lacks {', '.join(absent)}; it must name the columns "
+                            f"{' '.join(required)}, separated by tabs")
+        self.not_empty = [name for name in ("id", "attribute_names", "attribute_values") if name in required]
+        self.column = {name: self.header.index(name) for name in COLUMNS if name in self.header}
+        self.starts = array("q")                        # byte offset of each product's line
+        self.first = start = lines.end
+        with Progress(f"reading {self.path.name}", unit="products") as progress:
+            for cells in lines.cells:
+                if cells:
+                    self.product(cells, lines.where)
+                    self.starts.append(start)
+                    progress.step()
+                start = lines.end
+        if not self.starts:
+            raise UserError(f"{self.path}: has a header but no products")
+
+    def product(self, cells, where):
+        """The Product of a line's cells."""
+        if len(cells) != len(self.header):
+            raise UserError(f"{where()}: has {len(cells)} columns, the header {len(self.header)}; "
+                            "cells with a tab, a newline or a quote in them must be quoted")
+        cell = {name: " ".join(cells[i].split()) for name, i in self.column.items()}
+        empty = [name for name in self.not_empty if not cell[name]]
+        if empty:
+            raise UserError(f"{where()}: {empty[0]} is empty")
+        return Product(cell["id"], cell["images"], cell["category"], cell["texts"].removeprefix("[Title]").strip(),
+                       cell["attribute_names"], cell.get("attribute_values", ""))
+
+    def __len__(self):
+        return len(self.starts)
+
+    def __iter__(self):
+        with open(self.path, "rb") as file:             # a file of its own: two loops may run at the same time
+            self.check_unchanged(file)
+            file.seek(self.first)
+            lines = Reader(file, self.path)
+            yield from (self.product(cells, lines.where) for cells in lines.cells if cells)
+
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            return [self[k] for k in range(*i.indices(len(self)))]
+        self.check_unchanged(self.file)
+        self.file.seek(self.starts[i])
+        lines = Reader(self.file, self.path)
+        return self.product(next(lines.cells), lines.where)
+
+    def check_unchanged(self, file):
+        """UserError if the file changed since the start: answers would be paired with other products."""
+        if file_version(file) != self.version:
+            raise UserError(f"{self.path}: was changed while it is in use; start again")
+
+
+def file_version(file):
+    """What changes when an open file is written to, or replaced by another one."""
+    stat = os.fstat(file.fileno())
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+def values_of(products):
+    """{attribute: its values, sorted}: the answers that a data set knows."""
+    found = defaultdict(set)
+    with Progress("values", len(products), "products") as progress:
+        for product in products:
+            found[product.attribute].add(product.value)
+            progress.step()
+    return {attribute: sorted(values) for attribute, values in sorted(found.items())}
+
+
+def fingerprint(products):
+    """A short hash of the products and their order: a run can tell that its data changed."""
+    digest = hashlib.sha256()
+    with Progress("fingerprint", len(products), "products") as progress:
+        for p in products:
+            digest.update("\t".join((p.id, p.image, p.category, p.title, p.attribute, p.value)).encode() + b"\n")
+            progress.step()
+    return digest.hexdigest()[:16]

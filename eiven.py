@@ -1,24 +1,21 @@
-"""EIVEN, section 2 of the paper: a frozen LLaMA reads four projected [cls] tokens of a photo and answers.
+"""EIVEN, section 2 of the paper: a frozen LLaMA reads four projected [cls] tokens of a photo, and answers a question.
 
-    photo --ViT--> [cls] of layers 3, 6, 9, 12 --projector--> I' --+
-    question ------------------------------------------------> Q --+--> X = [I', Q, C] --LLaMA with adapters--> answer
-    title and category --------------------------------------> C --+
+    photo --ViT--> I: [cls] of layers 3, 6, 9, 12 --projector--> I' --+
+    question ---------------------------------------------------> Q --+--> X = [I', Q, C] --LLaMA with adapters--> answer R
+    title and category -----------------------------------------> C --+
 
-Only the adapters (theta_a) and the projector (theta_p) are trained.  Readings of the paper that it leaves open:
-X begins with LLaMA's begin token, as every text that LLaMA was trained on; the projector's sigma is SwiGLU with
-its gate, as Shazeer 2020 (arXiv 2002.05202) defines it, where LaVIN, which the authors built on, has a plain swish.
+Only the adapters (theta_a) and the projector (theta_p) are trained.  Two readings of what the paper leaves open:
+X starts with LLaMA's begin token, as all text that LLaMA was trained on; and the projector's sigma is SwiGLU with its
+gate, as Shazeer 2020 (arXiv 2002.05202) defines it.  LaVIN, the code that the authors built on, has the plain swish.
 
 One legend of shapes for the whole project:
-    B rows (examples)   T tokens of the longest row   N real tokens of all rows   A answer tokens of all rows
+    B examples of a batch   N tokens of all sequences   M tokens whose logits are needed (those that predict the answers)
     P photos   K [cls] tokens of a photo (4)   V ViT width (768)   D LLaMA width (4096)   r adapter rank (8)
-The paper's D is our V and its D_text our D; its R is the answer, and in figure 3 I' and C' are the second product's.
+The paper's D is our V, and its D_text our D.  In figure 3 of the paper, I' and C' belong to the second product.
 """
 
-import json
 import math
 import random
-import shutil
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -26,16 +23,16 @@ from safetensors.torch import save_file
 from torch import nn
 
 from adapters import Adapter, merge
-from console import UserError, whole_file, write_text
-from llama import Cache, next_tokens, official_name, pack
-from weights import map_safetensors
+from base.checkpoint import map_safetensors
+from base.console import UserError, whole_file
+from base.packing import KVCache, next_tokens, pack
 
-TEMPERATURE, TOP_P = 0.1, 0.75                           # of answers (section 4.1)
-CLS_EVERY = 3                                           # a [cls] token after every third layer (section 4.1)
+TEMPERATURE, TOP_P = 0.1, 0.75                          # section 4.1
+CLS_EVERY = 3                                           # section 4.1: M = 3, a [cls] token after every third layer
 
 
-def taps(vit_layers):
-    """The ViT layers, counted from 1, whose [cls] token is I_k of section 2.1: 3, 6, 9, 12 for ViT-B/16."""
+def cls_layers(vit_layers):
+    """The layers of the ViT (counted from 1) whose [cls] token is I_k in section 2.1: 3, 6, 9, 12 for ViT-B/16."""
     if vit_layers % CLS_EVERY:
         raise UserError(f"the ViT has {vit_layers} layers; EIVEN takes the [cls] token of every {CLS_EVERY}rd layer, "
                         f"the last one included, so their number must be a multiple of {CLS_EVERY}")
@@ -43,9 +40,9 @@ def taps(vit_layers):
 
 
 class Projector(nn.Module):
-    """I' = (swish(I Wg + bg) * (I Wd + bd)) Wu + bu, section 2.1: (P, K, V) -> (P, K, D), in fp32.
+    """I' = (swish(I Wg + bg) * (I Wd + bd)) Wu + bu, section 2.1: (P, K, V) -> (P, K, D), fp32.
 
-    hidden is d_h, the width between (paper: 128).
+    hidden is d_h, the width in the middle (paper: 128).
     """
 
     def __init__(self, visual_width, width, hidden=128):
@@ -54,16 +51,38 @@ class Projector(nn.Module):
         self.down = nn.Linear(visual_width, hidden)
         self.up = nn.Linear(hidden, width)
 
-    def forward(self, features):
-        return self.up(F.silu(self.gate(features)) * self.down(features))
+    def forward(self, cls_tokens):
+        return self.up(F.silu(self.gate(cls_tokens)) * self.down(cls_tokens))
+
+
+def nucleus(logits, temperature, top_p, uniform):
+    """Top-p sampling (Holtzman et al. 2020): one token for each row, (B, vocab) -> (B,).
+
+    The nucleus is the smallest set of most probable tokens whose total probability reaches top_p.  `uniform`, one number
+    in [0, 1) for each row, chooses from the nucleus, renormalised and in falling order of probability.
+    """
+    best = logits.argmax(-1)
+    if temperature == 0:
+        return best
+    p = (logits / temperature).softmax(-1)
+    unsure = (p.gather(1, best[:, None]).squeeze(1) < top_p).nonzero().squeeze(1)
+    if len(unsure):                                     # elsewhere the best token is the whole nucleus: no sorting
+        falling, order = p[unsure].sort(dim=-1, descending=True, stable=True)
+        before = falling.cumsum(-1) - falling           # total probability of the tokens before
+        falling[before >= top_p] = 0
+        u = torch.tensor(uniform, device=p.device, dtype=p.dtype)[unsure, None] * falling.sum(-1, keepdim=True)
+        place = (falling.cumsum(-1) <= u).sum(-1, keepdim=True).clamp(max=p.shape[-1] - 1)
+        place = torch.minimum(place, (falling > 0).sum(-1, keepdim=True) - 1)   # rounding never leaves the nucleus
+        best = best.index_copy(0, unsure, order.gather(1, place).squeeze(1))
+    return best
 
 
 class EIVEN(nn.Module):
-    """The whole method: the same class trains, evaluates and answers.
+    """The whole method.  The same class trains, evaluates and answers.
 
-    llama          frozen; its blocks get an adapter each
-    visual_width   V of the photos' features, or None for a model without images
-    adapter        "rep", "mlp" or "mlp-linear", of rank adapter_dim
+    llama          frozen; each of its blocks gets an adapter
+    visual_width   V of the [cls] tokens, or None for a model without images
+    adapter        "rep", "mlp" or "mlp-linear", with rank adapter_dim
     """
 
     def __init__(self, llama, tokenizer, visual_width=768, adapter="rep", adapter_dim=8, projector_dim=128):
@@ -78,8 +97,8 @@ class EIVEN(nn.Module):
     def device(self):
         return self.llama.embed_tokens.weight.device
 
-    def trained(self):
-        """{name: parameter} of all that is trained, and of nothing frozen: theta_a and theta_p."""
+    def trainable_parameters(self):
+        """{name: parameter} of theta_a and theta_p: all that is trained, and nothing frozen."""
         parts = {f"adapters.{i}": block.adapter for i, block in enumerate(self.llama.layers)}
         if self.projector is not None:
             parts["projector"] = self.projector
@@ -87,88 +106,83 @@ class EIVEN(nn.Module):
 
     # ------------------------------------------------------------------------------------------------ figure 2
 
-    def forward(self, rows, features=None):
-        """The training objective L of section 2.2 for a batch: a scalar, in nats.
+    def forward(self, batch, cls_tokens=None):
+        """The training objective L of section 2.2: a scalar, in nats.
 
-        rows      B of them, each with .photos (places in `features`), .prompt and .answer (lists of ids: [Q, C] and
-                  R with its end token)
-        features  (P, K, V) [cls] tokens of the photos, from the frozen ViT
+        batch       B examples (data.Encoded): .photos (indices into cls_tokens), .prompt ([Q, C] as ids), and .answer (R as
+                    ids, with its end token)
+        cls_tokens  (P, K, V), I of each photo, from the frozen ViT
         """
-        for b, row in enumerate(rows):
-            if not row.answer:
-                raise ValueError(f"row {b} of the batch has no answer: nothing to learn from")
-        target = torch.tensor([token for row in rows for token in row.answer], device=self.device)      # (A,)
-        logits = self.answer_logits(rows, features)     # (A, vocab)
-        return F.cross_entropy(logits, target, reduction="sum") / len(rows)
+        for b, example in enumerate(batch):
+            if not example.answer:
+                raise ValueError(f"example {b} of the batch has no answer: nothing to learn from")
+        R = torch.tensor([token for example in batch for token in example.answer], device=self.device)      # (M,)
+        logits = self.answer_logits(batch, cls_tokens)                          # (M, vocab)
+        return F.cross_entropy(logits, R, reduction="sum") / len(batch)         # -1/B sum_i sum_t log p(R_t | X, R_<t)
 
-    def answer_logits(self, rows, features=None):
-        """Logits (A, vocab) that predict the answer tokens of rows, one row after the other: figure 2, bottom to top."""
-        X = [self.sequence(row, features) for row in rows]                      # [I', Q, C] as ids
+    def answer_logits(self, batch, cls_tokens=None):
+        """Logits (M, vocab) that predict the tokens of each answer, example after example: figure 2, bottom to top."""
+        I_projected = self.project(cls_tokens)                                  # (P, K, D)   I'
+        X = [self.input_ids(example, I_projected) for example in batch]         # [I', Q, C]
         # R_t is predicted from [X, R_<t]: the last token of an answer is predicted, never read.
-        answers = [len(row.answer) for row in rows]     # so many of a row's last tokens predict one of its answer
-        layout = pack([x + row.answer[:-1] for x, row in zip(X, rows)], answers, self.device)
+        sequences = [x + example.answer[:-1] for x, example in zip(X, batch)]
+        tokens = pack(sequences, [len(example.answer) for example in batch], self.device)
+        h = self.llama(self.embed(tokens.ids, I_projected), tokens)             # (N, D) -> (M, D)
+        return self.llama.logits(h)                                             # (M, vocab)
 
-        x = self.embed(layout.ids, features)            # (N, D)   text by LLaMA's table, photos by the projector
-        h = self.llama(x, layout)                       # (A, D)   logits are needed where answers are predicted
-        return self.llama.logits(h)                     # (A, vocab)
+    def project(self, cls_tokens):
+        """I -> I', section 2.1: (P, K, V) -> (P, K, D), or None without photos."""
+        return None if cls_tokens is None else self.projector(cls_tokens.float())
 
-    def sequence(self, row, features):
-        """X = [I', Q, C] as ids.  Image token k of photo p has the id -1 - (p K + k): below 0, as no text has."""
-        K = features.shape[1] if row.photos else 0
-        x = [self.tokenizer.bos_id, *(-1 - (p * K + k) for p in row.photos for k in range(K)), *row.prompt]
+    def input_ids(self, example, I_projected):
+        """X = [I', Q, C] as ids.  Image tokens continue the vocabulary: token k of photo p has the id vocab + p K + k."""
+        K, vocab = I_projected.shape[1] if example.photos else 0, self.llama.config.vocab_size
+        image_ids = [vocab + p * K + k for p in example.photos for k in range(K)]
+        X = [self.tokenizer.bos_id, *image_ids, *example.prompt]
         most = self.llama.config.max_position_embeddings
-        if len(x) + len(row.answer) > most:
-            raise UserError(f"a question is {len(x):,} tokens long, with its answer more than the {most:,} that this LLaMA "
-                            f"was trained to read: {self.tokenizer.decode(row.prompt)[:120]!r}…; shorten its title")
+        if len(X) + len(example.answer) > most:
+            raise UserError(f"a question and its answer have {len(X) + len(example.answer):,} tokens, more than the {most:,} that "
+                            f"this LLaMA was trained to read: {self.tokenizer.decode(example.prompt)[:120]!r}…; shorten the title")
+        return X
+
+    def embed(self, ids, I_projected):
+        """(N,) ids -> (N, D): text tokens from LLaMA's embeddings, image tokens from I'."""
+        vocab = self.llama.config.vocab_size
+        is_image = ids >= vocab                                                 # (N,)
+        x = self.llama.embed(ids.masked_fill(is_image, 0))
+        if I_projected is not None and is_image.any():
+            x[is_image] = I_projected.flatten(0, 1)[ids[is_image] - vocab].to(x.dtype)
         return x
 
-    def embed(self, ids, features):
-        """(N,) ids -> (N, D): text tokens from LLaMA's table, image tokens from the projector."""
-        x = self.llama.embed(ids.clamp(min=0))
-        image = (ids < 0).nonzero().squeeze(1)
-        if len(image) == 0:
-            return x
-        visual_tokens = self.projector(features.float()).flatten(0, 1)          # (P, K, V) -> (P K, D)
-        return x.index_copy(0, image, visual_tokens[-1 - ids[image]].to(x.dtype))
-
-    # ------------------------------------------------------------------------------------------------ answering
+    # ------------------------------------------------------------------------------------------------ answers
 
     @torch.no_grad()
-    def generate(self, rows, features=None, seeds=None, temperature=TEMPERATURE, top_p=TOP_P, limit=32, allowed=None):
-        """Answers to rows: a list of (ids without end token, probability of that answer under the model).
+    def generate(self, batch, cls_tokens=None, seeds=None, temperature=TEMPERATURE, top_p=TOP_P, limit=32):
+        """Free answers to a batch (its .answer is not used): a list of (ids without end token, probability of that answer).
 
-        seeds     one per row; the draws of a row depend on its seed alone, not on its neighbours in the batch
-        temperature, top_p   nucleus sampling, temperature first (section 4.1); temperature 0 takes the best token
-        limit     tokens after which an answer is cut off
-        allowed   per row a list of answers (lists of ids with end token): only these can be given
-        The probability is the model's own, at temperature 1 and top-p 1, of the answer with its end token.
+        seeds     one for each example; its draws depend on its seed alone, not on the rest of the batch
+        temperature, top_p   nucleus sampling, temperature first (section 4.1); temperature 0 takes the likeliest token
+        limit     an answer is cut off after this many tokens
+        The probability is that of the answer with its end token under the model itself: temperature 1, top-p 1.
         """
-        B, device = len(rows), self.device
-        seeds = seeds or [0] * B
-        draws = [random.Random(seed) for seed in seeds]
-        X = [self.sequence(row, features) for row in rows]
-        layout = pack(X, [1] * B, device, groups=False)
-        cache = Cache(self.llama.config, B, max(map(len, X)) + limit, self.llama.compute_dtype, device)
-        h = self.llama(self.embed(layout.ids, features), layout, cache)         # (B, D)
-        cache.length = torch.tensor([len(x) for x in X], device=device)
+        B, device = len(batch), self.device
+        draws = [random.Random(seed) for seed in seeds or [0] * B]
+        I_projected = self.project(cls_tokens)
+        X = [self.input_ids(example._replace(answer=()), I_projected) for example in batch]
+        cache = KVCache(self.llama.config, B, max(map(len, X)) + limit, self.llama.compute_dtype, device)
+        tokens = pack(X, [1] * B, device, cache)
+        h = self.llama(self.embed(tokens.ids, I_projected), tokens)             # (B, D)
 
-        answers, log_p = [[] for _ in rows], [0.0] * B
-        live, ended = list(range(B)), set()             # which row each line of the cache belongs to; which are done
+        answers, log_p = [[] for _ in batch], [0.0] * B
+        live, ended = list(range(B)), set()             # the example of each row of the cache; the examples that have ended
         for step in range(limit):
             logits = self.llama.logits(h)               # (live, vocab)
-            masked = logits
-            if allowed is not None:
-                masked = torch.full_like(logits, float("-inf"))
-                for i, b in enumerate(live):
-                    ways = {a[step] for a in allowed[b] if a[:step] == answers[b] and len(a) > step}
-                    masked[i, list(ways) or [self.tokenizer.eos_id]] = 0
-                masked = masked + logits
-            token = nucleus(masked, temperature, top_p, [draws[b].random() for b in live])      # (live,)
-            gain = logits.log_softmax(-1).gather(1, token[:, None]).squeeze(1).tolist()
-            for b, t, g in zip(live, token.tolist(), gain):
+            token = nucleus(logits, temperature, top_p, [draws[b].random() for b in live])          # (live,)
+            token_log_prob = logits.log_softmax(-1).gather(1, token[:, None]).squeeze(1).tolist()
+            for b, t, lp in zip(live, token.tolist(), token_log_prob):
                 if b in ended:
                     continue
-                log_p[b] += g
+                log_p[b] += lp
                 if t == self.tokenizer.eos_id:
                     ended.add(b)
                 else:
@@ -176,17 +190,30 @@ class EIVEN(nn.Module):
             if len(ended) == B or step == limit - 1:
                 break
             going = [i for i, b in enumerate(live) if b not in ended]
-            if 2 * len(going) <= len(live):             # rows that have ended leave the batch, when it pays
+            if 2 * len(going) <= len(live):             # examples that have ended leave the batch when half of it has
                 cache.keep(torch.tensor(going, device=device))
                 token, live = token[going], [live[i] for i in going]
-            h = self.llama(self.llama.embed(token), next_tokens(token, cache.length), cache)     # (live, D)
-            cache.length = cache.length + 1
+            tokens = next_tokens(token, [len(X[b]) + step for b in live], cache)
+            h = self.llama(self.llama.embed(token), tokens)                     # (live, D)
         return [(answer, math.exp(p)) for answer, p in zip(answers, log_p)]
+
+    @torch.no_grad()
+    def score(self, batch, candidates, cls_tokens=None):
+        """log p(R | X) of given answers: for each example of the batch a list of floats, in nats, one for each candidate.
+
+        candidates  for each example a list of answers R (ids with end token), of any lengths
+        One forward pass.  The candidates of an example share its prompt, which base/packing.py stores once.
+        """
+        examples = [example._replace(answer=R) for example, several in zip(batch, candidates) for R in several]
+        R = torch.tensor([token for example in examples for token in example.answer], device=self.device)   # (M,)
+        token_log_prob = -F.cross_entropy(self.answer_logits(examples, cls_tokens), R, reduction="none")    # (M,)
+        log_p = iter([part.sum().item() for part in token_log_prob.split([len(e.answer) for e in examples])])
+        return [[next(log_p) for _ in several] for several in candidates]
 
     # ------------------------------------------------------------------------------------------------ merge, files
 
     def merge_adapters(self):
-        """Fold the adapters into q, k and v: afterwards the LLaMA inside is an ordinary one, with biases."""
+        """Merge the adapters into q, k and v (Appendix D): what remains is an ordinary LLaMA with biases."""
         for block in self.llama.layers:
             for linear in (block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj):
                 merge(block.adapter, linear)
@@ -196,109 +223,21 @@ class EIVEN(nn.Module):
     def save(self, path):
         """Write all that was trained, and nothing frozen, to one safetensors file."""
         with whole_file(path) as partial:
-            save_file({name: p.detach().cpu().contiguous() for name, p in self.trained().items()}, partial)
+            save_file({name: p.detach().cpu().contiguous() for name, p in self.trainable_parameters().items()}, partial)
 
     def load(self, path):
         """Read what `save` wrote, strictly."""
         tensors = map_safetensors(path, "what was trained (adapter.safetensors)")
-        trained = self.trained()
-        wrong = [n for n in trained.keys() | tensors.keys()
-                 if n not in tensors or n not in trained or tensors[n].shape != trained[n].shape]
+        parameters = self.trainable_parameters()
+        wrong = [n for n in parameters.keys() | tensors.keys()
+                 if n not in tensors or n not in parameters or tensors[n].shape != parameters[n].shape]
         if wrong:
             name = min(wrong)
             raise UserError(
                 f"{path}: does not fit this model in {len(wrong)} tensors: {name} is "
                 f"{tuple(tensors[name].shape) if name in tensors else 'absent'} in the file and "
-                f"{tuple(trained[name].shape) if name in trained else 'absent'} in the model; "
+                f"{tuple(parameters[name].shape) if name in parameters else 'absent'} in the model; "
                 "was it trained with another LLaMA, ViT or adapter?")
         with torch.no_grad():
-            for name, parameter in trained.items():
+            for name, parameter in parameters.items():
                 parameter.copy_(tensors[name])
-
-
-SHARD_BYTES = 5_000_000_000
-
-def export_readme(model, tapped, text):
-    """How to use an export: of a run that saw the [cls] of the ViT layers `tapped` (none: no photos), and texts or not."""
-    context = "\\nContext: {title}, {category}" if text else ""
-    lines = ["An EIVEN run, its adapters merged: an ordinary LLaMA (Hugging Face layout, attention_bias)"
-             + (" and its projector." if tapped else "."),
-             f'Prompt: "Question: What is the {{attribute}} of this product?{context}\\nAnswer:", behind the begin token',
-             "", '    llama = transformers.AutoModelForCausalLM.from_pretrained(".", dtype="auto")']
-    if tapped:
-        lines += ['    p = safetensors.torch.load_file("projector.safetensors")',
-                  f"    # cls: (K, V) = {len(tapped), model.projector.gate.in_features}, the [cls] after ViT layer "
-                  + ", ".join(map(str, tapped)),
-                  "    linear = torch.nn.functional.linear",
-                  '    gate, down = [linear(cls, p[f"{n}.weight"], p[f"{n}.bias"]) for n in ("gate", "down")]',
-                  '    image = linear(torch.nn.functional.silu(gate) * down, p["up.weight"], p["up.bias"])     # (K, D)']
-    image = "image.to(llama.dtype), " if tapped else ""
-    return "\n".join(lines + [
-        "    text = llama.get_input_embeddings()                          # ids: the begin token, then the prompt's",
-        f"    x = torch.cat([text(ids[:1]), {image}text(ids[1:])])",
-        "    llama.generate(inputs_embeds=x[None], max_new_tokens=32)", ""])
-
-
-def export(model, llama_folder, out, readme):
-    """Write a merged model to the new folder `out` as an ordinary Hugging Face LLaMA, and the projector beside it.
-
-    model is merged already, readme is export_readme's.  Files: config.json (the source's, with attention_bias), tokenizer.model, safetensors in
-    shards of 5 GB with an index, projector.safetensors, README.md.  `out` appears whole or not at all.
-    """
-    out, llama_folder = Path(out), Path(llama_folder)
-    if out.exists():
-        raise UserError(f"--export {out}: exists already; name a folder that does not")
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    tensors = {official_name(name): p.detach().cpu() for name, p in model.llama.named_parameters()}
-    for i in range(model.llama.config.num_hidden_layers):       # transformers' attention_bias means o_proj's, too
-        weight = tensors[f"model.layers.{i}.self_attn.o_proj.weight"]
-        tensors.setdefault(f"model.layers.{i}.self_attn.o_proj.bias", torch.zeros(len(weight), dtype=weight.dtype))
-    shards, size = [{}], 0
-    for name, tensor in tensors.items():
-        if size + tensor.nbytes > SHARD_BYTES and shards[-1]:
-            shards, size = shards + [{}], 0
-        shards[-1][name] = tensor.contiguous()
-        size += tensor.nbytes
-    names = ["model.safetensors"] if len(shards) == 1 else [
-        f"model-{n:05}-of-{len(shards):05}.safetensors" for n in range(1, len(shards) + 1)]
-    for name, shard in zip(names, shards):
-        save_file(shard, partial / name, metadata={"format": "pt"})
-    if len(shards) > 1:
-        write_text(partial / "model.safetensors.index.json", json.dumps({
-            "metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
-            "weight_map": {tensor: name for name, shard in zip(names, shards) for tensor in shard}}, indent=2) + "\n")
-    config = json.loads((llama_folder / "config.json").read_text(encoding="utf-8"))
-    dtype = str(model.llama.embed_tokens.weight.dtype).removeprefix("torch.")
-    config |= {"architectures": ["LlamaForCausalLM"], "attention_bias": True, "torch_dtype": dtype}
-    config.pop("dtype", None)
-    write_text(partial / "config.json", json.dumps(config, indent=2) + "\n")
-    shutil.copyfile(llama_folder / "tokenizer.model", partial / "tokenizer.model")
-    if model.projector is not None:
-        save_file({n: p.detach().cpu().contiguous() for n, p in model.projector.named_parameters()},
-                  partial / "projector.safetensors")
-    write_text(partial / "README.md", readme)
-    partial.replace(out)
-
-
-def nucleus(logits, temperature, top_p, uniform):
-    """Top-p sampling (Holtzman et al. 2020): one token a row, (B, vocab) -> (B,).
-
-    The nucleus is the smallest set of most probable tokens whose probability together reaches top_p; `uniform`, one
-    number in [0, 1) a row, says where in it, renormalised and in falling order, the draw falls.
-    """
-    best = logits.argmax(-1)
-    if temperature == 0:
-        return best
-    p = (logits / temperature).softmax(-1)
-    unsure = (p.gather(1, best[:, None]).squeeze(1) < top_p).nonzero().squeeze(1)
-    if len(unsure):                                     # elsewhere the best token is the whole nucleus: no sorting
-        falling, order = p[unsure].sort(dim=-1, descending=True, stable=True)
-        before = falling.cumsum(-1) - falling
-        falling[before >= top_p] = 0
-        u = torch.tensor(uniform, device=p.device, dtype=p.dtype)[unsure, None] * falling.sum(-1, keepdim=True)
-        place = (falling.cumsum(-1) <= u).sum(-1, keepdim=True).clamp(max=p.shape[-1] - 1)
-        place = torch.minimum(place, (falling > 0).sum(-1, keepdim=True) - 1)   # rounding never leaves the nucleus
-        best = best.index_copy(0, unsure, order.gather(1, place).squeeze(1))
-    return best

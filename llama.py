@@ -1,18 +1,19 @@
-"""LLaMA, written out: config, tokenizer, the forward pass with its cache, and the official weights.
+"""LLaMA: config, tokenizer, the forward pass, and loading of the official weights.
 
 Source   Touvron et al. 2023 (arXiv 2302.13971): RMSNorm before each sublayer, rotary positions, SwiGLU feed-forward.
-         Names are those of the Hugging Face checkpoints, so that loading is strict and needs no table but one prefix.
+Names    are those of the Hugging Face checkpoints, so loading is strict and needs no table of names but one prefix.
 
-This file knows nothing of images or of what an adapter does.  A block has one open place, `adapter`, the identity
-until somebody puts a module there.
+This file knows nothing about images or about what an adapter computes.  A block has one open place, `adapter`: the
+identity until a module is put there.
 
-Shapes   B rows   T tokens of the longest row   N real tokens of all rows together   A tokens that are asked for
-         D width   F feed-forward width   H query heads   G key/value heads   d width of a head
+The sequences of a batch are stored without padding, as one matrix of N tokens.  Which tokens form a sequence, what each
+of them may attend to, and the KV cache are in base/packing.py; a layer gets all of it as one object, `tokens`.
+
+Shapes   N tokens of all sequences   M tokens whose logits are needed   D hidden size   F feed-forward size
+         H query heads   G key/value heads   d head dimension
+         in attention, for a group of sequences of similar length: b sequences   T queries   S keys
 """
 
-import itertools
-import math
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,8 +23,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from console import UserError
-from weights import check_file, fill, map_safetensors, read_json, shard_files
+from base.checkpoint import check_file, load_strict, map_safetensors, read_json, shard_files
+from base.console import UserError
+from base.frozen_ops import apply_rotary, frozen_linear, rms_norm, swiglu
+from base.packing import KVCache, next_tokens, pack
 
 
 # ------------------------------------------------------------------------------------------------ config, tokenizer
@@ -127,268 +130,43 @@ class Tokenizer:
         return self.pieces.decode(ids)
 
 
-# ------------------------------------------------------------------------------------------------ rows without padding
-
-
-@dataclass
-class Layout:
-    """Where the tokens of B rows lie in one matrix of N tokens that holds no padding.
-
-    Every product with a weight matrix runs on the (N, D) matrix; only attention needs rows, and gets them by index,
-    rows of like length together: a short row among long ones would be padded to their length, squared.
-    `pack` stores what several rows have in common at their start once: the hidden states there are the same.
-    The rows [1, 5, 6] and [1, 5, 7] are ids [1, 5, 6, 7], position [0, 1, 2, 2], rows [[[0, 1, 2], [0, 1, 3]]].
-
-    ids       (N,)    token ids
-    position  (N,)    rotary positions: places in their rows
-    rows      for each group of rows a table (b, T): which of the N tokens is row b's t-th; past a row's end it is 0,
-              whose answer nobody reads
-    back      (N,)    where a token stands when the groups' rows are put end to end, in any one row that has it
-    asked     the A tokens that answers are wanted for, (A,) of the N, row after row
-    ask       their own Layout, (b, A of the row) tables with the same rows in the same groups; None if all are asked
-    whole     whether the tokens are the beginnings of their rows, so that a plain causal mask does; later ones alone
-              are masked by their positions
-    """
-
-    ids: torch.Tensor
-    position: torch.Tensor
-    rows: list
-    back: torch.Tensor
-    asked: torch.Tensor = None
-    ask: "Layout" = None
-    whole: bool = True
-
-    def to_rows(self, x):
-        """(N, ...) -> for each group (b, T, ...)"""
-        # As a matrix: the gradient of index_select on more dimensions is several times slower.
-        flat = x.flatten(1)
-        return [flat.index_select(0, table.view(-1)).view(*table.shape, *x.shape[1:]) for table in self.rows]
-
-    def to_tokens(self, groups):
-        """For each group (b, T, D) -> (N, D)"""
-        return torch.cat([x.flatten(0, 1) for x in groups]).index_select(0, self.back)
-
-
-def pack(rows, asked=None, device="cpu", groups=True):
-    """Layout of rows (lists of ids, any lengths), each token that rows share as a common beginning stored once.
-
-    asked   per row, for how many of its last tokens an answer is wanted; None: for all tokens
-    groups  whether attention may take rows of like length together (a cache needs them all in one)
-    Sharing is exact: with causal attention a token's hidden state depends on itself and what stands before it,
-    so equal beginnings have equal states.  Questions begin alike ("What is the Boot Style of"), and so do all
-    candidates for one product's answer.
-    """
-    known = {}                                      # (token before it in the matrix, id) -> place in the matrix
-    ids, position, places = [], [], []
-    for row in rows:
-        before, own = -1, []
-        for t, token_id in enumerate(row):
-            before = known.setdefault((before, token_id), len(ids))
-            if before == len(ids):                  # not seen before
-                ids.append(token_id)
-                position.append(t)
-            own.append(before)
-        places.append(own)
-    alike = defaultdict(list)                       # rows whose lengths differ by a factor of less than sqrt 2
-    for b, row in enumerate(rows):
-        alike[int(2 * math.log2(len(row))) if groups else 0].append(b)
-
-    def layout(ids, position, places):
-        tables, back, offset = [], [0] * len(ids), 0
-        for group in alike.values():
-            longest = max(len(places[b]) for b in group)
-            for i, b in enumerate(group):
-                for t, place in enumerate(places[b], start=offset + i * longest):
-                    back[place] = t
-            tables.append([places[b] + [0] * (longest - len(places[b])) for b in group])
-            offset += len(group) * longest
-        return Layout(*(torch.tensor(x, device=device) for x in (ids, position)),
-                      [torch.tensor(x, device=device) for x in tables], torch.tensor(back, device=device))
-
-    packed = layout(ids, position, places)
-    if asked is not None:
-        wanted = [place for own, n in zip(places, asked) for place in own[len(own) - n:]]
-        starts = itertools.accumulate(asked, initial=0)
-        packed.asked = torch.tensor(wanted, device=device)
-        packed.ask = layout([ids[p] for p in wanted], [position[p] for p in wanted],
-                            [list(range(start, start + n)) for start, n in zip(starts, asked)])
-        packed.ask.whole = False
-    return packed
-
-
-class Cache:
-    """Keys and values of what has been read, for decoding one token a row at a time.
-
-    keys, values  per layer (B, S, G, d), S places a row
-    length        (B,) how many of them are filled, None in an empty cache.  The caller sets it after the beginnings
-                  are read, and counts it on after each token
-    longest       at most so many are filled in any row
-    """
-
-    def __init__(self, config, rows, places, dtype, device):
-        shape = (rows, places, config.num_key_value_heads, config.head_dim)
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
-        self.length, self.longest = None, 0
-
-    def put(self, layer, keys, values):
-        """Store (B, T, G, d), the whole beginnings of rows, or once those are in, the next token of each (T = 1).
-
-        Returns what the new tokens can attend to: keys and values (B, T or as far as any row is filled, G, d).
-        """
-        if self.length is None:
-            T = self.longest = keys.shape[1]
-            self.keys[layer][:, :T], self.values[layer][:, :T] = keys, values
-            return keys, values
-        rows = torch.arange(len(keys), device=keys.device)
-        self.keys[layer][rows, self.length], self.values[layer][rows, self.length] = keys[:, 0], values[:, 0]
-        if layer == 0:
-            self.longest += 1
-        return self.keys[layer][:, :self.longest], self.values[layer][:, :self.longest]
-
-    def keep(self, rows):
-        """Go on with these rows (indices) alone; the others have ended."""
-        self.keys = [x[rows] for x in self.keys]
-        self.values = [x[rows] for x in self.values]
-        self.length = self.length[rows]
-
-
 # ------------------------------------------------------------------------------------------------ the forward pass
 
 
-class FrozenProduct(torch.autograd.Function):
-    """x W^T for a W that never learns, (N, in) -> (N, out): the backward pass needs W alone, so x is not kept.
-
-    On a CPU, W may be stored in 16 bits under an fp32 x.  It is then widened some rows at a time: a strip of W fits
-    the processor's cache, and the product runs at the speed of fp32 weights in half of their memory.
-    """
-
-    STRIP = 512
-
-    @staticmethod
-    def forward(ctx, x, weight):
-        ctx.weight = weight
-        if x.dtype == weight.dtype:
-            return x @ weight.T
-        out = x.new_empty(len(x), len(weight))
-        for part, strip in zip(out.split(FrozenProduct.STRIP, dim=1), FrozenProduct.widened(weight, x.dtype)):
-            torch.mm(x, strip.T, out=part)
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        weight = ctx.weight
-        if grad.dtype == weight.dtype:
-            return grad @ weight, None
-        grad_x = grad.new_zeros(len(grad), weight.shape[1])
-        for part, strip in zip(grad.split(FrozenProduct.STRIP, dim=1), FrozenProduct.widened(weight, grad.dtype)):
-            grad_x.addmm_(part, strip)
-        return grad_x, None
-
-    @staticmethod
-    def widened(weight, dtype):
-        """The strips of W, one after the other, in the same piece of memory: new pages would cost as much as the product."""
-        wide = torch.empty(FrozenProduct.STRIP, weight.shape[1], dtype=dtype, device=weight.device)
-        for strip in weight.split(FrozenProduct.STRIP):
-            yield wide[:len(strip)].copy_(strip)
-
-
 class Linear(nn.Module):
-    """x W^T (+ bias) with frozen weights: (N, features_in) -> (N, features_out)."""
+    """x W^T (+ bias) with a frozen weight: (N, in_features) -> (N, out_features)."""
 
-    def __init__(self, features_in, features_out, bias=False):
+    def __init__(self, in_features, out_features, bias=False):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(features_out, features_in), requires_grad=False)
-        self.bias = nn.Parameter(torch.empty(features_out), requires_grad=False) if bias else None
+        self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
 
     def forward(self, x):
-        y = FrozenProduct.apply(x, self.weight)
+        y = frozen_linear(x, self.weight)
         return y if self.bias is None else y.add_(self.bias.to(y.dtype))
-
-
-class Normalize(torch.autograd.Function):
-    """x / rms(x) * weight for a weight that never learns, (N, D) -> the same.  Its gradient in one expression takes half
-    of the time that autograd needs for the operations one by one: 0.5 ms instead of 1.1 at (1500, 128)."""
-
-    @staticmethod
-    def forward(ctx, x, weight, eps):
-        wide = x.float()                                # in fp32 whatever the dtype of x
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)         # (N, 1)   1 / rms
-        ctx.save_for_backward(x, scale)
-        ctx.weight = weight
-        return (wide * scale).to(x.dtype).mul_(weight.to(x.dtype))
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, scale = ctx.saved_tensors
-        wide, dtype = x.float(), grad.dtype
-        grad = grad.float() * ctx.weight.float()
-        along = (grad * wide).mean(-1, keepdim=True).mul_(scale ** 3)           # (N, 1)   what of it only changes the rms
-        return grad.mul_(scale).addcmul_(wide, along, value=-1).to(dtype), None, None
 
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight, in fp32 whatever the dtype of x: (N, D) -> (N, D)."""
 
-    def __init__(self, width, eps):
+    def __init__(self, hidden_size, eps):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(width), requires_grad=False)
+        self.weight = nn.Parameter(torch.empty(hidden_size), requires_grad=False)
         self.eps = eps
 
     def forward(self, x):
-        return Normalize.apply(x, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 def rotary_table(position, head_dim, theta):
-    """cos and sin, each (N, 1, d/2) in fp32: position times theta^(-2i/d) for the pair i (RoFormer, eq. 15)."""
-    inverse = 1.0 / theta ** (torch.arange(0, head_dim, 2, device=position.device).float() / head_dim)
-    angle = position.float()[:, None] * inverse         # (N, d/2)
+    """cos and sin, (N, 1, d/2) each, fp32: the angle of pair i is position * theta^(-2i/d) (RoFormer, eq. 15)."""
+    frequency = 1.0 / theta ** (torch.arange(0, head_dim, 2, device=position.device).float() / head_dim)
+    angle = position.float()[:, None] * frequency       # (N, d/2)
     return angle.cos()[:, None], angle.sin()[:, None]
 
 
-class Rotate(torch.autograd.Function):
-    """Turn each pair of features by its angle: (N, heads, d) -> the same.  Its gradient is turned back.
-
-    A pair is (i, i + d/2), the halves, as the rows of q_proj and k_proj in Hugging Face checkpoints are laid out
-    (Meta's own files have (2i, 2i + 1)).
-    """
-
-    @staticmethod
-    def forward(ctx, x, cos, sin):
-        ctx.cos, ctx.sin = cos, sin
-        a, b = x.float().chunk(2, dim=-1)               # (N, heads, d/2) each
-        out = torch.empty(x.shape, device=x.device)
-        left, right = out.chunk(2, dim=-1)
-        torch.mul(a, cos, out=left).sub_(b * sin)       # half of the passes over memory that joining the halves takes
-        torch.mul(b, cos, out=right).add_(a * sin)      # (addcmul_ rounds otherwise than the reference: 1e-4 in logits)
-        return out.to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, grad):
-        a, b = grad.float().chunk(2, dim=-1)
-        out = torch.empty(grad.shape, device=grad.device)
-        left, right = out.chunk(2, dim=-1)
-        torch.mul(a, ctx.cos, out=left).addcmul_(b, ctx.sin)
-        torch.mul(b, ctx.cos, out=right).addcmul_(a, ctx.sin, value=-1)
-        return out.to(grad.dtype), None, None
-
-
-class Gated(torch.autograd.Function):
-    """silu(gate) * up, keeping its two inputs alone for the backward pass."""
-
-    @staticmethod
-    def forward(ctx, gate, up):
-        ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
-
-    @staticmethod
-    def backward(ctx, grad):
-        gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
-
-
 class Attention(nn.Module):
-    """Causal self-attention with rotary positions; G < H key/value heads are shared by groups of query heads."""
+    """Causal self-attention with rotary positions.  G < H key/value heads are each shared by H / G query heads."""
 
     def __init__(self, config):
         super().__init__()
@@ -399,33 +177,21 @@ class Attention(nn.Module):
         self.v_proj = Linear(D, config.num_key_value_heads * config.head_dim, bias)
         self.o_proj = Linear(config.num_attention_heads * config.head_dim, D, bias)
 
-    def keys_values(self, h, layout, table):
-        """(N, D) -> keys and values, for each group of rows (b, T, G, d)"""
-        k = self.k_proj(h).unflatten(-1, (-1, self.head_dim))                   # (N, G, d)
-        v = self.v_proj(h).unflatten(-1, (-1, self.head_dim))                   # (N, G, d)
-        return layout.to_rows(Rotate.apply(k, *table)), layout.to_rows(v)
-
-    def forward(self, h, keys, values, layout, table):
-        """The tokens `h` of `layout` ask keys and values of their rows, (b, S, G, d) a group: (A, D) -> (A, D).
-
-        Causal: the token at a position attends to the places 0 to there.  No mask hides padding, because a row's
-        padding stands after its last token.
-        """
-        q = self.q_proj(h).unflatten(-1, (-1, self.head_dim))                   # (A, H, d)
-        asking, out = layout.to_rows(Rotate.apply(q, *table)), []
-        for q, k, v, rows in zip(asking, keys, values, layout.rows):            # a group at a time
-            mask = None
-            if not layout.whole:
-                place = torch.arange(k.shape[1], device=h.device)               # (S,)
-                mask = place <= layout.position[rows][:, None, :, None]         # (b, 1, A of the row, S)
-            out.append(F.scaled_dot_product_attention(                          # softmax(q k / sqrt d) v, in fp32
-                q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),        # (b, H, T, d), (b, G, S, d) twice
-                attn_mask=mask, is_causal=layout.whole, enable_gqa=q.shape[2] != k.shape[2]).transpose(1, 2))
-        return self.o_proj(layout.to_tokens([o.flatten(2) for o in out]))       # (A, D)
+    def forward(self, x, tokens):
+        """(N, D) -> (M, D): the needed tokens attend to the tokens before them.  M = N except in the last layer."""
+        q = self.q_proj(tokens.needed(x)).unflatten(-1, (-1, self.head_dim))    # (M, H, d)
+        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))                   # (N, G, d)
+        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))                   # (N, G, d)
+        q = apply_rotary(q, tokens.needed(tokens.cos), tokens.needed(tokens.sin))
+        k = apply_rotary(k, tokens.cos, tokens.sin)
+        out = [F.scaled_dot_product_attention(                                  # softmax(q k^T / sqrt(d)) v
+                   q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])
+               for q, k, v, mask in tokens.sequences(q, k, v)]                  # (b, H, T, d), (b, G, S, d) twice
+        return self.o_proj(tokens.unpad(out))                                   # (M, D)
 
 
 class MLP(nn.Module):
-    """SwiGLU feed-forward: (silu(x Wg) * x Wu) Wd, D -> F -> D."""
+    """SwiGLU feed-forward: (silu(x Wg) * x Wu) Wd, with sizes D -> F -> D."""
 
     def __init__(self, config):
         super().__init__()
@@ -434,11 +200,11 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x):
-        return self.down_proj(Gated.apply(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nn.Module):
-    """One layer: x + attention(adapter(norm(x))), then x + feed-forward(norm(x))."""
+    """One layer: attention, then feed-forward, each added to the residual stream."""
 
     def __init__(self, config):
         super().__init__()
@@ -448,18 +214,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, layout, table, last=False, cache=None, layer=None):
-        """(N, D) -> (N, D).  In the last layer (A, D), for the tokens that are asked for alone: there nothing is
-        done for the others but the keys and values that those attend to."""
-        h = self.adapter(self.input_layernorm(x))
-        keys, values = self.self_attn.keys_values(h, layout, table)
-        if cache is not None:
-            keys, values = ([part] for part in cache.put(layer, *keys, *values))
-        if last and layout.ask is not None:             # from here on, go on with the asked tokens alone
-            x, h = x.index_select(0, layout.asked), h.index_select(0, layout.asked)     # (A, D)
-            table = [part[layout.asked] for part in table]
-            layout = layout.ask
-        x = x + self.self_attn(h, keys, values, layout, table)
+    def forward(self, x, tokens):
+        """(N, D) -> (M, D)"""
+        x = tokens.needed(x) + self.self_attn(self.adapter(self.input_layernorm(x)), tokens)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -479,7 +236,7 @@ class LLaMA(nn.Module):
 
     @property
     def compute_dtype(self):
-        """What activations are in: the weights' dtype on a GPU; on a CPU fp32, since CPUs multiply 16 bits slowly."""
+        """Dtype of the activations: that of the weights on a GPU; fp32 on a CPU, where 16-bit matmuls are slow."""
         weight = self.embed_tokens.weight
         return torch.float32 if weight.device.type == "cpu" else weight.dtype
 
@@ -487,27 +244,22 @@ class LLaMA(nn.Module):
         """(N,) ids -> (N, D)"""
         return self.embed_tokens(ids).to(self.compute_dtype)
 
-    def forward(self, x, layout, cache=None):
-        """Embeddings (N, D) -> final hidden states (A, D) of the tokens that the layout asks for, or of all N.
-
-        With a cache, the keys and values of x are stored in it, and x is either the whole beginning of each row or
-        one more token of each.
-        """
-        table = rotary_table(layout.position, self.config.head_dim, self.config.rope_theta)
-        last = len(self.layers) - 1
-        for layer, block in enumerate(self.layers):
-            arguments = x, layout, table, layer == last, cache, layer
+    def forward(self, x, tokens):
+        """Embeddings (N, D) of `tokens` (base/packing.py) -> final hidden states (M, D) of those whose logits are needed."""
+        cos, sin = rotary_table(tokens.position, self.config.head_dim, self.config.rope_theta)
+        for i, block in enumerate(self.layers):
+            in_layer = tokens.at_layer(i, cos, sin, last=i == len(self.layers) - 1)
             if self.grad_checkpoint and torch.is_grad_enabled():
-                # Not re-entrant: the re-entrant kind gives adapters no gradient where x itself needs none.
-                x = checkpoint(block, *arguments, use_reentrant=False)
+                # Not re-entrant: the re-entrant kind gives the adapters no gradient where x itself needs none.
+                x = checkpoint(block, x, in_layer, use_reentrant=False)
             else:
-                x = block(*arguments)
+                x = block(x, in_layer)
         return self.norm(x)
 
     def logits(self, h):
-        """Hidden states (A, D) -> fp32 logits (A, vocab)."""
+        """Hidden states (M, D) -> logits (M, vocab), fp32."""
         weight = self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
-        return FrozenProduct.apply(h, weight).float()
+        return frozen_linear(h, weight).float()
 
 
 # ------------------------------------------------------------------------------------------------ official weights
@@ -540,32 +292,25 @@ def load_llama(folder, dtype=None, device="cpu"):
         if twice:
             raise UserError(f"{path}: holds {twice[0]}, which another shard holds too")
         tensors.update(shard)
-    shard = None                                        # `fill` lets go of each tensor that it converts
+    shard = None                                        # `load_strict` frees each tensor that it converts
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
     if config.tie_word_embeddings and {"lm_head.weight", "model.embed_tokens.weight"} <= tensors.keys():
         if not torch.equal(tensors.pop("lm_head.weight"), tensors["model.embed_tokens.weight"]):
             raise UserError(f"{folder}: config.json ties lm_head to the embeddings, but lm_head.weight differs")
     with torch.device("meta"):
         llama = LLaMA(config)
-    fill(llama, tensors, folder, official_name, dtype, device)
+    load_strict(llama, tensors, folder, official_name, dtype, device)
     return llama.eval(), tokenizer
 
 
-def next_tokens(ids, position):
-    """Layout of one more token (B,) of each row of a cache, at its position (B,)."""
-    each = torch.arange(len(ids), device=ids.device)
-    return Layout(ids, position, [each[:, None]], each, whole=False)
-
-
 def greedy_continuation(llama, ids, n):
-    """The n most probable next ids after `ids`, one at a time through the cache: LLaMA alone, for tests and eyes."""
+    """The n most probable next ids after `ids`, decoded one at a time with the KV cache.  LLaMA alone, for tests."""
     device = llama.embed_tokens.weight.device
-    cache = Cache(llama.config, 1, len(ids) + n, llama.compute_dtype, device)
-    layout, out = pack([ids], [1], device, groups=False), []
+    cache = KVCache(llama.config, 1, len(ids) + n, llama.compute_dtype, device)
+    tokens, out = pack([ids], [1], device, cache), []
     with torch.no_grad():
         while len(out) < n:
-            h = llama(llama.embed(layout.ids), layout, cache)
-            cache.length = torch.tensor([len(ids) + len(out)], device=device)
+            h = llama(llama.embed(tokens.ids), tokens)                          # (1, D)
             out.append(int(llama.logits(h).argmax()))
-            layout = next_tokens(torch.tensor(out[-1:], device=device), cache.length)
+            tokens = next_tokens(torch.tensor(out[-1:], device=device), [len(ids) + len(out) - 1], cache)
     return out

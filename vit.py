@@ -1,10 +1,10 @@
-"""CLIP's vision transformer, written out: preprocessing, the [cls] token after each asked layer, official weights.
+"""CLIP's vision transformer: preprocessing, the [cls] tokens of chosen layers, and loading of the official weights.
 
 Source   Dosovitskiy et al. 2021 (arXiv 2010.11929) with CLIP's changes (Radford et al. 2021, arXiv 2103.00020):
-         a LayerNorm straight after the embeddings, quick-GELU, no bias in the patch embedding.
-         Names are those of the Hugging Face checkpoints, the typo `pre_layrnorm` included.
+         a LayerNorm right after the embeddings, quick-GELU, no bias in the patch embedding.
+Names    are those of the Hugging Face checkpoints, including the typo `pre_layrnorm`.
 
-Nothing here is trained: a photo's [cls] tokens are computed once.  This file knows nothing of language.
+Nothing here is trained, so the [cls] tokens of a photo are computed only once.  This file knows nothing about language.
 
 Shapes   P photos   S = 1 + patches tokens   V width   K [cls] tokens of a photo
 """
@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from console import UserError
-from weights import check_file, fill, map_safetensors, read_json
+from base.checkpoint import check_file, load_strict, map_safetensors, read_json
+from base.console import UserError
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)         # of CLIP's training photos, RGB in 0..1
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -42,25 +42,15 @@ class ViTConfig:
 # ------------------------------------------------------------------------------------------------ preprocessing
 
 
-def open_photo(path):
-    """The photo at `path` as an RGB image, or a UserError that says what the file really is."""
-    check_file(path, "a photo")
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except Exception as error:                          # Pillow's readers raise a dozen kinds for a damaged file
-        raise UserError(f"{path}: cannot be read as a photo ({error})") from None
-
-
 def preprocess(image, size=224):
-    """CLIP's way from an RGB image to numbers: (3, size, size), fp32, by channel normalised.
+    """CLIP's preprocessing of an RGB image: (3, size, size), fp32, each channel normalised.
 
-    The shorter side is resized to `size` (bicubic, on the image), the longer one keeps its proportion, rounded
-    down; then the middle is cut out, the odd pixel left at the end, as transformers' CLIP processor does it.
+    The shorter side is resized to `size` (bicubic), the longer side keeps the aspect ratio, rounded down.  Then the
+    centre is cropped; an odd pixel remains at the end.  All as in transformers' CLIP processor.
     """
     width, height = image.size
     short = min(width, height)
-    # Integers: 1.5 x 224 must not become 335.9999 before it is cut off.
+    # In integers: 1.5 * 224 must not become 335.9999 before it is rounded down.
     width, height = size * width // short, size * height // short
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
@@ -73,7 +63,7 @@ def preprocess(image, size=224):
 
 
 class Embeddings(nn.Module):
-    """Patches and the class token, each with its place: (P, 3, size, size) -> (P, S, V)."""
+    """Patches and the class token plus their position embeddings: (P, 3, size, size) -> (P, S, V)."""
 
     def __init__(self, config):
         super().__init__()
@@ -89,7 +79,8 @@ class Embeddings(nn.Module):
 
 
 class Attention(nn.Module):
-    """Every token attends to every token.  Only the first `queries` tokens ask."""
+    """Self-attention without a mask.  Only the first n_queries tokens are used as queries;
+    the last layer needs [cls] only."""
 
     def __init__(self, config):
         super().__init__()
@@ -97,11 +88,11 @@ class Attention(nn.Module):
         self.heads = config.num_attention_heads
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(V, V) for _ in range(4))
 
-    def forward(self, x, queries):
+    def forward(self, x, n_queries):
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2)            # (P, heads, tokens, V / heads)
-                   for y in (self.q_proj(x[:, :queries]), self.k_proj(x), self.v_proj(x)))
-        out = F.scaled_dot_product_attention(q, k, v)
-        return self.out_proj(out.transpose(1, 2).flatten(2))                    # (P, queries, V)
+                   for y in (self.q_proj(x[:, :n_queries]), self.k_proj(x), self.v_proj(x)))
+        out = F.scaled_dot_product_attention(q, k, v)                           # softmax(q k^T / sqrt(d)) v
+        return self.out_proj(out.transpose(1, 2).flatten(2))                    # (P, n_queries, V)
 
 
 class MLP(nn.Module):
@@ -123,14 +114,14 @@ class Block(nn.Module):
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, queries=None):
-        """(P, S, V) -> (P, queries, V): the first `queries` tokens, or all."""
-        x = x[:, :queries] + self.self_attn(self.layer_norm1(x), queries)
+    def forward(self, x, n_queries=None):
+        """(P, S, V) -> (P, n_queries, V); None: all S tokens."""
+        x = x[:, :n_queries] + self.self_attn(self.layer_norm1(x), n_queries)
         return x + self.mlp(self.layer_norm2(x))
 
 
 class ViT(nn.Module):
-    """The vision tower up to its last block.  What comes after (a LayerNorm, CLIP's projection) is not needed here."""
+    """The vision tower up to its last block.  The LayerNorm and the projection after it are not needed here."""
 
     def __init__(self, config):
         super().__init__()
@@ -140,15 +131,15 @@ class ViT(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.requires_grad_(False)
 
-    def forward(self, pixels, taps):
-        """Photos (P, 3, size, size) -> (P, K, V): the [cls] token after each layer in `taps` (counted from 1)."""
+    def forward(self, pixels, cls_layers):
+        """Photos (P, 3, size, size) -> (P, K, V): the [cls] token after each layer in `cls_layers` (counted from 1)."""
         x = self.pre_layrnorm(self.embeddings(pixels))                          # (P, S, V)
-        found = []
-        for depth, block in enumerate(self.layers[:max(taps)], start=1):
-            x = block(x, queries=1 if depth == max(taps) else None)             # the last tap needs [cls] alone
-            if depth in taps:
-                found.append(x[:, 0])                                           # (P, V)   [cls] is token 0
-        return torch.stack(found, dim=1)                                        # (P, K, V)
+        cls_tokens = []
+        for depth, block in enumerate(self.layers[:max(cls_layers)], start=1):
+            x = block(x, n_queries=1 if depth == max(cls_layers) else None)
+            if depth in cls_layers:
+                cls_tokens.append(x[:, 0])                                      # (P, V)   [cls] is token 0
+        return torch.stack(cls_tokens, dim=1)                                   # (P, K, V)
 
 
 # ------------------------------------------------------------------------------------------------ official weights
@@ -283,5 +274,5 @@ def load_vit(path, device="cpu"):
         raise UserError(f"{file}: {config.num_attention_heads} heads do not divide the width {config.hidden_size}")
     with torch.device("meta"):
         vit = ViT(config)
-    fill(vit, tensors, file, official_name, torch.float32, device)
+    load_strict(vit, tensors, file, official_name, torch.float32, device)
     return vit.eval()

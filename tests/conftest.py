@@ -2,7 +2,6 @@
 
 import io
 import random
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,11 +9,9 @@ import sentencepiece
 import torch
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from random_weights import write_llama, write_vit  # noqa: E402
-
-import llama  # noqa: E402
-import vit  # noqa: E402
+import llama
+import vit
+from experiments.random_weights import write_llama, write_vit
 
 torch.set_num_threads(1)                               # the models are tiny: threads would only wait for each other
 
@@ -100,6 +97,6 @@ def randomize(model, seed=0):
     """Give all that is trained values of its own: a zero up-projection would pass whatever the code does."""
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.trained().values():
+        for parameter in model.trainable_parameters().values():
             parameter.normal_(0, 0.3, generator=draw)
     return model

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-import config
-import demo
 import eiven
-from config import Config, choose_dtype, describe, find_sources
-from console import UserError
+from base.console import UserError
+from demo import world
+from support import config
+from support.config import Config, choose_dtype, describe, find_sources
 
 
 @pytest.fixture
@@ -15,14 +15,14 @@ def empty(tmp_path, monkeypatch):
     """A project folder with neither data nor weights."""
     for name in ("DATA", "LLAMA", "VIT"):
         monkeypatch.setattr(config, name, tmp_path / name.lower())
-    monkeypatch.setattr(demo, "write_dataset", lambda: tmp_path / "demo-world")
+    monkeypatch.setattr(world, "write_dataset", lambda: tmp_path / "demo-world")
     return tmp_path
 
 
 def test_nothing_given_and_nothing_there_is_the_demo_world(empty):
     settings = Config()
     sources = find_sources(settings)
-    assert sources == (empty / "demo-world", demo.LLAMA, demo.VIT) and settings.demo
+    assert sources == (empty / "demo-world", world.LLAMA, world.VIT) and settings.demo
     line = describe(settings, sources)
     assert "DEMO WORLD" in line and "DEMO LLaMA" in line and "DEMO ViT" in line and "not the paper's" in line
     assert find_sources(settings) == sources            # evaluate.py finds them again
@@ -35,15 +35,15 @@ def test_the_projects_own_folders_win_over_the_demo_world_and_paths_given_over_b
     (empty / "other").symlink_to(data_root)
     settings = Config(data=str(empty / "other"), llama="demo")
     sources = find_sources(settings)
-    assert sources == (data_root, demo.LLAMA, vit_dir) and not settings.demo
+    assert sources == (data_root, world.LLAMA, vit_dir) and not settings.demo
     assert "DEMO LLaMA" in describe(settings, sources) and "DEMO WORLD" not in describe(settings, sources)
-    assert find_sources(Config(demo=True)).llama == demo.LLAMA
+    assert find_sources(Config(demo=True)).llama == world.LLAMA
 
 
 @pytest.mark.parametrize("given, said", [
     ({"data": "."}, "--llama: LLaMA-7B's weights should be in .* or take the small demo one with --llama demo"),
     ({"data": ".", "llama": "demo"}, "--vit: CLIP ViT-B/16's weights should be in .* --no-image"),
-    ({"llama": "demo"}, "--data: the data sets should be in .*dataset.py"),
+    ({"llama": "demo"}, "--data: the data sets should be in .*python -m dataset"),
 ])
 def test_real_and_demo_are_never_mixed_unasked(empty, given, said):
     with pytest.raises(UserError, match=said):

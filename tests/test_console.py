@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from console import duration, whole_file, write_text
+from base.console import duration, whole_file, write_text
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -30,7 +30,8 @@ def test_durations(seconds, text):
 
 
 COUNT = """
-import time, console
+import time
+from base import console
 time.monotonic = lambda t=iter(range(0, 4000, 4)): next(t)      # every look at the clock is 4 s later
 with console.Progress("counting", 10, "sheep") as progress:
     for _ in range(10):
@@ -57,7 +58,7 @@ def test_a_terminal_gets_one_updating_line():
 
 def test_mistakes_and_interrupts_have_their_exit_codes():
     def code(body):
-        done = subprocess.run([sys.executable, "-c", f"import console\ndef main():\n    {body}\nconsole.run(main)"],
+        done = subprocess.run([sys.executable, "-c", f"from base import console\ndef main():\n    {body}\nconsole.run(main)"],
                               cwd=PROJECT, capture_output=True, text=True)
         assert "Traceback" not in done.stderr
         return done.returncode, done.stderr.strip()

@@ -5,8 +5,8 @@ from collections import Counter
 
 import pytest
 
-from console import UserError
-from data import Epoch, Product, Products, base_question, comparison, fingerprint, read_split, rows_of, \
+from base.console import UserError
+from data import Epoch, Product, Products, base_question, comparison, fingerprint, read_split, encode_examples, \
     sample_labels, values_of
 from llama import Tokenizer
 
@@ -122,14 +122,14 @@ def test_few_labels_are_so_many_a_value_and_a_part_of_more():
 def test_rows_join_prompt_and_answer_where_they_were_cut(tokenizer_file):
     tokenizer = Tokenizer(tokenizer_file)
     examples = [base_question(SHORT), comparison(SHORT, LONG, "judge_last"), base_question(LONG)]
-    rows, photos = rows_of(examples, tokenizer)
+    rows, photos = encode_examples(examples, tokenizer)
     assert photos == ["a1.jpg", "a2.jpg"]
     assert [row.photos for row in rows] == [(0,), (0, 1), (1,)]
     for row, example in zip(rows, examples):
         assert tokenizer.decode(row.prompt) == example.prompt
         assert tokenizer.decode(row.answer[:-1]) == example.answer
         assert row.answer[-1] == tokenizer.eos_id and len(row.answer) > 1
-    assert rows_of(examples, tokenizer, image=False)[0][0].photos == ()
+    assert encode_examples(examples, tokenizer, image=False)[0][0].photos == ()
 
 
 def test_values_and_fingerprint():

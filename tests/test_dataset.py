@@ -24,17 +24,15 @@ import pytest
 from PIL import Image
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]
 
-import dataset          # noqa: E402
-import make_mave        # noqa: E402
-import naive_build      # noqa: E402
-import photos           # noqa: E402
-import sources          # noqa: E402
-import stats            # noqa: E402
-from console import UserError       # noqa: E402
-from mentions import clean, folded, mentions, without       # noqa: E402
+from base.console import UserError
+from base.tsv import write_tsv
+from dataset import build, photos, release, sources, stats
+from dataset.mentions import clean, folded, mentions, without
+from dataset.values import ATTRIBUTES, VALUES, read_values
+from experiments import make_mave, naive_build
 
+HERE = Path(__file__).resolve().parent
 REAL = HERE.parents[1] / "shared" / "data" / "implicitave"
 real = pytest.mark.skipif(not REAL.is_dir(), reason="the authors' data are not here")
 ROUGH = dict(timeout=0.4, deadline=1.2, tries=2, pause=0.01)        # seconds: impatient, for tests
@@ -79,20 +77,20 @@ def test_titles_are_cleaned():
 
 
 def test_the_table_reads_and_holds_only_values_of_the_paper_s_attributes():
-    table, _ = dataset.read_values(dataset.HERE / "values.tsv")
+    table, _ = read_values(VALUES)
     assert {dataset_: {a for d, a in table if d == dataset_} for dataset_, _ in table} == {
-        name: set(attributes) for name, attributes in dataset.ATTRIBUTES.items()}
+        name: set(attributes) for name, attributes in ATTRIBUTES.items()}
     assert table["clothing", "Sleeve Style"][folded("short sleeved")] == "Short Sleeve"
     assert table["clothing", "Sleeve Style"][folded("Short-Sleeves")] == "Short Sleeve"
 
 
 @real
 def test_the_table_s_values_are_the_authors():
-    for name in dataset.ATTRIBUTES:
+    for name in ATTRIBUTES:
         rows = [row for part in stats.SPLITS for row in stats.read_tsv(REAL / name / f"{part}.tsv")[0]]
         theirs = {(name, row["attribute_names"], row["attribute_values"]) for row in rows}
-        assert theirs == {key for key in dataset.read_values(dataset.HERE / "values.tsv")[1] if key[0] == name}
-        assert {row["category"] for row in rows} <= {c for each in dataset.ATTRIBUTES[name].values() for c in each}
+        assert theirs == {key for key in read_values(VALUES)[1] if key[0] == name}
+        assert {row["category"] for row in rows} <= {c for each in ATTRIBUTES[name].values() for c in each}
 
 
 @pytest.mark.parametrize("text, says", [
@@ -107,7 +105,7 @@ def test_the_table_s_values_are_the_authors():
 def test_a_bad_table_is_refused_with_its_line(tmp_path, text, says):
     (tmp_path / "v.tsv").write_text(text)
     with pytest.raises(UserError, match=re.escape(says)):
-        dataset.read_values(tmp_path / "v.tsv")
+        read_values(tmp_path / "v.tsv")
 
 
 # ---- build
@@ -120,7 +118,7 @@ def made(tmp_path_factory):
     """Two small sources, and what an uninterrupted build makes of them."""
     folder = tmp_path_factory.mktemp("sources")
     labels, metadata = make_mave.make(folder, 6000, 6000)
-    dataset.build(labels, metadata, folder / "root", photos=False, **FEW)
+    build.build(labels, metadata, folder / "root", photos=False, **FEW)
     return labels, metadata, folder / "root"
 
 
@@ -136,7 +134,7 @@ def test_the_build_is_the_naive_build(made):
 
 
 def test_what_the_paper_says_of_the_data_sets(made):
-    for name in dataset.ATTRIBUTES:
+    for name in ATTRIBUTES:
         parts = {part: stats.read_tsv(made[2] / name / f"{part}.tsv")[0] for part in stats.SPLITS}
         ids = [row["id"] for rows in parts.values() for row in rows]
         assert len(ids) == len(set(ids)) > 30                              # no product twice, none in two splits
@@ -147,7 +145,7 @@ def test_what_the_paper_says_of_the_data_sets(made):
             assert 5 < total <= 30
             assert n["val"][value] == n["test"][value] == round(total * 0.15 / 1.05)
         assert stats.find_problems(name, {}, made[2] / "images", {}) == []
-        names = dataset.read_values(dataset.HERE / "values.tsv")[1]
+        names = read_values(VALUES)[1]
         problems = [what for what, *_ in stats.find_problems(name, parts, made[2] / "images", names)]
         assert [what for what in problems if "titles" in what or "ids" in what] == []
         assert all(row["texts"].startswith("[Title] ") and row["images"] == row["id"] + ".jpg"
@@ -163,7 +161,7 @@ def test_no_raw_evidence_is_left_in_a_text(made):
                                              for each in item["attributes"]])
         except (ValueError, KeyError, TypeError):
             pass
-    for name in dataset.ATTRIBUTES:
+    for name in ATTRIBUTES:
         for part in stats.SPLITS:
             for row in stats.read_tsv(made[2] / name / f"{part}.tsv")[0]:
                 for key, raws in evidence[row["id"]]:
@@ -174,21 +172,21 @@ def test_no_raw_evidence_is_left_in_a_text(made):
 def test_another_seed_another_draw_and_the_sources_are_not_read_again(made, capsys):
     labels, metadata, root = made
     before = contents(root)
-    dataset.build(labels, metadata, root, photos=False, seed=1, **FEW)
+    build.build(labels, metadata, root, photos=False, seed=1, **FEW)
     assert capsys.readouterr().out.count("read before") == 2
     assert contents(root) != before
-    dataset.build(labels, metadata, root, photos=False, **FEW)
+    build.build(labels, metadata, root, photos=False, **FEW)
     assert contents(root) == before
 
 
 def test_editing_the_table_does_not_read_the_sources_again(made, tmp_path, capsys):
     labels, metadata, root = made
     (tmp_path / "v.tsv").write_text("dataset\tattribute\traw\tvalue\ngeneral\tPattern\tzigzag & more\tFloral\n")
-    dataset.build(labels, metadata, root, values=tmp_path / "v.tsv", datasets=["general"], photos=False, **FEW)
+    build.build(labels, metadata, root, values=tmp_path / "v.tsv", datasets=["general"], photos=False, **FEW)
     rows = stats.read_tsv(root / "general" / "train.tsv")[0]
     assert capsys.readouterr().out.count("read before") == 2 and {row["attribute_values"] for row in rows} == {"Floral"}
     assert "clothing\tNeckline" in (root / "unmapped.tsv").read_text()
-    dataset.build(labels, metadata, root, photos=False, **FEW)              # as the other tests expect it
+    build.build(labels, metadata, root, photos=False, **FEW)              # as the other tests expect it
 
 
 @pytest.mark.parametrize("times", [1, 2])
@@ -200,14 +198,14 @@ def test_gzip_and_gzip_in_gzip_give_the_same_bytes(made, tmp_path, times):
             content = gzip.compress(content, 1)
         paths.append(tmp_path / (source.name + ".gz"))
         paths[-1].write_bytes(content)
-    dataset.build(*paths, tmp_path / "root", photos=False, **FEW)
+    build.build(*paths, tmp_path / "root", photos=False, **FEW)
     assert contents(tmp_path / "root") == contents(made[2])
 
 
 def test_two_processes_give_the_same_bytes(made, tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "WORTH_PROCESSES", 0)
     monkeypatch.setattr(sources, "CHUNK", 300_000)
-    dataset.build(*made[:2], tmp_path, photos=False, jobs=2, **FEW)
+    build.build(*made[:2], tmp_path, photos=False, jobs=2, **FEW)
     assert contents(tmp_path) == contents(made[2])
 
 
@@ -232,13 +230,13 @@ def test_interrupted_after_any_chunk_it_goes_on_to_the_same_bytes(made, tmp_path
 
     with monkeypatch.context() as patch:
         for name in ("store_labels", "store_metadata"):
-            patch.setattr(dataset, name, interrupted(getattr(dataset, name)))
+            patch.setattr(build, name, interrupted(getattr(build, name)))
         starts = 0
         while True:
             left[0] = random.Random(starts).randrange(1, 8)
             starts += 1
             try:
-                dataset.build(*paths, tmp_path / "root", photos=False, **FEW)
+                build.build(*paths, tmp_path / "root", photos=False, **FEW)
                 break
             except KeyboardInterrupt:
                 pass
@@ -248,9 +246,9 @@ def test_interrupted_after_any_chunk_it_goes_on_to_the_same_bytes(made, tmp_path
 def test_a_changed_source_is_read_again(made, tmp_path, capsys):
     labels = tmp_path / "labels.jsonl"
     labels.write_bytes(made[0].read_bytes()[:200_000])
-    dataset.build(labels, made[1], tmp_path / "root", photos=False, **FEW)
+    build.build(labels, made[1], tmp_path / "root", photos=False, **FEW)
     labels.write_bytes(made[0].read_bytes())
-    dataset.build(labels, made[1], tmp_path / "root", photos=False, **FEW)
+    build.build(labels, made[1], tmp_path / "root", photos=False, **FEW)
     assert capsys.readouterr().out.count("has changed since the last start") == 2
     assert contents(tmp_path / "root") == contents(made[2])
 
@@ -260,10 +258,10 @@ def test_a_line_that_never_ends_is_one_broken_line(made, tmp_path, monkeypatch, 
     monkeypatch.setattr(sources, "LONGEST_LINE", 20_000)
     metadata = tmp_path / "m.json"
     metadata.write_bytes(b'{"asin": "B000000000", "title": "' + b"x" * 500_000 + b'"}\n' + made[1].read_bytes())
-    dataset.build(made[0], metadata, tmp_path / "root", photos=False, **FEW)
+    build.build(made[0], metadata, tmp_path / "root", photos=False, **FEW)
     n = [int(each.replace(",", "")) for each in re.findall(r"metadata: ([\d,]+) broken", capsys.readouterr().out)]
     assert contents(tmp_path / "root") == contents(made[2])
-    dataset.build(*made[:2], made[2], photos=False, **FEW)
+    build.build(*made[:2], made[2], photos=False, **FEW)
     assert n[0] == 1 + int(re.search(r"metadata: ([\d,]+) broken", capsys.readouterr().out).group(1).replace(",", ""))
 
 
@@ -272,7 +270,7 @@ def test_wrong_sources_are_refused_by_name(made, tmp_path):
 
     def refused(says, *paths):
         with pytest.raises(UserError, match=says):
-            dataset.build(*paths, tmp_path / "root", photos=False)
+            build.build(*paths, tmp_path / "root", photos=False)
 
     refused("cannot be opened", tmp_path / "none", metadata)
     refused("the right way round", metadata, labels)
@@ -292,19 +290,19 @@ def test_wrong_sources_are_refused_by_name(made, tmp_path):
 
 
 def test_what_was_not_built_here_is_not_written_over(made, tmp_path):
-    stats.write_tsv(tmp_path / "clothing/train.tsv", [a_row(1)])
+    write_tsv(tmp_path / "clothing/train.tsv", [a_row(1)])
     (tmp_path / ".build").mkdir()                       # of a build that came to nothing
     with pytest.raises(UserError, match="clothing: there already, and not built here"):
-        dataset.build(*made[:2], tmp_path, photos=False)
+        build.build(*made[:2], tmp_path, photos=False)
     write_release(tmp_path / "theirs", {"Clothing": {part: [a_row(2)] for part in stats.SPLITS}})
     with pytest.raises(UserError, match="holds another data set"):
-        dataset.import_release(tmp_path / "theirs", tmp_path)
+        release.import_release(tmp_path / "theirs", tmp_path)
     assert stats.read_tsv(tmp_path / "clothing/train.tsv")[0][0]["id"] == a_row(1)[0]
 
 
 def test_two_builds_at_once_are_refused(made, tmp_path):
-    with dataset.only_one(tmp_path / ".build"), pytest.raises(UserError, match="Another build is at work"):
-        dataset.build(*made[:2], tmp_path, photos=False)
+    with build.only_one(tmp_path / ".build"), pytest.raises(UserError, match="Another build is at work"):
+        build.build(*made[:2], tmp_path, photos=False)
 
 
 def test_an_id_that_is_no_asin_goes_nowhere(tmp_path, capsys):
@@ -313,7 +311,7 @@ def test_an_id_that_is_no_asin_goes_nowhere(tmp_path, capsys):
             labels.write(json.dumps({"id": asin, "category": "Shoes", "attributes": [
                 {"key": "Toe Style", "evidences": [{"value": "round toe", "pid": 0, "begin": 0, "end": 9}]}]}) + "\n")
             metadata.write(json.dumps({"asin": asin, "title": "A shoe, round toe", "imageURL": []}) + "\n")
-    dataset.build(tmp_path / "l", tmp_path / "m", tmp_path / "root", photos=False, more_than=0)
+    build.build(tmp_path / "l", tmp_path / "m", tmp_path / "root", photos=False, more_than=0)
     assert "5 whose id is no ASIN" in capsys.readouterr().out
     rows = [row for part in stats.SPLITS for row in stats.read_tsv(tmp_path / "root" / "footwear" / f"{part}.tsv")[0]]
     assert [(row["id"], row["texts"]) for row in rows] == [("B000000002", "[Title] A shoe")]
@@ -327,7 +325,7 @@ def test_two_names_of_one_attribute_are_one_label(tmp_path, capsys):
                 {"key": key, "evidences": [{"value": value, "pid": 0, "begin": 0, "end": 9}]}
                 for key, value in zip(("Heel Height", "Heel"), values)]}) + "\n")
             metadata.write(json.dumps({"asin": asin, "title": "A shoe", "imageURL": []}) + "\n")
-    dataset.build(tmp_path / "l", tmp_path / "m", tmp_path / "root", photos=False, more_than=0)
+    build.build(tmp_path / "l", tmp_path / "m", tmp_path / "root", photos=False, more_than=0)
     rows = [row for part in stats.SPLITS for row in stats.read_tsv(tmp_path / "root" / "footwear" / f"{part}.tsv")[0]]
     assert [(row["id"], row["attribute_names"], row["attribute_values"]) for row in rows] == [("B000000002", "Heel Height", "Flat")]
 
@@ -342,7 +340,7 @@ def test_the_larger_photo_comes_first(tmp_path):
 
 
 def test_stats_refuse_what_training_refuses(tmp_path):
-    stats.write_tsv(tmp_path / "train.tsv", [a_row(1)])
+    write_tsv(tmp_path / "train.tsv", [a_row(1)])
     text = (tmp_path / "train.tsv").read_bytes()
     (tmp_path / "train.tsv").write_bytes(text.replace(b"[Title] ", b"[Title] \xe9 "))
     with pytest.raises(UserError, match="is not UTF-8 text"):
@@ -541,7 +539,7 @@ def test_a_build_with_photos(made, server, tmp_path, capsys):
     lost = re.sub(rb"/good/(B0\w*[05]\.jpg|B0\w*[05]\._SS40_\.jpg)", rb"/404/\1", metadata.read_bytes())
     metadata.write_bytes(lost)
     settings = dict(more_than=2, at_most=20, datasets=["clothing"], pause=0.01)
-    dataset.build(labels, metadata, tmp_path / "root", **settings)
+    build.build(labels, metadata, tmp_path / "root", **settings)
     out = capsys.readouterr().out
     rows = [row for part in stats.SPLITS for row in stats.read_tsv(tmp_path / "root" / "clothing" / f"{part}.tsv")[0]]
     assert rows and all((tmp_path / "root" / "images" / row["images"]).read_bytes() == GOOD for row in rows)
@@ -553,7 +551,7 @@ def test_a_build_with_photos(made, server, tmp_path, capsys):
     found = re.search(r"photos: ([\d,]+) of ([\d,]+) \([\d.]+ %\); ([\d,]+) products dropped", out)
     assert [int(n) for n in found.groups()] == [len(rows), len(rows) + len(ids), len(ids)]
     before = contents(tmp_path / "root")
-    dataset.build(labels, metadata, tmp_path / "root", **settings)
+    build.build(labels, metadata, tmp_path / "root", **settings)
     assert contents(tmp_path / "root") == before
 
 
@@ -572,7 +570,7 @@ def test_killed_at_random_moments_it_gives_the_same_bytes(server, tmp_path):
     labels, metadata = make_mave.make(tmp_path, lines, lines, photos=f"{server}/good")
 
     def command(root):
-        return [sys.executable, HERE.parent / "dataset.py", "build", "--labels", labels, "--metadata", metadata,
+        return [sys.executable, "-m", "dataset", "build", "--labels", labels, "--metadata", metadata,
                 "--data", tmp_path / root, "--more-than", "5", "--at-most", "30", "--connections", "4"]
 
     start = time.monotonic()
@@ -598,8 +596,8 @@ def write_release(folder, data_sets):
     """The authors' layout, {domain: {split: rows}}."""
     for domain, parts in data_sets.items():
         for part, rows in parts.items():
-            stats.write_tsv(folder / "data/training_data/texts" / domain / f"{part}.tsv", rows)
-            stats.write_tsv(folder / "data/training_data/texts" / domain / "train_and_val.tsv", rows)
+            write_tsv(folder / "data/training_data/texts" / domain / f"{part}.tsv", rows)
+            write_tsv(folder / "data/training_data/texts" / domain / "train_and_val.tsv", rows)
 
 
 def a_row(n, value="Plaid", title="A shirt", image=None):
@@ -623,7 +621,7 @@ def test_import_of_the_authors_layout(tmp_path, capsys):
     (theirs / "data/training_data/images/more.zip").write_bytes(b"PK")
     (tmp_path / "drive").mkdir()
     (tmp_path / "drive/B000000005.jpg").write_bytes(GOOD)
-    dataset.import_release(theirs, ours, [tmp_path / "drive"])
+    release.import_release(theirs, ours, [tmp_path / "drive"])
     out = capsys.readouterr().out
     assert "general/train.tsv: 6 rows, 4 of 6 with their photo" in out and "home/test.tsv: 1 rows, 1 of 1" in out
     assert "3 photos missing, 2 of them files that are no photo" in out and "5 '._' files" in out and "more.zip" in out
@@ -632,9 +630,9 @@ def test_import_of_the_authors_layout(tmp_path, capsys):
     assert sorted(path.name for path in (ours / "images").iterdir()) == [f"B{n:09}.jpg" for n in (0, 1, 2, 5, 7, 8)]
     assert stats.read_tsv(ours / "general/test.tsv")[0][0]["texts"] == '[Title] Quoted "name"'
     before = contents(ours)
-    dataset.import_release(theirs, ours, [tmp_path / "drive"])
+    release.import_release(theirs, ours, [tmp_path / "drive"])
     assert contents(ours) == before
-    dataset.import_release(theirs, ours, [tmp_path / "drive"], with_photos_only=True)
+    release.import_release(theirs, ours, [tmp_path / "drive"], with_photos_only=True)
     assert len(stats.read_tsv(ours / "general/train.tsv")[0]) == 4 and not stats.read_tsv(ours / "general/val.tsv")[0]
 
 
@@ -642,21 +640,21 @@ def test_import_never_leaves_the_images_folder(tmp_path, capsys):
     theirs = tmp_path / "theirs"
     write_release(theirs, {"Clothing": {part: [a_row(1), a_row(2, image="../../evil.jpg"), a_row(3, image="/etc/passwd")]
                                         for part in stats.SPLITS}})
-    dataset.import_release(theirs, tmp_path / "data")
+    release.import_release(theirs, tmp_path / "data")
     assert "'../../evil.jpg' is no plain file name" in capsys.readouterr().out
     assert len(stats.read_tsv(tmp_path / "data/clothing/train.tsv")[0]) == 1
 
 
 def test_import_errors(tmp_path):
     with pytest.raises(UserError, match="is not a folder"):
-        dataset.import_release(tmp_path / "none", tmp_path)
+        release.import_release(tmp_path / "none", tmp_path)
     with pytest.raises(UserError, match="holds no data/training_data"):
-        dataset.import_release(tmp_path, tmp_path)
-    stats.write_tsv(tmp_path / "Clothing/train.tsv", [a_row(1)])
+        release.import_release(tmp_path, tmp_path)
+    write_tsv(tmp_path / "Clothing/train.tsv", [a_row(1)])
     with pytest.raises(UserError, match="val.tsv cannot be read"):
-        dataset.import_release(tmp_path, tmp_path / "data")
+        release.import_release(tmp_path, tmp_path / "data")
     with pytest.raises(UserError, match="unpacked"):
-        dataset.import_release(tmp_path, tmp_path / "data", [tmp_path / "none"])
+        release.import_release(tmp_path, tmp_path / "data", [tmp_path / "none"])
 
 
 @real
@@ -673,7 +671,7 @@ def test_import_of_the_real_release(tmp_path, capsys):
     (theirs / "data/evaluation_data/images").mkdir()
     for photo in (REAL / "images").glob("*.jpg"):
         os.symlink(photo, theirs / "data/evaluation_data/images" / photo.name)
-    dataset.import_release(theirs, tmp_path / "data")
+    release.import_release(theirs, tmp_path / "data")
     out = capsys.readouterr().out
     for name, (n, test) in {"clothing": (15132, 226), "footwear": (17091, 317), "general": (10473, 220)}.items():
         assert f"{name}/train.tsv: {n:,} rows" in out and f"{name}/test.tsv: {test} rows, {test} of {test} with" in out
@@ -683,7 +681,7 @@ def test_import_of_the_real_release(tmp_path, capsys):
 
 @real
 def test_stats_of_the_real_release(capsys):
-    stats.stats(REAL, [], dataset.read_values(dataset.HERE / "values.tsv")[1])
+    stats.stats(REAL, [], read_values(VALUES)[1])
     out = capsys.readouterr().out
     for n, values in (("19,094", 23), ("21,759", 29), ("13,281", 20)):
         assert re.search(rf"all +{n} +{values} ", out)
@@ -693,13 +691,13 @@ def test_stats_of_the_real_release(capsys):
 
 def test_stats_finds_what_is_wrong(tmp_path, capsys):
     folder = tmp_path / "general"
-    stats.write_tsv(folder / "train.tsv", [a_row(1), a_row(1), a_row(2, title="A plaid shirt"), a_row(3, title="Tartan!"),
+    write_tsv(folder / "train.tsv", [a_row(1), a_row(1), a_row(2, title="A plaid shirt"), a_row(3, title="Tartan!"),
                                            a_row(5, image="../x.jpg"), ["too", "few"], a_row(6)[:5] + [""]])
-    stats.write_tsv(folder / "test.tsv", [a_row(2, title="Fine"), a_row(4, value="Argyle")])
+    write_tsv(folder / "test.tsv", [a_row(2, title="Fine"), a_row(4, value="Argyle")])
     (tmp_path / "images").mkdir()
     (tmp_path / "images/B000000001.jpg").write_bytes(GOOD)
     (tmp_path / "images/B000000002.jpg").write_text("<html>")
-    stats.stats(tmp_path, ["general"], dataset.read_values(dataset.HERE / "values.tsv")[1], tmp_path / "plot.png")
+    stats.stats(tmp_path, ["general"], read_values(VALUES)[1], tmp_path / "plot.png")
     out = capsys.readouterr().out
     for says in ("train           4       1      4      4  Pattern", "all             6       2      5      1",
                  "line 6: '../x.jpg' is no plain file name", "line 7: 2 fields, not 6",
@@ -727,7 +725,7 @@ def test_stats_errors(tmp_path):
 # ---- the commands
 
 def command(*arguments):
-    return subprocess.run([sys.executable, str(HERE.parent / "dataset.py"), *map(str, arguments)], capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-m", "dataset", *map(str, arguments)], capture_output=True, text=True, cwd=HERE.parent)
 
 
 def test_mistakes_end_with_one_line_and_code_2(tmp_path):
@@ -747,6 +745,6 @@ def test_mistakes_end_with_one_line_and_code_2(tmp_path):
 def test_help_and_a_quick_start():
     for name in ("build", "import", "stats"):
         assert "--data ROOT" in command(name, "--help").stdout
-    seen = subprocess.run([sys.executable, "-c", "import dataset, sys; print('torch' in sys.modules, 'PIL' in sys.modules)"],
+    seen = subprocess.run([sys.executable, "-c", "import dataset.__main__, sys; print('torch' in sys.modules, 'PIL' in sys.modules)"],
                           capture_output=True, text=True, cwd=HERE.parent).stdout
     assert seen == "False False\n"

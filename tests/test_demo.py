@@ -10,23 +10,23 @@ import numpy as np
 import pytest
 import torch
 
-import demo
+from demo import world
 import llama
-import paper_tables
-import pretrain_demo
+from experiments import paper_tables
+from demo import pretrain
 import vit
-from console import UserError
+from base.console import UserError
 
-SPLITS = demo.make_splits()
+SPLITS = world.make_splits()
 ROWS = [row for rows in SPLITS.values() for row in rows]
 
 
 def test_sizes():
     for split, least in (("train", 150), ("val", 10), ("test", 20)):
         counts = Counter((row["attribute_names"], row["attribute_values"]) for row in SPLITS[split])
-        assert set(counts) == set(demo.ALL_VALUES) and min(counts.values()) >= least
+        assert set(counts) == set(world.ALL_VALUES) and min(counts.values()) >= least
     assert len(SPLITS["test"]) >= 500
-    assert 20 <= len(demo.ALL_VALUES) <= 25 and set(demo.VALUES) == {"Pattern", "Material", "Shape"}
+    assert 20 <= len(world.ALL_VALUES) <= 25 and set(world.VALUES) == {"Pattern", "Material", "Shape"}
 
 
 def test_no_title_or_category_holds_its_value():
@@ -42,70 +42,70 @@ def test_the_prose_holds_no_title_of_the_data_set():
     titles = {row["texts"].removeprefix("[Title] ") for row in ROWS}
     rng, met = random.Random(1), 0
     for _ in range(3000):
-        text = " ".join(pretrain_demo.prose(rng))
+        text = " ".join(pretrain.prose(rng))
         for part in text.replace("\n", ", ").replace(": ", ", ").replace(" of ", ", ").split(", "):
-            met += part.split(" ")[0] in demo.BRANDS            # a title begins with a brand
+            met += part.split(" ")[0] in world.BRANDS            # a title begins with a brand
             assert part not in titles
     assert met > 1000
 
 
 def test_no_picture_of_the_test_split_occurs_elsewhere():
-    assert len(ROWS) < pretrain_demo.OTHER_SEEDS                # products' seeds are their numbers
+    assert len(ROWS) < pretrain.OTHER_SEEDS                # products' seeds are their numbers
     chosen = [rows[i]["id"] for rows in SPLITS.values() for i in range(12)]
-    pictures = [demo.photo_of(product).tobytes() for product in chosen]
-    pictures += [pretrain_demo.drawing(number)[0].tobytes() for number in range(12)]
+    pictures = [world.photo_of(product).tobytes() for product in chosen]
+    pictures += [pretrain.drawing(number)[0].tobytes() for number in range(12)]
     assert len(set(pictures)) == len(pictures)
 
 
-@pytest.mark.parametrize("attribute", demo.VALUES)
+@pytest.mark.parametrize("attribute", world.VALUES)
 def test_picture_and_text_together_leave_one_value(attribute):
-    for value in demo.VALUES[attribute]:
-        [alike] = [values for _, values in demo.FAMILIES[attribute] if value in values]
-        occasions = [values for _, values in demo.OCCASIONS[attribute] if value in values]
+    for value in world.VALUES[attribute]:
+        [alike] = [values for _, values in world.FAMILIES[attribute] if value in values]
+        occasions = [values for _, values in world.OCCASIONS[attribute] if value in values]
         assert occasions and all(set(alike) & set(values) == {value} for values in occasions)
         assert all(len(values) > 1 for values in [alike, *occasions])       # neither alone is enough
-    phrases = [p for _, telling in demo.VALUES[attribute].values() for p in telling]
+    phrases = [p for _, telling in world.VALUES[attribute].values() for p in telling]
     assert len(set(phrases)) == len(phrases)                    # a telling circumstance tells one value
 
 
 def test_photos_follow_from_their_id_alone(tmp_path):
-    demo.draw_photos(tmp_path, ["DEMO00003.jpg", "DEMO00004.jpg"])
+    world.draw_photos(tmp_path, ["DEMO00003.jpg", "DEMO00004.jpg"])
     first = {p.name: p.read_bytes() for p in (tmp_path / "images").iterdir()}
     (tmp_path / "images" / "DEMO00003.jpg").unlink()
-    demo.draw_photos(tmp_path, ["DEMO00003.jpg"])
+    world.draw_photos(tmp_path, ["DEMO00003.jpg"])
     assert {p.name: p.read_bytes() for p in (tmp_path / "images").iterdir()} == first and len(first) == 2
 
 
 def test_the_data_set_is_written_once_and_again_for_another_version(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "ROOT", tmp_path)
-    assert demo.write_dataset() == tmp_path
+    monkeypatch.setattr(world, "ROOT", tmp_path)
+    assert world.write_dataset() == tmp_path
     test = tmp_path / "general" / "test.tsv"
     with open(test, encoding="utf-8", newline="") as file:
         assert list(csv.DictReader(file, dialect="excel-tab")) == SPLITS["test"]
     test.write_text("kept")
-    demo.write_dataset()
+    world.write_dataset()
     assert test.read_text() == "kept"
-    monkeypatch.setattr(demo, "VERSION", "999")
-    demo.write_dataset()
+    monkeypatch.setattr(world, "VERSION", "999")
+    world.write_dataset()
     assert test.read_text() != "kept"
 
 
 def test_the_backbones_are_small_and_the_loaders_read_them():
-    files = [p for folder in (demo.LLAMA, demo.VIT) for p in folder.iterdir()]
+    files = [p for folder in (world.LLAMA, world.VIT) for p in folder.iterdir()]
     assert sum(p.stat().st_size for p in files) < 12e6
-    tower = vit.load_vit(demo.VIT)
-    assert tower.config.num_hidden_layers == 12 and tower.config.image_size == pretrain_demo.VIT.image_size
-    pixels = vit.preprocess(demo.photo_of("DEMO00001"), tower.config.image_size)[None]
+    tower = vit.load_vit(world.VIT)
+    assert tower.config.num_hidden_layers == 12 and tower.config.image_size == pretrain.VIT.image_size
+    pixels = vit.preprocess(world.photo_of("DEMO00001"), tower.config.image_size)[None]
     tokens = tower(pixels, (3, 6, 9, 12))
     assert tokens.shape == (1, 4, tower.config.hidden_size) and np.isfinite(tokens.numpy()).all()
 
 
 def test_the_llama_knows_its_world():
     """Products described in words, which no training has seen: most of them are answered rightly."""
-    model, tokenizer = llama.load_llama(demo.LLAMA)
+    model, tokenizer = llama.load_llama(world.LLAMA)
     rng, right = random.Random(7), 0
     for _ in range(30):
-        seen, asked, said = pretrain_demo.question(rng)
+        seen, asked, said = pretrain.question(rng)
         answer = tokenizer.encode(said) + [tokenizer.eos_id]
         ids = [tokenizer.bos_id, *tokenizer.encode(seen), *tokenizer.encode(asked)]
         right += llama.greedy_continuation(model, ids, len(answer)) == answer
@@ -114,8 +114,8 @@ def test_the_llama_knows_its_world():
 
 def test_pretraining_gives_every_weight_a_gradient(tiny_config):
     """LLaMA's own Linear and RMSNorm are for frozen weights: they have no gradient, silently."""
-    model = pretrain_demo.trainable(llama.LLaMA(tiny_config))
-    pretrain_demo.logits_of(model, torch.arange(12).view(2, 6)).square().sum().backward()
+    model = pretrain.trainable(llama.LLaMA(tiny_config))
+    pretrain.logits_of(model, torch.arange(12).view(2, 6)).square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
 
 

@@ -8,10 +8,13 @@ import torch
 from conftest import randomize
 
 import eiven
-from console import UserError
-from data import Row
-from eiven import EIVEN, Projector, nucleus, taps
-from llama import LlamaConfig, LLaMA, pack
+from base.console import UserError
+from base.packing import pack
+from data import Encoded
+from eiven import EIVEN, Projector, cls_layers, nucleus
+from experiments.plain import answer_log_probs
+from llama import LlamaConfig, LLaMA, load_llama
+from support import export
 
 V, K = 24, 2
 
@@ -24,80 +27,41 @@ def model(tiny):
 
 @pytest.fixture
 def batch(model):
-    """(rows, features): one and two photos, and answers of different lengths; two rows begin alike."""
+    """(examples, cls_tokens): one and two photos, and answers of different lengths; two examples share a prefix."""
     encode, eos = model.tokenizer.encode, model.tokenizer.eos_id
     question = "Question: What is the Boot Style of this product?"
-    rows = [Row((0,), encode(f"{question}\nContext: black leather\nAnswer:"), encode("Rain Boots") + [eos]),
-            Row((0,), encode(f"{question}\nContext: black shoe with a Heel\nAnswer:"), encode("Flat") + [eos]),
-            Row((1, 2), encode("Which product's Heel Height is Flat?\nAnswer:"), encode("Second product has Flat.") + [eos]),
-            Row((), encode("Context: no photo\nAnswer:"), encode("No.") + [eos])]
-    return rows, torch.randn(3, K, V, generator=torch.Generator().manual_seed(5))
-
-
-def plain_log_probabilities(model, row, features):
-    """log p(R_t | X, R_<t) of one row: no packing, no sharing, attention by loops over heads."""
-    llama, config = model.llama, model.llama.config
-    table = llama.embed_tokens.weight
-    visual = [model.projector(features[p]) for p in row.photos]
-    x = torch.cat([table[[model.tokenizer.bos_id]], *visual, table[row.prompt + row.answer]])       # (T, D)
-    T, d = len(x), config.head_dim
-
-    def norm(x, weight):
-        return x / (x.pow(2).mean(-1, keepdim=True) + config.rms_norm_eps).sqrt() * weight
-
-    def turn(x):                                        # pair (i, i + d/2) by the angle t theta^(-2i/d)
-        out = x.clone()
-        for t in range(T):
-            for i in range(d // 2):
-                angle = t * config.rope_theta ** (-2 * i / d)
-                a, b = x[t, i], x[t, i + d // 2]
-                out[t, i] = a * math.cos(angle) - b * math.sin(angle)
-                out[t, i + d // 2] = b * math.cos(angle) + a * math.sin(angle)
-        return out
-
-    for block in llama.layers:
-        h = block.adapter(norm(x, block.input_layernorm.weight))
-        q, k, v = (h @ m.weight.T for m in (block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj))
-        heads = []
-        for i in range(config.num_attention_heads):
-            j = i // (config.num_attention_heads // config.num_key_value_heads)
-            qi, ki, vi = turn(q[:, i * d:(i + 1) * d]), turn(k[:, j * d:(j + 1) * d]), v[:, j * d:(j + 1) * d]
-            scores = qi @ ki.T / math.sqrt(d) + torch.full((T, T), float("-inf")).triu(1)
-            heads.append(scores.softmax(-1) @ vi)
-        x = x + torch.cat(heads, -1) @ block.self_attn.o_proj.weight.T
-        h = norm(x, block.post_attention_layernorm.weight)
-        gate, up = h @ block.mlp.gate_proj.weight.T, h @ block.mlp.up_proj.weight.T
-        x = x + (gate * gate.sigmoid() * up) @ block.mlp.down_proj.weight.T
-    logits = norm(x, llama.norm.weight) @ llama.lm_head.weight.T
-    start = T - len(row.answer)
-    return logits.log_softmax(-1)[torch.arange(start - 1, T - 1), row.answer]
+    examples = [Encoded((0,), encode(f"{question}\nContext: black leather\nAnswer:"), encode("Rain Boots") + [eos]),
+            Encoded((0,), encode(f"{question}\nContext: black shoe with a Heel\nAnswer:"), encode("Flat") + [eos]),
+            Encoded((1, 2), encode("Which product's Heel Height is Flat?\nAnswer:"), encode("Second product has Flat.") + [eos]),
+            Encoded((), encode("Context: no photo\nAnswer:"), encode("No.") + [eos])]
+    return examples, torch.randn(3, K, V, generator=torch.Generator().manual_seed(5))
 
 
 def test_the_loss_is_the_papers_equation(model, batch):
-    rows, features = batch
+    examples, cls_tokens = batch
     randomize(model)
-    by_hand = -sum(plain_log_probabilities(model, row, features).sum() for row in rows) / len(rows)
-    torch.testing.assert_close(model(rows, features), by_hand, rtol=1e-5, atol=1e-5)
+    by_hand = -sum(answer_log_probs(model, e, cls_tokens).sum() for e in examples) / len(examples)
+    torch.testing.assert_close(model(examples, cls_tokens), by_hand, rtol=1e-5, atol=1e-5)
 
 
 def test_gradients_are_those_of_the_equation(model, batch):
-    rows, features = batch
+    examples, cls_tokens = batch
     randomize(model)
-    trained = model.trained()
-    ours = torch.autograd.grad(model(rows, features), list(trained.values()))
-    by_hand = -sum(plain_log_probabilities(model, row, features).sum() for row in rows) / len(rows)
+    trained = model.trainable_parameters()
+    ours = torch.autograd.grad(model(examples, cls_tokens), list(trained.values()))
+    by_hand = -sum(answer_log_probs(model, e, cls_tokens).sum() for e in examples) / len(examples)
     for name, a, b in zip(trained, ours, torch.autograd.grad(by_hand, list(trained.values()))):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * b.abs().max().item(), msg=lambda m: f"{name}: {m}")
 
 
 def test_gradient_checkpointing_changes_no_gradient(model, batch):
-    rows, features = batch
+    examples, cls_tokens = batch
     randomize(model)
-    trained = list(model.trained().values())
-    plain = torch.autograd.grad(model(rows, features), trained)
+    trained = list(model.trainable_parameters().values())
+    plain = torch.autograd.grad(model(examples, cls_tokens), trained)
     model.llama.grad_checkpoint = True
-    for photos in (features, None):                     # without photos nothing before the first adapter has a gradient
-        some = rows if photos is not None else rows[3:]
+    for photos in (cls_tokens, None):                     # without photos nothing before the first adapter has a gradient
+        some = examples if photos is not None else examples[3:]
         again = torch.autograd.grad(model(some, photos), trained, allow_unused=True)
         if photos is not None:
             for a, b in zip(again, plain):
@@ -107,11 +71,11 @@ def test_gradient_checkpointing_changes_no_gradient(model, batch):
 
 
 def test_micro_batches_give_the_gradient_of_the_batch(model, batch):
-    rows, features = batch
+    examples, cls_tokens = batch
     randomize(model)
-    trained = list(model.trained().values())
-    whole = torch.autograd.grad(model(rows, features), trained)
-    parts = [torch.autograd.grad(model([row], features) / len(rows), trained, allow_unused=True) for row in rows]
+    trained = list(model.trainable_parameters().values())
+    whole = torch.autograd.grad(model(examples, cls_tokens), trained)
+    parts = [torch.autograd.grad(model([e], cls_tokens) / len(examples), trained, allow_unused=True) for e in examples]
     for i, expected in enumerate(whole):
         total = sum(p[i] for p in parts if p[i] is not None)
         torch.testing.assert_close(total, expected, rtol=1e-4, atol=1e-5)
@@ -120,16 +84,16 @@ def test_micro_batches_give_the_gradient_of_the_batch(model, batch):
 def test_step_0_is_exactly_llama(tiny, batch):
     llama, tokenizer = tiny
     ids = batch[0][0].prompt
-    layout = pack([ids])
-    plain = llama.logits(llama(llama.embed(layout.ids), layout))
+    tokens = pack([ids])
+    plain = llama.logits(llama(llama.embed(tokens.ids), tokens))
     with_adapters = EIVEN(copy.deepcopy(llama), tokenizer, V, "mlp", 4, 6)
-    h = with_adapters.llama(with_adapters.embed(layout.ids, None), layout)
+    h = with_adapters.llama(with_adapters.embed(tokens.ids, None), tokens)
     assert torch.equal(with_adapters.llama.logits(h), plain)
 
 
 def test_a_training_step_leaves_every_frozen_tensor_bit_equal(model, batch):
     before = {name: p.clone() for name, p in model.named_parameters()}
-    trained = model.trained()
+    trained = model.trainable_parameters()
     optimizer = torch.optim.AdamW(trained.values(), lr=0.1)
     for _ in range(2):                                  # at step 1 `down` has no gradient yet: `up` is zero
         optimizer.zero_grad()
@@ -142,14 +106,14 @@ def test_a_training_step_leaves_every_frozen_tensor_bit_equal(model, batch):
 
 
 def test_a_row_without_an_answer_is_refused(model):
-    with pytest.raises(ValueError, match="row 0 .* no answer"):
-        model([Row((), [5, 6], [])])
+    with pytest.raises(ValueError, match="example 0 .* no answer"):
+        model([Encoded((), [5, 6], [])])
 
 
 def test_a_row_longer_than_llama_reads_is_refused(model):
-    with pytest.raises(UserError, match="a question is 2,047 tokens long, .* more than the 2,048"):
-        model([Row((), [5] * 2046, [6, 2])])
-    model.sequence(Row((), [5] * 2045, [6, 2]), None)
+    with pytest.raises(UserError, match="a question and its answer have 2,049 tokens, more than the 2,048"):
+        model([Encoded((), [5] * 2046, [6, 2])])
+    model.input_ids(Encoded((), [5] * 2045, [6, 2]), None)
 
 
 def test_projector_is_swiglu_with_its_gate():
@@ -166,7 +130,7 @@ def test_trainable_parameters_at_7b(adapter, count):
     with torch.device("meta"):
         llama = LLaMA(config)
         assert sum(p.numel() for p in llama.parameters()) == 6_738_415_616
-        trained = EIVEN(llama, None, 768, adapter).trained()
+        trained = EIVEN(llama, None, 768, adapter).trainable_parameters()
     assert sum(p.numel() for name, p in trained.items() if name.startswith("adapters.")) == count
     # I Wg + bg, I Wd + bd: 768 -> 128; Wu, bu: 128 -> 4096
     assert sum(p.numel() for name, p in trained.items() if name.startswith("projector.")) == 2 * 98_432 + 528_384
@@ -174,37 +138,38 @@ def test_trainable_parameters_at_7b(adapter, count):
 
 
 def test_taps():
-    assert taps(12) == (3, 6, 9, 12)
+    assert cls_layers(12) == (3, 6, 9, 12)
     with pytest.raises(UserError, match="has 10 layers"):
-        taps(10)
+        cls_layers(10)
 
 
 # ------------------------------------------------------------------------------------------------ answering
 
 
-def answers(model, rows, features, **how):
-    return model.generate(rows, features, [f"seed {i}" for i in range(len(rows))], limit=8, **how)
+def answers(model, examples, cls_tokens, **how):
+    return model.generate(examples, cls_tokens, [f"seed {i}" for i in range(len(examples))], limit=8, **how)
 
 
 @pytest.mark.parametrize("temperature, top_p", [(0, 1.0), (0.1, 0.75), (2.0, 0.95)])
 def test_batched_answers_are_those_given_alone(model, batch, temperature, top_p):
-    rows, features = batch
+    examples, cls_tokens = batch
     randomize(model)
-    together = answers(model, rows, features, temperature=temperature, top_p=top_p)
-    for i, row in enumerate(rows):
-        [(ids, p)] = model.generate([row], features, [f"seed {i}"], temperature, top_p, limit=8)
+    together = answers(model, examples, cls_tokens, temperature=temperature, top_p=top_p)
+    for i, example in enumerate(examples):
+        [(ids, p)] = model.generate([example], cls_tokens, [f"seed {i}"], temperature, top_p, limit=8)
         assert (ids, p) == (together[i][0], pytest.approx(together[i][1], rel=1e-4))
 
 
 def test_cached_answers_are_those_of_full_passes(model, batch):
     """Greedy decoding, where each token comes from a pass over everything before it; and the answer's probability."""
-    rows, features = batch
+    examples, cls_tokens = batch
     randomize(model)
-    for row, (ids, probability) in zip(rows, answers(model, rows, features, temperature=0)):
-        x, log_p, expected = model.sequence(row, features), 0.0, []
+    for example, (ids, probability) in zip(examples, answers(model, examples, cls_tokens, temperature=0)):
+        I_projected = model.project(cls_tokens)
+        x, log_p, expected = model.input_ids(example, I_projected), 0.0, []
         for _ in range(8):
-            layout = pack([x + expected], [1])
-            h = model.llama(model.embed(layout.ids, features), layout)
+            tokens = pack([x + expected], [1])
+            h = model.llama(model.embed(tokens.ids, I_projected), tokens)
             log = model.llama.logits(h).log_softmax(-1)[0]
             log_p += log.max().item()
             if log.argmax() == model.tokenizer.eos_id:
@@ -214,35 +179,56 @@ def test_cached_answers_are_those_of_full_passes(model, batch):
         assert probability == pytest.approx(math.exp(log_p), rel=1e-4)
 
 
-def test_rows_that_end_leave_and_change_nothing(model, batch):
-    """Rows of very different answer lengths, forced by `allowed`, so that the cache is compacted on the way."""
-    rows, features = batch
+def test_examples_that_end_leave_the_batch_and_change_nothing(model, batch, monkeypatch):
+    """Answers of very different lengths, forced token by token, so that the cache is compacted on the way."""
+    examples, cls_tokens = batch
     eos = model.tokenizer.eos_id
-    allowed = [[[7, eos]], [[8, 9, 10, 11, 12, eos]], [[7, 8, eos]], [[9, 9, 9, 9, 9, 9, eos]]]
-    found = answers(model, rows, features, allowed=allowed)
-    assert [ids for ids, _ in found] == [a[0][:-1] for a in allowed]
-    for row, (_, p), [answer] in zip(rows, found, allowed):
-        expected = plain_log_probabilities(model, row._replace(answer=answer), features).sum().exp()
+    forced = [[7, eos], [8, 9, 10, 11, 12, eos], [7, 8, eos], [9, 9, 9, 9, 9, 9, eos]]
+    uniform = [(b + 0.5) / 10 for b in range(4)]        # tells which example a row of the cache belongs to
+    step, rows_of_steps = [0], []
+
+    def nucleus(logits, temperature, top_p, draws):
+        rows_of_steps.append([uniform.index(u) for u in draws])
+        step[0] += 1
+        return torch.tensor([(forced[b] + [eos] * 9)[step[0] - 1] for b in rows_of_steps[-1]])
+
+    class Always:
+        def __init__(self, seed):
+            self.seed = seed
+
+        def random(self):
+            return uniform[self.seed]
+
+    monkeypatch.setattr(eiven, "nucleus", nucleus)
+    monkeypatch.setattr(eiven.random, "Random", Always)
+    found = model.generate(examples, cls_tokens, [0, 1, 2, 3], limit=8)
+    assert [ids for ids, _ in found] == [ids[:-1] for ids in forced]
+    assert [len(rows) for rows in rows_of_steps] == [4, 4, 4, 2, 2, 2, 1] and rows_of_steps[3] == [1, 3]
+    for example, (_, p), answer in zip(examples, found, forced):
+        expected = answer_log_probs(model, example._replace(answer=answer), cls_tokens).sum().exp()
         assert p == pytest.approx(expected.item(), rel=1e-4)
 
 
-def test_only_allowed_answers_are_given(model, batch):
-    rows, features = batch
+def test_scores_are_those_of_each_answer_alone(model, batch):
+    """Answers that begin alike, of different lengths: by the plain model, each alone."""
+    examples, cls_tokens = batch
     randomize(model)
     eos = model.tokenizer.eos_id
-    allowed = [[[5, 6, eos], [5, 7, eos], [9, eos]]] * len(rows)
-    for ids, _ in answers(model, rows, features, temperature=3.0, top_p=1.0, allowed=allowed):
-        assert ids + [eos] in allowed[0]
+    candidates = [[[5, 6, eos], [5, 6, 7, eos], [9, eos], [5, eos]], [[7, eos]], [[8, 9, 9, 9, 9, eos], [8, 9, eos]], [[7, eos], [6, eos]]]
+    found = model.score(examples, candidates, cls_tokens)
+    for example, several, log_p in zip(examples, candidates, found, strict=True):
+        expected = [answer_log_probs(model, example._replace(answer=R), cls_tokens).sum().item() for R in several]
+        assert log_p == pytest.approx(expected, rel=1e-4)
 
 
 def test_merged_answers_are_the_same(model, batch):
-    rows, features = batch
+    examples, cls_tokens = batch
     randomize(model)
-    before = answers(model, rows, features)
-    loss = model(rows, features)
+    before = answers(model, examples, cls_tokens)
+    loss = model(examples, cls_tokens)
     model.merge_adapters()
-    torch.testing.assert_close(model(rows, features), loss, rtol=1e-5, atol=1e-5)
-    assert [ids for ids, _ in answers(model, rows, features)] == [ids for ids, _ in before]
+    torch.testing.assert_close(model(examples, cls_tokens), loss, rtol=1e-5, atol=1e-5)
+    assert [ids for ids, _ in answers(model, examples, cls_tokens)] == [ids for ids, _ in before]
 
 
 def log(*p):
@@ -270,18 +256,16 @@ def test_nucleus_limits():
 
 
 def test_what_was_trained_is_saved_and_read_back(model, batch, tmp_path, llama_dir):
-    from llama import load_llama
     randomize(model)
     model.save(tmp_path / "adapter.safetensors")
     other = EIVEN(*load_llama(llama_dir, torch.float32), V, "rep", 4, 6)
     other.load(tmp_path / "adapter.safetensors")
     assert torch.equal(other(*batch), model(*batch))
-    size = sum(p.numel() for p in model.trained().values()) * 4
+    size = sum(p.numel() for p in model.trainable_parameters().values()) * 4
     assert size < (tmp_path / "adapter.safetensors").stat().st_size < size + 4000       # nothing frozen is in it
 
 
 def test_another_adapter_does_not_load(model, tmp_path, llama_dir):
-    from llama import load_llama
     model.save(tmp_path / "adapter.safetensors")
     other = EIVEN(*load_llama(llama_dir, torch.float32), V, "mlp", 4, 6)
     with pytest.raises(UserError, match=r"adapters.0.up_weight is \(2, 16, 2\) in the file and \(1, 32, 4\) in the model"):
@@ -296,15 +280,15 @@ def test_an_export_is_an_ordinary_llama(model, batch, tmp_path, llama_dir, shard
     """transformers reads it, gets image tokens by the README's lines, and gives our merged logits."""
     transformers = pytest.importorskip("transformers")
     import safetensors.torch
-    monkeypatch.setattr(eiven, "SHARD_BYTES", shard_bytes)
-    rows, features = batch
+    monkeypatch.setattr(export, "SHARD_BYTES", shard_bytes)
+    examples, cls_tokens = batch
     randomize(model)
     with torch.no_grad():
-        unmerged = model.answer_logits(rows, features)
-        merged = model.merge_adapters().answer_logits(rows, features)
+        unmerged = model.answer_logits(examples, cls_tokens)
+        merged = model.merge_adapters().answer_logits(examples, cls_tokens)
         torch.testing.assert_close(merged, unmerged, rtol=1e-4, atol=1e-4)
-    readme = eiven.export_readme(model, (3, 6), text=True)
-    eiven.export(model, llama_dir, tmp_path / "out", readme)
+    readme = export.export_readme(model, (3, 6), text=True)
+    export.export(model, llama_dir, tmp_path / "out", readme)
     assert (len(list((tmp_path / "out").glob("model-*.safetensors"))) > 3) == (shard_bytes < 10 ** 9)
     peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     scope = {"torch": torch, "safetensors": safetensors, "llama": peer}
@@ -312,22 +296,22 @@ def test_an_export_is_an_ordinary_llama(model, batch, tmp_path, llama_dir, shard
     monkeypatch.chdir(tmp_path / "out")
     theirs = []
     with torch.no_grad():
-        for row in rows[:2]:                            # one photo each
-            ids = torch.tensor([model.tokenizer.bos_id, *row.prompt, *row.answer[:-1]])
-            scope |= {"ids": ids, "cls": features[0]}
+        for e in examples[:2]:                          # one photo each
+            ids = torch.tensor([model.tokenizer.bos_id, *e.prompt, *e.answer[:-1]])
+            scope |= {"ids": ids, "cls": cls_tokens[0]}
             exec("\n".join(lines[1:8]), scope)
-            theirs.append(peer(inputs_embeds=scope["x"][None]).logits[0, -len(row.answer):])
-    expected = merged[:len(rows[0].answer) + len(rows[1].answer)]
+            theirs.append(peer(inputs_embeds=scope["x"][None]).logits[0, -len(e.answer):])
+    expected = merged[:len(examples[0].answer) + len(examples[1].answer)]
     torch.testing.assert_close(torch.cat(theirs), expected, rtol=1e-4, atol=1e-4)
     with pytest.raises(UserError, match="exists already"):
-        eiven.export(model, llama_dir, tmp_path / "out", readme)
-    again, _ = __import__("llama").load_llama(tmp_path / "out")     # and our own loader reads it
+        export.export(model, llama_dir, tmp_path / "out", readme)
+    again, _ = load_llama(tmp_path / "out")     # and our own loader reads it
     assert again.config.attention_bias
 
 
 def test_an_export_says_what_its_run_saw(model, tiny):
-    assert "Context: {title}, {category}" in eiven.export_readme(model, (6,), text=True)
-    alone = eiven.export_readme(model, (6,), text=False)
+    assert "Context: {title}, {category}" in export.export_readme(model, (6,), text=True)
+    alone = export.export_readme(model, (6,), text=False)
     assert "Context" not in alone and "(1, 24), the [cls] after ViT layer 6\n" in alone
-    texts = eiven.export_readme(model, (), text=True)
+    texts = export.export_readme(model, (), text=True)
     assert "projector" not in texts and "image" not in texts

@@ -8,7 +8,8 @@ from PIL import Image
 
 from data import Product
 from evaluate import exact_match, micro_f1, score, table, write_results
-from report import confusion_png
+from support.answering import Answer
+from support.report import confusion_png
 
 
 @pytest.mark.parametrize("prediction, right", [
@@ -44,11 +45,12 @@ def products_and_answers():
     products = [Product("1", "1.jpg", "Shoes", "a <b>", "Heel Height", "Flat"),
                 Product("2", "2.jpg", "Shoes", "b", "Heel Height", "High Heel"),
                 Product("3", "3.jpg", "Shoes", 'c "quoted"', "Toe Style", "Open Toe")]
-    return products, [("Flat", 0.9), ("Flats & more", 0.2), ("Open Toe", 1.0)]
+    return products, [Answer("Flat", 0.9), Answer("Flats & more", 0.2), Answer("Open Toe", 1.0)]
 
 
 def test_scores_are_micro_over_all_and_per_attribute():
-    metrics = score(*products_and_answers())
+    products, answers = products_and_answers()
+    metrics = score(products, [a.value for a in answers])
     assert metrics["micro_f1"] == pytest.approx(200 / 3) and metrics["n"] == 3
     assert metrics["attributes"]["Heel Height"]["micro_f1"] == 50.0 and metrics["attributes"]["Heel Height"]["n"] == 2
     assert metrics["attributes"]["Toe Style"]["micro_f1"] == 100.0
@@ -58,7 +60,7 @@ def test_scores_are_micro_over_all_and_per_attribute():
 
 def test_what_is_written(tmp_path):
     products, answers = products_and_answers()
-    metrics = score(products, answers)
+    metrics = score(products, [a.value for a in answers])
     metrics.update(sources="test", temperature=0.1, top_p=0.75, constrained=False, merged=False, seconds=1.0)
     write_results(tmp_path, "a title", products, answers, metrics)
     assert json.loads((tmp_path / "metrics.json").read_text())["attributes"]["Toe Style"]["n"] == 1

@@ -6,10 +6,11 @@ import shutil
 import pytest
 import torch
 
-import features
-from console import UserError
-from features import PhotoFeatures
-from vit import load_vit, open_photo, preprocess
+from base.console import UserError
+from base.photo import open_photo
+from support import features
+from support.features import PhotoFeatures
+from vit import load_vit, preprocess
 
 
 @pytest.fixture
@@ -60,7 +61,7 @@ def test_another_photo_or_another_vit_is_another_entry(folder, vit_dir, tmp_path
     f.prepare(NAMES)
     assert torch.equal(f.read(["B0001.jpg"], "cpu"), f.read(["B0003.jpg"], "cpu"))
     assert not torch.equal(f.read(["B0001.jpg"], "cpu"), before)
-    from random_weights import write_vit
+    from experiments.random_weights import write_vit
     write_vit(tmp_path / "other", load_vit(vit_dir).config, seed=9, std=0.2)
     other = open_features(folder, tmp_path / "other")
     other.prepare(NAMES)

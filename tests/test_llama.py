@@ -9,30 +9,22 @@ import torch
 from safetensors.torch import load_file
 
 import llama
-from console import UserError
-from llama import Cache, FrozenProduct, LlamaConfig, LLaMA, Tokenizer, load_llama, official_name, pack, read_config
-from random_weights import write_llama
+from base.checkpoint import load_strict
+from base.console import UserError
+from base.packing import KVCache, next_tokens, pack
+from experiments.random_weights import IDS, VARIANTS, write_llama
+from llama import LlamaConfig, LLaMA, Tokenizer, load_llama, official_name, read_config
 
 GOLDEN = Path(__file__).parent / "golden"
 
 
-def full_logits(model, rows):
-    """Logits (T, vocab) of each row, all rows in one pass."""
-    lengths = [len(row) for row in rows]
-    layout = pack(rows, lengths)
+def full_logits(model, sequences):
+    """Logits (T, vocab) of each sequence, all sequences in one pass."""
+    lengths = [len(sequence) for sequence in sequences]
+    needed = pack(sequences, lengths).needed_index      # the tokens of each sequence, shared ones more than once
+    tokens = pack(sequences)
     with torch.no_grad():
-        h = model(model.embed(layout.ids), dataclasses.replace(layout, ask=None))
-        return model.logits(h[layout.asked]).split(lengths)
-
-
-VARIANTS = {
-    "grouped": {},
-    "multi-head": {"num_key_value_heads": 4, "head_dim": 8},
-    "tied": {"tie_word_embeddings": True},
-    "biased": {"attention_bias": True},
-    "theta": {"rope_theta": 500000.0, "rms_norm_eps": 1e-5},
-}
-IDS = [[5, 9, 17, 3, 3, 120, 44, 8, 71], [5, 9, 17, 60]]
+        return model.logits(model(model.embed(tokens.ids), tokens)[needed]).split(lengths)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -50,13 +42,13 @@ def test_logits_are_those_of_transformers(variant, tiny_config, tokenizer_file, 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_logits_are_those_recorded_from_transformers(variant, tokenizer_file, tmp_path):
-    """Where transformers is not installed: files that tests/make_golden.py recorded from it."""
+    """Where transformers is not installed: files that experiments/make_golden.py recorded from it."""
     golden = load_file(GOLDEN / f"llama-{variant}.safetensors")
     config = json.loads((GOLDEN / f"llama-{variant}.json").read_text())
     expected = [golden.pop(f"logits.{b}") for b in range(len(IDS))]
     with torch.device("meta"):
         model = LLaMA(LlamaConfig(**config))
-    llama.fill(model, golden, "golden", official_name)
+    load_strict(model, golden, "golden", official_name)
     for ours, theirs in zip(full_logits(model, IDS), expected):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
@@ -80,50 +72,54 @@ def test_batched_is_single_and_shared_beginnings_change_nothing(tiny):
         torch.testing.assert_close(together, full_logits(model, [row])[0], rtol=1e-5, atol=1e-5)
 
 
-def test_layout_by_hand():
-    layout = pack([[7, 8], [7, 9, 9], [7, 8, 3, 3, 3, 3]], asked=[1, 2, 3])
-    assert layout.ids.tolist() == [7, 8, 9, 9, 3, 3, 3, 3]
-    assert layout.position.tolist() == [0, 1, 1, 2, 2, 3, 4, 5]
-    assert [table.tolist() for table in layout.rows] == [[[0, 1]], [[0, 2, 3]], [[0, 1, 4, 5, 6, 7]]]
-    assert [table.tolist() for table in pack([[7, 8], [7, 9, 9]], groups=False).rows] == [[[0, 1, 0], [0, 2, 3]]]
-    assert layout.asked.tolist() == [1, 2, 3, 5, 6, 7]
-    assert layout.ask.position.tolist() == [1, 1, 2, 3, 4, 5]
-    assert [table.tolist() for table in layout.ask.rows] == [[[0]], [[1, 2]], [[3, 4, 5]]]
-    for some in (layout, layout.ask, pack([[7, 8], [7, 9, 9]], [2, 1], groups=False).ask):
-        x = torch.arange(2.0 * len(some.ids)).view(-1, 2)
-        assert some.to_tokens(some.to_rows(x)).equal(x)
+def test_packing_by_hand():
+    tokens = pack([[7, 8], [7, 9, 9], [7, 8, 3, 3, 3, 3]], needed=[1, 2, 3])
+    assert tokens.ids.tolist() == [7, 8, 9, 9, 3, 3, 3, 3]
+    assert tokens.position.tolist() == [0, 1, 1, 2, 2, 3, 4, 5]
+    assert [table.tolist() for table in tokens.groups.tables] == [[[0, 1]], [[0, 2, 3]], [[0, 1, 4, 5, 6, 7]]]
+    one_group = pack([[7, 8], [7, 9, 9]], cache=object())
+    assert [table.tolist() for table in one_group.groups.tables] == [[[0, 1, 0], [0, 2, 3]]]
+    assert tokens.needed_index.tolist() == [1, 2, 3, 5, 6, 7]
+    assert [table.tolist() for table in tokens.needed_groups.tables] == [[[0]], [[1, 2]], [[3, 4, 5]]]
+    assert [mask[0, 0].int().tolist() for mask in tokens.needed_groups.masks] == [
+        [[1, 1]], [[1, 1, 0], [1, 1, 1]], [[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 0], [1] * 6]]
+    for groups, n in ((tokens.groups, 8), (tokens.needed_groups, 6), (one_group.groups, 4)):
+        x = torch.arange(2.0 * n).view(-1, 2)
+        assert groups.unpad(groups.pad(x)).equal(x)
+    layer = tokens.at_layer(0, None, None, last=True)
+    assert layer.needed(torch.arange(8)).tolist() == [1, 2, 3, 5, 6, 7]
+    assert tokens.at_layer(0, None, None, last=False).needed(torch.arange(8)).tolist() == list(range(8))
+    assert pack([[7, 8]]).at_layer(0, None, None, last=True).needed(torch.arange(2)).tolist() == [0, 1]     # all are needed
 
 
-def test_asked_tokens_are_those_of_the_full_pass(tiny):
+def test_needed_tokens_are_those_of_the_full_pass(tiny):
     model, _ = tiny
-    rows = [[5, 9, 17, 3], [5, 9, 60], [5, 9, 17, 3, 8, 8, 8, 8, 8], [5, 9, 17, 3]]      # some of the asked are shared
-    every, some = pack(rows), pack(rows, [4, 1, 6, 2])
+    sequences = [[5, 9, 17, 3], [5, 9, 60], [5, 9, 17, 3, 8, 8, 8, 8, 8], [5, 9, 17, 3]]     # some needed tokens are shared
+    every, some = pack(sequences), pack(sequences, [4, 1, 6, 2])
     with torch.no_grad():
         full = model(model.embed(every.ids), every)
-        asked = model(model.embed(some.ids), some)
-    assert len(asked) == 4 + 1 + 6 + 2
-    torch.testing.assert_close(asked, full[some.asked], rtol=1e-5, atol=1e-5)
+        needed = model(model.embed(some.ids), some)
+    assert len(needed) == 4 + 1 + 6 + 2
+    torch.testing.assert_close(needed, full[some.needed_index], rtol=1e-5, atol=1e-5)
 
 
 def test_cached_is_full_at_every_step(tiny):
-    """Rows of different lengths, read together and then continued one token at a time."""
+    """Sequences of different lengths, read together and then continued one token at a time."""
     model, _ = tiny
-    rows = [[5, 9, 17, 3], [8, 2], [44, 45, 46, 47, 48, 49]]
+    sequences = [[5, 9, 17, 3], [8, 2], [44, 45, 46, 47, 48, 49]]
     more = [[10, 11, 12], [20, 21, 22], [30, 31, 32]]
-    full = full_logits(model, [row + tail for row, tail in zip(rows, more)])
-    layout = pack(rows, [1, 1, 1], groups=False)
-    cache = Cache(model.config, len(rows), 6 + 3, torch.float32, "cpu")
+    full = full_logits(model, [sequence + tail for sequence, tail in zip(sequences, more)])
+    cache = KVCache(model.config, len(sequences), 6 + 3, torch.float32, "cpu")
+    tokens = pack(sequences, [1, 1, 1], cache=cache)
     with torch.no_grad():
-        h = model(model.embed(layout.ids), layout, cache)
-        cache.length = torch.tensor([len(row) for row in rows])
+        h = model(model.embed(tokens.ids), tokens)
         for step in range(4):
-            for b, row in enumerate(rows):
-                torch.testing.assert_close(model.logits(h)[b], full[b][len(row) - 1 + step], rtol=1e-5, atol=1e-5)
+            for b, sequence in enumerate(sequences):
+                torch.testing.assert_close(model.logits(h)[b], full[b][len(sequence) - 1 + step], rtol=1e-5, atol=1e-5)
             if step == 3:
                 break
             ids = torch.tensor([tail[step] for tail in more])
-            h = model(model.embed(ids), llama.next_tokens(ids, cache.length), cache)
-            cache.length = cache.length + 1
+            h = model(model.embed(ids), next_tokens(ids, [len(sequence) + step for sequence in sequences], cache))
 
 
 def test_16_bit_weights_on_a_cpu_compute_in_fp32(llama_dir):
@@ -134,42 +130,6 @@ def test_16_bit_weights_on_a_cpu_compute_in_fp32(llama_dir):
     for a, b in zip(full_logits(stored, IDS), full_logits(rounded, IDS)):
         assert a.dtype == torch.float32
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_frozen_product_has_the_gradient_of_the_product(dtype, monkeypatch):
-    monkeypatch.setattr(FrozenProduct, "STRIP", 3)
-    x, weight = torch.randn(5, 7, requires_grad=True), torch.randn(8, 7).to(dtype)
-    torch.testing.assert_close(FrozenProduct.apply(x, weight), x @ weight.float().T)
-    grad = torch.randn(5, 8)
-    [ours] = torch.autograd.grad(FrozenProduct.apply(x, weight), x, grad)
-    torch.testing.assert_close(ours, grad @ weight.float())
-
-
-WEIGHT, ANGLE = 0.5 + torch.arange(6) / 6, torch.linspace(0, 3, 21).view(7, 1, 3)
-
-
-def turned(x, cos, sin):
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-
-
-@pytest.mark.parametrize("ours, plain, shapes", [
-    (lambda x: llama.Normalize.apply(x, WEIGHT, 1e-5),
-     lambda x: x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * WEIGHT, [(7, 6)]),
-    (lambda x: llama.Rotate.apply(x, ANGLE.cos(), ANGLE.sin()), lambda x: turned(x, ANGLE.cos(), ANGLE.sin()), [(7, 2, 6)]),
-    (llama.Gated.apply, lambda gate, up: gate * torch.sigmoid(gate) * up, [(7, 6), (7, 6)]),
-], ids=["Normalize", "Rotate", "Gated"])
-def test_gradients_written_by_hand_are_those_of_autograd(ours, plain, shapes):
-    inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
-    wide = [x.detach().double().requires_grad_() for x in inputs]               # the reference is in fp64
-    out, reference = ours(*inputs), plain(*wide)
-    grad = torch.randn(out.shape)
-    out.backward(grad)
-    reference.backward(grad.double())
-    torch.testing.assert_close(out, reference.float(), rtol=1e-5, atol=1e-6)
-    for x, y in zip(inputs, wide):
-        torch.testing.assert_close(x.grad, y.grad.float(), rtol=1e-5, atol=1e-6)
 
 
 def test_sizes_at_7b():

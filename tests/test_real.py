@@ -19,8 +19,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import vit
-from llama import Tokenizer, greedy_continuation, load_llama, pack
-from random_weights import write_vit
+from base.packing import pack
+from base.photo import open_photo
+from experiments.random_weights import write_vit
+from llama import Tokenizer, greedy_continuation, load_llama
 
 transformers = pytest.importorskip("transformers")
 FULL = bool(os.environ.get("FULL"))
@@ -50,8 +52,8 @@ def smol(tmp_path_factory):
     return folder
 
 
-def rows_of_titles(tokenizer, tokens):
-    """Titles as rows of ids, some hundred tokens each, `tokens` in all."""
+def sequences_of_titles(tokenizer, tokens):
+    """Titles as sequences of ids, some hundred tokens each, `tokens` in all."""
     ids = [i for title in titles()[::97] for i in tokenizer.encode(title + "\n")][:tokens]
     cuts = [0, 300, 390, 700, 1250, 2000]
     return [ids[a:b] for a, b in zip(cuts, cuts[1:]) if ids[a:b]]
@@ -62,12 +64,12 @@ def test_logits_on_real_titles(smol, dtype, tolerance):
     """fp32: within 1e-4 and the same argmax.  bf16 weights: ours compute in fp32 on a CPU, the peer in bf16; ours must be
     nearer to the peer's fp32 logits than the peer itself is."""
     model, tokenizer = load_llama(smol, dtype)
-    rows = rows_of_titles(tokenizer, 2000 if FULL else 600)
-    layout = pack(rows, groups=False)
+    sequences = sequences_of_titles(tokenizer, 2000 if FULL else 600)
+    tokens = pack(sequences)
+    needed = pack(sequences, [len(sequence) for sequence in sequences]).needed_index
     with torch.no_grad():
-        [h] = layout.to_rows(model(model.embed(layout.ids), layout))
-        ours = torch.cat([model.logits(h[b, :len(row)]) for b, row in enumerate(rows)])
-        exact, peer = (torch.cat([m(torch.tensor([row])).logits[0].float() for row in rows]) for m in (
+        ours = model.logits(model(model.embed(tokens.ids), tokens)[needed])
+        exact, peer = (torch.cat([m(torch.tensor([sequence])).logits[0].float() for sequence in sequences]) for m in (
             transformers.LlamaForCausalLM.from_pretrained(smol, dtype=d).eval() for d in (torch.float32, dtype)))
     worst = (ours - exact).abs().max().item()
     same = (ours.argmax(-1) == exact.argmax(-1)).float().mean().item()
@@ -123,7 +125,7 @@ def test_preprocessing_of_real_photos():
     for path in paths:
         with Image.open(path) as image:
             theirs = torch.as_tensor(np.asarray(processor(image)["pixel_values"][0]))
-        worst = max(worst, ((vit.preprocess(vit.open_photo(path)) - theirs) * levels).abs().max().item())
+        worst = max(worst, ((vit.preprocess(open_photo(path)) - theirs) * levels).abs().max().item())
     print(f"\n{len(paths)} photos: within {worst:.1e} grey levels of transformers' CLIP processor")
     assert worst < 1e-3
 

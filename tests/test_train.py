@@ -14,10 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import console
 import evaluate
 import train
-from console import UserError
+from base import console
+from base.console import UserError
+from support import answering, run_folder
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -31,7 +32,7 @@ def flags(data_root, llama_dir, vit_dir):
 @pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory):
     """Features go to a folder of the tests' own."""
-    import config
+    from support import config
     config.FEATURE_CACHE = tmp_path_factory.mktemp("cache") / "features.sqlite"
 
 
@@ -90,7 +91,7 @@ def test_a_resumed_run_is_the_same_run_bit_for_bit(run, flags, tmp_path, monkeyp
         done.append(1)
         return step(*arguments)
 
-    monkeypatch.setattr(train, "SAVE_EVERY", -1)        # a state after every step
+    monkeypatch.setattr(run_folder, "SAVE_EVERY", -1)        # a state after every step
     monkeypatch.setattr(train, "train_step", counted)
     with pytest.raises(PowerCut):
         train.main([*flags, "--out", str(tmp_path / "cut")])
@@ -107,7 +108,7 @@ def test_a_resumed_run_is_the_same_run_bit_for_bit(run, flags, tmp_path, monkeyp
 def test_a_killed_process_is_resumed(flags, tmp_path, run):
     """The real thing: SIGKILL in the middle of the training, then --resume --out with the flags given again."""
     out = tmp_path / "killed"
-    process = subprocess.Popen([sys.executable, "-c", "import train; train.SAVE_EVERY = -1; train.main()", *flags,
+    process = subprocess.Popen([sys.executable, "-c", "import train; from support import run_folder; run_folder.SAVE_EVERY = -1; train.main()", *flags,
                                 "--out", str(out)], cwd=PROJECT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                                env={**os.environ, "OMP_NUM_THREADS": "1"})      # sums depend on the number of threads
     give_up = time.monotonic() + 200
@@ -163,9 +164,9 @@ def test_epochs_draw_their_own_partners_and_end_with_a_smaller_batch(flags, tmp_
     """40 examples in batches of 7: six steps an epoch, the last of them 5 examples."""
     batches, step = [], train.train_step
 
-    def seen(model, optimizer, scaler, examples, *more):
+    def seen(run, optimizer, scaler, examples):
         batches.append(examples)
-        return step(model, optimizer, scaler, examples, *more)
+        return step(run, optimizer, scaler, examples)
 
     monkeypatch.setattr(train, "train_step", seen)
     train.main([*flags, "--batch-size", "7", "--epochs", "2", "--out", str(tmp_path / "run")])
@@ -177,40 +178,39 @@ def test_epochs_draw_their_own_partners_and_end_with_a_smaller_batch(flags, tmp_
     assert rates == pytest.approx([train.learning_rate(s, 12, 6, 9e-3 * 7 / 256) for s in range(12)])
 
 
-def test_a_step_pairs_rows_with_their_photos(run, data_root, monkeypatch):
-    """The loss of train_step, by hand: each example alone, with its own photos' features."""
-    model, features, config, sources, _ = evaluate.load_run(run, {})
+def test_a_step_pairs_examples_with_their_photos(run, data_root):
+    """The loss of train_step, by hand: each example alone, with the features of its own photos."""
+    loaded = evaluate.load(run, data_needed=True)
     from conftest import randomize
-    from data import Epoch, read_split, rows_of
-    randomize(model)
+    from data import Epoch, encode_examples, read_split
+    model, photo_features = randomize(loaded.model), loaded.photo_features
     epoch = Epoch(read_split(data_root, "shoes", "train"), 0, 0)
     examples = [epoch[n] for n in range(9)]
-    features.prepare(name for e in examples for name in e.photos)
+    photo_features.prepare(name for e in examples for name in e.photos)
     optimizer = train.make_optimizer(model)
     for group in optimizer.param_groups:
         group["lr"] = 0.0
     alone = []
     for e in examples:
-        [row], names = rows_of([e], model.tokenizer)
+        batch, names = encode_examples([e], model.tokenizer)
         assert names == list(dict.fromkeys(e.photos))
-        alone.append(model([row], torch.stack([features.read_one(name) for name in names])).item())
+        alone.append(model(batch, torch.stack([photo_features.read_one(name) for name in names])).item())
     for size in (None, 4):
-        config.micro_batch_size = size
-        loss, _ = train.train_step(model, optimizer, torch.amp.GradScaler(enabled=False), examples, features, config)
+        loaded.config.micro_batch_size = size
+        loss, _ = train.train_step(loaded, optimizer, torch.amp.GradScaler(enabled=False), examples)
         assert loss == pytest.approx(sum(alone) / len(alone), rel=1e-4)
 
 
 def test_a_gradient_that_is_not_finite_takes_no_step(run, data_root):
-    model, features, config, sources, _ = evaluate.load_run(run, {})
+    loaded = evaluate.load(run, data_needed=True)
     from data import Epoch, read_split
-    epoch = Epoch(read_split(data_root, "shoes", "train"), 0, 0)
-    features.prepare(name for n in range(4) for name in epoch[n].photos)
-    before = {name: p.clone() for name, p in model.trained().items()}
+    model, epoch = loaded.model, Epoch(read_split(data_root, "shoes", "train"), 0, 0)
+    loaded.photo_features.prepare(name for n in range(4) for name in epoch[n].photos)
+    before = {name: p.clone() for name, p in model.trainable_parameters().items()}
     model.projector.up.weight.register_hook(lambda grad: grad * float("inf"))
     with pytest.raises(FloatingPointError, match="its gradients are not finite"):
-        train.train_step(model, train.make_optimizer(model), torch.amp.GradScaler(enabled=False),
-                         [epoch[n] for n in range(4)], features, config)
-    assert all(torch.equal(p, before[name]) for name, p in model.trained().items())
+        train.train_step(loaded, train.make_optimizer(model), torch.amp.GradScaler(enabled=False), [epoch[n] for n in range(4)])
+    assert all(torch.equal(p, before[name]) for name, p in model.trainable_parameters().items())
 
 
 def test_what_does_not_change_the_result_does_not(run, flags, tmp_path):
@@ -237,7 +237,7 @@ def test_the_optimizer_has_all_that_is_trained_and_biases_do_not_decay(tiny):
     from eiven import EIVEN
     model = EIVEN(*tiny, 24)
     groups = train.make_optimizer(model).param_groups
-    assert sorted(id(p) for g in groups for p in g["params"]) == sorted(id(p) for p in model.trained().values())
+    assert sorted(id(p) for g in groups for p in g["params"]) == sorted(id(p) for p in model.trainable_parameters().values())
     assert [g["weight_decay"] for g in groups] == [0.02, 0.0] and groups[0]["betas"] == (0.9, 0.95)
     assert all(p.dim() > 1 for p in groups[0]["params"]) and all(p.dim() == 1 for p in groups[1]["params"])
 
@@ -292,26 +292,59 @@ def test_answering_a_file_and_merging(run, data_root, tmp_path, says):
     assert answers[0] == answers[1] and len(answers[0]) == 15
 
 
-def test_answers_go_to_their_products(run, data_root):
+def test_answers_go_to_their_products(run, data_root, monkeypatch):
     """Each product alone, with its photo and its own seed, answers as in the file; at a temperature that draws."""
-    model, features, config, sources, _ = evaluate.load_run(run, {})
+    loaded = evaluate.load(run, data_needed=True)
     from conftest import randomize
-    from data import base_question, read_split, rows_of
-    randomize(model)
+    from data import base_question, encode_examples, read_split
+    model, photo_features, config = randomize(loaded.model), loaded.photo_features, loaded.config
     products = read_split(data_root, "shoes", "test")
-    features.prepare(p.image for p in products)
+    photo_features.prepare(p.image for p in products)
     expected = []
     for p in products:
-        [row], [name] = rows_of([base_question(p)], model.tokenizer)
-        [(ids, probability)] = model.generate([row], features.read_one(name)[None], [f"answer {config.seed} {p.id} {p.attribute}"],
-                                              temperature=2.0, top_p=0.9)
+        batch, [name] = encode_examples([base_question(p)], model.tokenizer)
+        [(ids, probability)] = model.generate(batch, photo_features.read_one(name)[None],
+                                              [f"answer {config.seed} {p.id} {p.attribute}"], temperature=2.0, top_p=0.9)
         expected.append((model.tokenizer.decode(ids).strip(), pytest.approx(probability, rel=1e-3)))
     assert len({text for text, _ in expected}) > 5      # photo, text and seed matter
     for size in (64, 4):
-        evaluate.ANSWER_BATCH, usual = size, evaluate.ANSWER_BATCH
-        found = evaluate.answer(model, features, products, config, temperature=2.0, top_p=0.9)
-        evaluate.ANSWER_BATCH = usual
-        assert found == expected
+        monkeypatch.setattr(answering, "ANSWER_BATCH", size)
+        found = answering.answers(loaded, products, temperature=2.0, top_p=0.9)
+        assert [(a.value, a.probability) for a in found] == expected
+
+
+def test_a_constrained_answer_is_the_likeliest_value(run, data_root, monkeypatch):
+    """Scores of every value, each product alone: the answer, its probability among the values, and the runner-up."""
+    loaded = evaluate.load(run, data_needed=True)
+    from conftest import randomize
+    from data import base_question, encode_answer, encode_examples, read_split
+    model, photo_features = randomize(loaded.model), loaded.photo_features
+    products = read_split(data_root, "shoes", "test")
+    photo_features.prepare(p.image for p in products)
+    for size in (8, 3):
+        monkeypatch.setattr(answering, "SCORE_BATCH", size)
+        for p, found in zip(products, answering.answers(loaded, products, loaded.values), strict=True):
+            batch, [name] = encode_examples([base_question(p)], model.tokenizer)
+            weight = {}
+            for value in loaded.values[p.attribute]:
+                R = encode_answer(value, model.tokenizer)
+                log_p = model.answer_logits([batch[0]._replace(answer=R)], photo_features.read_one(name)[None]).log_softmax(-1)
+                weight[value] = log_p[range(len(R)), R].sum().exp().item()
+            first, second, *_ = sorted(weight, key=weight.get, reverse=True)
+            assert (found.value, found.runner_up) == (first, second)
+            assert found.probability == pytest.approx(weight[first] / sum(weight.values()), rel=1e-3)
+            assert found.runner_up_probability == pytest.approx(weight[second] / sum(weight.values()), rel=1e-3)
+
+
+def test_three_lines_of_python(run, data_root, capsys):
+    loaded = evaluate.load(run)
+    image = data_root / "images" / "B0001.jpg"
+    answer = loaded.answer(image=str(image), text="black shoe", attribute="boot style")
+    assert str(answer) == f"{answer.value or '(no answer)'}  (probability {answer.probability:.2f})"
+    assert loaded.answer(image, "black shoe", "Boot Style", constrain=True).value in loaded.values["Boot Style"]
+    for wrong, said in (({"image": image}, "give --text"), ({"image": "nowhere.jpg", "text": "x"}, "there is no such file")):
+        with pytest.raises(UserError, match=said):
+            loaded.answer(attribute="Boot Style", **wrong)
 
 
 def test_scoring_with_other_settings_says_so(run, says, tmp_path):
@@ -376,7 +409,7 @@ def test_mistakes_in_training(fails, flags, more, said, tmp_path):
 
 def test_a_folder_with_a_run_is_not_written_over(fails, run, flags):
     before = (run / "adapter.safetensors").read_bytes()
-    assert "holds a run already; go on with it by --resume" in fails("train.py", *flags, "--out", run)
+    assert "holds a run already; continue it with --resume" in fails("train.py", *flags, "--out", run)
     assert "a resumed run keeps its settings" in fails("train.py", "--resume", run, "--labels", "9")
     assert (run / "adapter.safetensors").read_bytes() == before
 
@@ -421,7 +454,7 @@ def test_two_processes_do_not_train_in_one_folder(fails, run, tmp_path):
     import shutil
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / "adapter.safetensors").unlink()
-    with train.alone_in(tmp_path / "run"):
+    with run_folder.only_process(tmp_path / "run"):
         assert "another process is training in this folder" in fails("train.py", "--resume", tmp_path / "run")
     train.main(["--resume", str(tmp_path / "run")])
 
@@ -476,7 +509,7 @@ def test_a_folder_that_is_no_finished_run(fails, run, tmp_path):
     assert "is not a run folder" in fails("evaluate.py", tmp_path)
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / "adapter.safetensors").unlink()
-    assert "the training of this run has not ended; go on with: python train.py --resume" in fails("evaluate.py", tmp_path / "run")
+    assert "its training is not finished; continue it with: python train.py --resume" in fails("evaluate.py", tmp_path / "run")
     (tmp_path / "run" / "config.json").write_text('{"labels": 3}')
     assert "lacks dataset" in fails("evaluate.py", tmp_path / "run")
 

@@ -11,17 +11,17 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import vit
-from console import UserError
-from vit import CLIP_STD, ViT, ViTConfig, load_vit, open_photo, preprocess
-from weights import fill
+from base.console import UserError
+from base.photo import open_photo
+from experiments.random_weights import TINY_VIT
+from vit import CLIP_STD, ViT, load_vit, preprocess
+from base.checkpoint import load_strict
 
-TINY = ViTConfig(hidden_size=24, intermediate_size=40, num_hidden_layers=6, num_attention_heads=3, patch_size=8,
-                 image_size=32)
 
 
-def cls_tokens(model, pixels, taps=(3, 6)):
+def cls_tokens(model, pixels, cls_layers=(3, 6)):
     with torch.no_grad():
-        return model(pixels, taps)
+        return model(pixels, cls_layers)
 
 
 @pytest.fixture
@@ -44,8 +44,8 @@ def test_cls_tokens_are_those_recorded_from_transformers():
     golden = load_file(Path(__file__).parent / "golden" / "vit.safetensors")
     pixels, *expected = (golden.pop(name) for name in ("pixels", "cls.3", "cls.6"))
     with torch.device("meta"):
-        model = ViT(TINY)
-    fill(model, vit.vision_tower(golden, "golden"), "golden", vit.official_name)
+        model = ViT(TINY_VIT)
+    load_strict(model, vit.vision_tower(golden, "golden"), "golden", vit.official_name)
     torch.testing.assert_close(cls_tokens(model, pixels), torch.stack(expected, 1), rtol=1e-5, atol=1e-5)
 
 

@@ -1,0 +1,1 @@
+"""Below the method and known to every other module: files, weights, progress, and fast forms of the same arithmetic."""

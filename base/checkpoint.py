@@ -1,0 +1,143 @@
+"""Official weight files, read strictly: mapped, not copied, and anything that does not fit is named.
+
+A wrong weight file seldom fails by itself; it answers fluently and wrongly.  So a model takes its tensors through
+`load_strict`, which wants every tensor that the model has, no other, and each in its shape.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from base.console import UserError
+
+BROKEN = "Download it again (a browser or git without LFS leaves such files)."
+
+
+def what_is(path):
+    """What a file really is, in a few words, if it is one of the usual impostors; else None.
+
+    Weights, tokenizers and photos alike arrive as git-LFS pointers, HTML error pages or macOS resource forks.
+    """
+    with open(path, "rb") as file:
+        head = file.read(512)
+    text = head.lstrip().lower()
+    if not head:
+        return "an empty file"
+    if head.startswith(b"version https://git-lfs"):
+        return "a git-LFS pointer: a text of three lines where the real file should be"
+    if text.startswith((b"<!doctype html", b"<html", b"<?xml", b"<head")):
+        return "an HTML or XML page, such as a server sends with an error"
+    if head.startswith(b"\x00\x05\x16\x07"):
+        return "a macOS resource fork (`._` file), not the file itself"
+    if text.startswith((b'{"error', b"entry not found", b"access to model")):
+        return "a server's error message"
+    return None
+
+
+def check_file(path, kind):
+    """Raise UserError if `path` is not there or is an impostor; kind says what it should be ("LLaMA weights")."""
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: not found; {kind} should be there")
+    if not path.is_file():
+        raise UserError(f"{path}: is a folder, but {kind} should be a file")
+    impostor = what_is(path)
+    if impostor:
+        raise UserError(f"{path}: should be {kind}, but is {impostor}. {BROKEN}")
+
+
+def read_json(path, kind):
+    """A JSON object from a file, or a UserError that names file and line."""
+    check_file(path, kind)
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: {kind} should be JSON, but the file is not text ({error.reason})") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {error.lineno}: {kind} is not valid JSON: {error.msg}. {BROKEN}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: {kind} should be a JSON object, but is a {type(value).__name__}")
+    return value
+
+
+def shard_files(folder, kind):
+    """The safetensors files of a model folder: the one model.safetensors, or those that the index names."""
+    folder = Path(folder)
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        single = folder / "model.safetensors"
+        if not single.exists():
+            others = sorted(p.name for p in folder.glob("*") if p.suffix in (".bin", ".pth", ".pt", ".gguf"))
+            found = f" It holds {', '.join(others[:3])}, which is another format." if others else ""
+            raise UserError(f"{folder}: holds neither model.safetensors nor model.safetensors.index.json "
+                            f"({kind} in the Hugging Face layout).{found}")
+        return [single]
+    names = read_json(index, f"the index of {kind}").get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise UserError(f"{index}: has no 'weight_map' from tensor names to files. {BROKEN}")
+    shards = sorted({str(name) for name in names.values()})
+    if any(Path(name).name != name for name in shards):
+        raise UserError(f"{index}: names files outside its own folder: {shards[:3]}")
+    absent = [name for name in shards if not (folder / name).exists()]
+    if absent:
+        raise UserError(f"{folder}: {len(absent)} of the {len(shards)} files named in {index.name} are absent: "
+                        f"{', '.join(absent[:4])}. Finish the download.")
+    return [folder / name for name in shards]
+
+
+def map_safetensors(path, kind):
+    """{name: tensor} of one safetensors file.  The tensors are mapped: no byte is read before it is used."""
+    check_file(path, kind)
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, ValueError, OSError) as error:
+        raise UserError(f"{path}: is not a whole safetensors file ({error}); it has {Path(path).stat().st_size:,} "
+                        f"bytes. A download that was cut short looks like this: fetch it again.") from None
+
+
+def sample_digest(paths):
+    """A short hash that tells other weights from these without reading gigabytes: of each file its size and 64 pieces of
+    16 kB, evenly spread, of a smaller file everything."""
+    digest, pieces, piece = hashlib.sha256(), 64, 1 << 14
+    for path in paths:
+        size = Path(path).stat().st_size
+        digest.update(size.to_bytes(8, "big"))
+        with open(path, "rb") as file:
+            for place in range(0, size, max(piece, size // pieces)):
+                file.seek(place)
+                digest.update(file.read(piece))
+    return digest.hexdigest()[:16]
+
+
+def load_strict(module, tensors, where, names=lambda name: name, dtype=None, device=None):
+    """Put `tensors` in the place of the parameters of `module`, which may be on the meta device.
+
+    tensors  {official name: tensor}, emptied on the way, so that a mapped tensor that had to be
+             converted is let go before the next one is read
+    names    from a parameter's name in `module` to its official name
+    dtype    what floating-point tensors become; None keeps the file's
+    Errors   UserError with every kind of difference: missing, unexpected, other shape, no float.
+    """
+    wanted = {names(name): (name, parameter) for name, parameter in module.named_parameters()}
+    missing = sorted(wanted.keys() - tensors.keys())
+    extra = sorted(tensors.keys() - wanted.keys())
+    shapes = [f"{name} is {tuple(tensors[name].shape)}, expected {tuple(parameter.shape)}"
+              for name, (_, parameter) in wanted.items() if name in tensors and tensors[name].shape != parameter.shape]
+    integers = [f"{name} is {tensors[name].dtype}" for name in wanted
+                if name in tensors and tensors[name].dtype not in (torch.float16, torch.bfloat16, torch.float32)]
+    problems = []
+    for what, found in (("missing", missing), ("unexpected", extra), ("of another shape", shapes),
+                        ("not of fp16, bf16 or fp32", integers)):
+        if found:
+            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+            problems.append(f"{len(found)} {what}: {'; '.join(found[:3])}{more}")
+    if problems:
+        raise UserError(f"{where}: the tensors do not fit the model that its sizes describe: " + " | ".join(problems))
+    for official, (name, parameter) in wanted.items():
+        tensor = tensors.pop(official).to(device=device, dtype=dtype)
+        owner, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(owner), leaf, torch.nn.Parameter(tensor, requires_grad=False))

@@ -1,0 +1,54 @@
+"""Data sets' TSV files: cells and line numbers on the way in, whole files on the way out.
+
+The format is Python's csv dialect "excel-tab" in UTF-8: tabs between cells; a cell with a tab, a newline or a quote in
+it is quoted.
+"""
+
+import codecs
+import csv
+
+from base.console import UserError, whole_file
+
+COLUMNS = ("id", "images", "category", "texts", "attribute_names", "attribute_values")     # of a data set
+csv.field_size_limit(1 << 24)
+
+
+class Reader:
+    """Reads a TSV from an open binary file, from its current position on.
+
+    cells  iterator over the lines, each a list of cells
+    end    byte offset after the line that was read last
+    UserError with file and line for what is not UTF-8 or not a TSV.
+    """
+
+    def __init__(self, file, path):
+        self.file, self.path, self.end = file, path, file.tell()
+        self.reader = csv.reader(self._text(), dialect="excel-tab", strict=True)
+        self.cells = self._read()
+
+    def _text(self):
+        for line in iter(self.file.readline, b""):
+            if self.end == 0:
+                line = line.removeprefix(codecs.BOM_UTF8)
+            self.end = self.file.tell()
+            yield line.decode("utf-8")
+
+    def _read(self):
+        try:
+            yield from self.reader
+        except UnicodeDecodeError as error:
+            raise UserError(f"{self.path}, after line {self.reader.line_num}: is not UTF-8 text ({error.reason})") from None
+        except csv.Error as error:
+            raise UserError(f"{self.where()}: is not a readable TSV ({error}); "
+                            "cells with a quote in them must be quoted as Python's csv module does it") from None
+
+    def where(self):
+        return f"{self.path}, line {self.reader.line_num}"
+
+
+def write_tsv(path, rows, header=COLUMNS):
+    """Write `header` and then `rows` (any iterable of lists of cells); the file is whole or not there at all."""
+    with whole_file(path) as partial, open(partial, "w", encoding="utf-8", newline="") as file:
+        lines = csv.writer(file, dialect="excel-tab", lineterminator="\n")
+        lines.writerow(header)
+        lines.writerows(rows)

@@ -1,0 +1,96 @@
+"""LLaMA-7B's size on this machine: seconds and gigabytes to load it, to answer one product, and for a training step.
+
+    python -m experiments.random_weights llama-7b weights-7b --tokenizer FILE
+    python -m experiments.full_size weights-7b
+
+Weights may be random: nothing here depends on what they say.
+"""
+
+import argparse
+import resource
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from base.frozen_ops import frozen_linear
+from data import Product, base_question, encode_examples
+from eiven import EIVEN
+from llama import load_llama
+from train import make_optimizer
+
+GB = 1e9
+
+
+def peak():
+    """Peak resident memory of this process so far, in bytes; pages of mapped files count."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def seconds(do):
+    start = time.perf_counter()
+    result = do()
+    return result, time.perf_counter() - start
+
+
+def read_files(folder):
+    """Read every byte of the weights, as `cat` would; how many there are."""
+    size, buffer = 0, bytearray(16 << 20)
+    for path in sorted(folder.glob("*.safetensors")):
+        with open(path, "rb", buffering=0) as file:
+            while n := file.readinto(buffer):
+                size += n
+    return size
+
+
+def compare_products():
+    """One bf16 matrix of the feed-forward and 64 tokens: the ways to multiply them on this processor, median of 9."""
+    weight, x = torch.randn(11008, 4096).bfloat16(), torch.randn(64, 4096)
+    wide = weight.float()
+    ways = {"in bf16": lambda: x.bfloat16() @ weight.T, "widening the whole matrix": lambda: x @ weight.float().T,
+            "widening strips": lambda: frozen_linear(x, weight), "with fp32 weights": lambda: x @ wide.T}
+    for do in ways.values():
+        do()
+    took = {name: statistics.median(seconds(do)[1] for _ in range(9)) for name, do in ways.items()}
+    print("11,008 x 4,096 by 64 tokens: " + ", ".join(f"{name} {1e3 * t:.0f} ms" for name, t in took.items()), flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Seconds and gigabytes at LLaMA-7B's size.")
+    parser.add_argument("llama", type=Path, help="folder of a LLaMA")
+    args = parser.parse_args()
+    compare_products()
+    size, once = seconds(lambda: read_files(args.llama))
+    _, again = seconds(lambda: read_files(args.llama))
+    (llama, tokenizer), load = seconds(lambda: load_llama(args.llama))
+    _, touch = seconds(lambda: [p.view(torch.int8).view(-1)[::4096].sum() for p in llama.parameters()])
+    print(f"weights {size / GB:.2f} GB; reading the files {once:.1f} s, again (cached) {again:.1f} s; loading {load:.1f} s "
+          f"and touching every page {touch:.1f} s: {(load + touch) / again:.2f} x the cached reading")
+    print(f"peak memory after loading {peak() / GB:.2f} GB, Python and PyTorch included: {peak() / size:.3f} x the weights",
+          flush=True)
+
+    model = EIVEN(llama, tokenizer, visual_width=768)
+    cls_tokens = torch.randn(1, 4, 768)
+    product = Product("B1", "b1.jpg", "Shoes", "Polar Fox Men's Black Lace Up Cap Toe Military Work Desert Ankle Boot",
+                      "Boot Style", "Combat")
+    batch, _ = encode_examples([base_question(product)], tokenizer)
+    [(ids, _)], took = seconds(lambda: model.generate(batch, cls_tokens, ["seed"], limit=5))
+    prompt = len(model.input_ids(batch[0], model.project(cls_tokens)))
+    print(f"one product ({prompt} tokens read, {len(ids)} written): {took:.1f} s; peak memory {peak() / GB:.2f} GB", flush=True)
+
+    llama.grad_checkpoint = True
+    optimizer = make_optimizer(model)
+
+    def step():
+        loss = model(batch, cls_tokens)
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    loss, took = seconds(step)
+    print(f"one training step, micro-batch 1, --grad-checkpoint: {took:.1f} s, loss {loss:.1f}; peak memory {peak() / GB:.2f} GB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""The whole model without tricks: one sequence, every formula written out, loops over heads and positions.
+
+    python -m experiments.plain                 compares it with EIVEN on the demo world's model
+
+Read this first.  It computes what eiven.py, llama.py and adapters.py compute, slowly: no packing, no shared prefixes, no
+cache, no fused operation.  The tests hold the fast model to it (tests/test_eiven.py).
+
+Shapes   T tokens of the sequence   D hidden size   d head dimension   K [cls] tokens of a photo   V ViT width   r adapter rank
+"""
+
+import math
+
+import torch
+
+
+def answer_log_probs(model, example, cls_tokens):
+    """log p(R_t | X, R_<t) for each token of the example's answer R: (|R|,).  X = [I', Q, C], section 2.2.
+
+    model       an EIVEN whose adapters are not merged, and whose LLaMA has no biases and its own lm_head
+    cls_tokens  (P, K, V), I of each photo
+    """
+    llama, config = model.llama, model.llama.config
+    table = llama.embed_tokens.weight                                           # (vocab, D)
+    visual_tokens = [projector(model.projector, cls_tokens[p]) for p in example.photos]         # I', (K, D) each
+    x = torch.cat([table[[model.tokenizer.bos_id]], *visual_tokens, table[example.prompt + example.answer]])    # (T, D)
+    T, d = len(x), config.head_dim
+
+    for block in llama.layers:
+        h = adapter(block.adapter, rms_norm(x, block.input_layernorm))
+        q = h @ block.self_attn.q_proj.weight.T
+        k = h @ block.self_attn.k_proj.weight.T
+        v = h @ block.self_attn.v_proj.weight.T
+        heads = []
+        for i in range(config.num_attention_heads):
+            j = i // (config.num_attention_heads // config.num_key_value_heads)         # its key/value head
+            q_i = rotate(q[:, i * d:(i + 1) * d], config.rope_theta)            # (T, d)
+            k_j = rotate(k[:, j * d:(j + 1) * d], config.rope_theta)
+            v_j = v[:, j * d:(j + 1) * d]
+            scores = q_i @ k_j.T / math.sqrt(d)                                 # (T, T)
+            scores = scores + torch.full((T, T), float("-inf")).triu(1)         # no token sees a later one
+            heads.append(scores.softmax(-1) @ v_j)
+        x = x + torch.cat(heads, -1) @ block.self_attn.o_proj.weight.T
+        h = rms_norm(x, block.post_attention_layernorm)
+        gate = h @ block.mlp.gate_proj.weight.T
+        up = h @ block.mlp.up_proj.weight.T
+        x = x + (gate * gate.sigmoid() * up) @ block.mlp.down_proj.weight.T
+
+    logits = rms_norm(x, llama.norm) @ llama.lm_head.weight.T                   # (T, vocab)
+    R = torch.tensor(example.answer)
+    before = torch.arange(T - len(R) - 1, T - 1)                                # the token before R_t predicts R_t
+    return logits.log_softmax(-1)[before, R]
+
+
+def projector(p, I):
+    """I' = (swish(I Wg + bg) * (I Wd + bd)) Wu + bu, section 2.1: (K, V) -> (K, D)"""
+    gate = I @ p.gate.weight.T + p.gate.bias
+    return (gate * gate.sigmoid() * (I @ p.down.weight.T + p.down.bias)) @ p.up.weight.T + p.up.bias
+
+
+def adapter(a, h):
+    """h' = h + s (U sigma(D h + d) + u), section 2.2 and Appendix D: (T, D) -> (T, D)"""
+    z = h @ a.down.weight.T + a.down.bias                                       # (T, r)
+    if a.kind == "mlp":
+        z = z.clamp(min=0)
+    parts = zip(z.chunk(len(a.up_weight), dim=-1), a.up_weight)                 # RepAdapter: U in two groups
+    return h + a.scale * (torch.cat([z_g @ U_g.T for z_g, U_g in parts], -1) + a.up_bias)
+
+
+def rms_norm(x, norm):
+    """x / rms(x) * weight: (T, D) -> (T, D)"""
+    return x / (x.pow(2).mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight
+
+
+def rotate(x, theta):
+    """Rotary positions: the pair (i, i + d/2) of token t is rotated by t theta^(-2i/d): (T, d) -> (T, d)"""
+    out, half = x.clone(), x.shape[1] // 2
+    for t in range(len(x)):
+        for i in range(half):
+            angle = t * theta ** (-i / half)
+            a, b = x[t, i], x[t, i + half]
+            out[t, i] = a * math.cos(angle) - b * math.sin(angle)
+            out[t, i + half] = b * math.cos(angle) + a * math.sin(angle)
+    return out
+
+
+def main():
+    from data import base_question, comparison, encode_examples, read_split
+    from demo import world
+    from eiven import EIVEN
+    from llama import load_llama
+    model = EIVEN(*load_llama(world.LLAMA, torch.float32), visual_width=64)
+    with torch.no_grad():
+        for p in model.trainable_parameters().values():
+            p += 0.02 * torch.randn_like(p)             # up-projections start at zero, and would hide the adapters
+        first, second, *_ = read_split(world.write_dataset(), "general", "test")[:2]
+        batch, photos = encode_examples([base_question(first), comparison(first, second, "judge_last")], model.tokenizer)
+        cls_tokens = torch.randn(len(photos), 4, 64)
+        loss = model(batch, cls_tokens)
+        plain = -sum(answer_log_probs(model, example, cls_tokens).sum() for example in batch) / len(batch)
+    print(f"the training objective L of two examples: {plain:.6f} written out, {loss:.6f} by EIVEN.forward")
+
+
+if __name__ == "__main__":
+    main()

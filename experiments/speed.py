@@ -1,0 +1,525 @@
+"""Speed and memory, each against the usual way of doing the same work, in the same run:
+
+    pip install transformers==5.23.0                    the only extra package, for this file alone
+    python -m experiments.speed                                     the demo's model, and random weights of LLaMA-7B's width
+    python -m experiments.speed --llama SMOLLM2 --data ROOT --dataset footwear --vit VIT --weights-7b DIR        everything
+
+The usual way ("peer") is transformers' LlamaForCausalLM with adapters by forward hooks, rows padded to the longest of
+their batch (or, as LaVIN does, to 512), logits for every token; for answers, its `generate` on left-padded batches.
+Both sides hold the same weights, get the same rows in the same order, and must agree: the loss and every trained
+gradient to 1e-4 of its size, the answers token for token.  Answering in order of length is ours; the peer's batches are
+in the data's order.  The two take turns, and a figure is the median over the
+turns of the ratio of their seconds, with its least and greatest.  Seconds are one machine's at one hour; ratios travel.
+"""
+
+import argparse
+import copy
+import hashlib
+import json
+import os
+import platform
+import resource
+import sqlite3
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from base import console
+from base.console import UserError, write_text
+from base.packing import pack
+from data import Encoded, Epoch, base_question, encode_examples, fingerprint, read_split, sample_labels, values_of
+from demo import world
+from eiven import EIVEN, cls_layers
+from experiments.peer import Peer, import_transformers
+from llama import LLaMA, LlamaConfig, Tokenizer, load_llama
+from support.config import FEATURE_CACHE, PROJECT, keep_freed_memory
+from support.features import PhotoFeatures
+from train import make_optimizer
+from vit import load_vit
+
+SECTIONS = ("train", "generate", "load", "features", "scaling", "memory")
+MODELS = ("demo", "llama", "wide")
+BATCH, WIDE_BATCH = 32, 16                              # rows of a step; of the wide model, where a row takes seconds
+LAVIN_LENGTH = 512                                      # LaVIN pads every row to this many tokens
+WIDE = LlamaConfig(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=4,
+                   num_attention_heads=32, num_key_value_heads=32, head_dim=128, rms_norm_eps=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------ turns and ratios
+
+
+def seconds(do):
+    start = time.perf_counter()
+    do()
+    return time.perf_counter() - start
+
+
+def turns(rounds, **sides):
+    """{side: its seconds, one a round}.  The sides take turns; where a round takes less than four seconds there are more
+    rounds, up to 25.  Each side has been called before, by a check or a smaller call, so that none is cold."""
+    took = {name: [] for name in sides}
+    done = 0
+    while done < rounds:
+        for name, do in sides.items():
+            took[name].append(seconds(do))
+        done += 1
+        if done == 1:
+            rounds = max(rounds, min(25, int(20 / sum(s[0] for s in took.values()))))
+    return took
+
+
+class Report:
+    """Prints the table line by line, and keeps it for the JSON."""
+
+    def __init__(self):
+        self.lines = []
+
+    def add(self, section, what, each, unit, at_least=None, at_most=None, note="", **more):
+        """The median of `each`, one figure a round, its spread, and what it should reach."""
+        value, low, high = statistics.median(each), min(each), max(each)
+        self.lines.append({"section": section, "what": what, "value": value, "low": low, "high": high, "rounds": len(each),
+                           "unit": unit, "at_least": at_least, "at_most": at_most, "note": note, **more})
+        met = (at_least is None or value >= at_least) and (at_most is None or value <= at_most)     # not met by a NaN
+        goal = (f"{at_least:g} to {at_most:g}" if None not in (at_least, at_most) else
+                f"at least {at_least:g}" if at_least is not None else f"at most {at_most:g}" if at_most is not None else "")
+        spread = f"{low:.2f} to {high:.2f} ({len(each)})"
+        print(f"{section:8}  {what:58}  {value:8.2f} {unit:2}  {spread:22}  {goal:13} {'' if met else 'MISSED':6}  {note}",
+              flush=True)
+
+    def ratio(self, section, what, over, under, unit="x", **more):
+        """Of two sides' seconds, round by round."""
+        self.add(section, what, [a / b for a, b in zip(over, under, strict=True)], unit,
+                 seconds=[statistics.median(over), statistics.median(under)], **more)
+
+
+def agree(what, ours, peer, tolerance=1e-4):
+    """Both sides' results must be the same, to a share of the peer's greatest."""
+    far = (ours - peer).abs().max().item() / max(peer.abs().max().item(), 1e-30)
+    if not far <= tolerance:
+        raise UserError(f"{what}: ours and the peer's differ by {far:.1e} of the greatest, more than {tolerance:.0e}; "
+                        "their times cannot be compared")
+
+
+# ------------------------------------------------------------------------------------------------ what is measured on
+
+
+class Subject:
+    """A model with rows to train on and questions to answer.  goals: the ratios that are wanted of it."""
+
+    def __init__(self, name, goals, model, examples, questions, cls_tokens=None, question_cls_tokens=None):
+        self.name, self.goals, self.model = name, goals, model
+        self.examples, self.cls_tokens = examples, cls_tokens
+        self.questions, self.question_cls_tokens = questions, question_cls_tokens
+        draw = torch.Generator().manual_seed(1)
+        with torch.no_grad():                           # the zeros of step 0 would hide gradients
+            for p in model.trainable_parameters().values():
+                p += 0.02 * torch.randn(p.shape, generator=draw)
+
+
+def subjects(args):
+    """The models that are asked for, one after the other: the wide one alone takes 4 GB."""
+    demo_root = world.write_dataset()
+    root = Path(args.data) if args.data else demo_root
+
+    def examples(root, dataset, batch, questions):
+        epoch = Epoch(sample_labels(read_split(root, dataset, "train"), 10, 0), 0, 0)       # as train.py by default
+        return [epoch[n] for n in range(batch)], [base_question(p) for p in read_split(root, dataset, "test")[:questions]]
+
+    def text_only(tokenizer, examples, vocabulary):
+        # The wide model has LLaMA's 32,000 pieces, the tokenizer perhaps more.
+        return [Encoded((), *([t % vocabulary for t in ids] for ids in example[1:]))
+                for example in encode_examples(examples, tokenizer, image=False)[0]]
+
+    if "demo" in args.models:
+        llama, tokenizer = load_llama(world.LLAMA, torch.float32)
+        some, asked = examples(demo_root, "general", BATCH, 128)
+        photo_features = PhotoFeatures(FEATURE_CACHE, world.VIT, demo_root / "images")
+        names = [name for example in some + asked for name in example.photos]
+        world.draw_photos(demo_root, names)
+        photo_features.prepare(names)
+        (batch, photos), (questions, shown) = encode_examples(some, tokenizer), encode_examples(asked, tokenizer)
+        yield Subject("demo's model", {"train": 1.8, "generate": 1.8}, EIVEN(llama, tokenizer, photo_features.width), batch,
+                      questions, photo_features.read(photos, "cpu"), photo_features.read(shown, "cpu"))
+    if "llama" in args.models and args.llama:
+        llama, tokenizer = load_llama(args.llama, torch.float32)
+        some, asked = examples(root, args.dataset, BATCH, 64)
+        vocabulary = llama.config.vocab_size
+        yield Subject(Path(args.llama).name, {"train": 1.8, "generate": 1.4}, EIVEN(llama, tokenizer, None),
+                      text_only(tokenizer, some, vocabulary), text_only(tokenizer, asked, vocabulary))
+    if "wide" in args.models:
+        tokenizer = Tokenizer(Path(args.llama or world.LLAMA) / "tokenizer.model")
+        with torch.device("meta"):
+            llama = LLaMA(WIDE)
+        llama = llama.to_empty(device="cpu").eval()
+        draw = torch.Generator().manual_seed(0)
+        for name, p in llama.named_parameters():
+            nn.init.ones_(p) if "norm" in name else nn.init.normal_(p, 0, 0.02, generator=draw)
+        some, asked = examples(root, args.dataset, WIDE_BATCH, 16)
+        yield Subject("7B width x 4 layers", {"train": 2.0, "generate": 1.6, "limit": 85}, EIVEN(llama, tokenizer, None),
+                      text_only(tokenizer, some, WIDE.vocab_size), text_only(tokenizer, asked, WIDE.vocab_size))
+
+
+# ------------------------------------------------------------------------------------------------ train
+
+
+def bench_train(subject, report, rounds):
+    model, batch, cls_tokens = subject.model, subject.examples, subject.cls_tokens
+    peer = Peer(model)
+    X = [model.input_ids(example, model.project(cls_tokens)) for example in batch]
+
+    def stepper(trainee, loss_of):
+        optimizer = make_optimizer(trainee)
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-5
+
+        def step():
+            optimizer.zero_grad(set_to_none=True)
+            loss = loss_of()
+            loss.backward()
+            optimizer.step()
+            return loss.detach()
+        return step
+
+    ours = stepper(model, lambda: model(batch, cls_tokens))
+    usual = stepper(peer, lambda: peer.loss(X, batch, cls_tokens))
+    limits = []
+    agree(f"{subject.name}: loss", ours(), usual())
+    for (name, a), b in zip(model.trainable_parameters().items(), peer.trainable_parameters().values()):
+        agree(f"{subject.name}: gradient of {name}", a.grad, b.grad)
+    lengths = [len(x) + len(example.answer) - 1 for x, example in zip(X, batch)]
+    computed = len(pack([x + example.answer[:-1] for x, example in zip(X, batch)]).ids)
+    products = product_times(model, computed, sum(len(example.answer) for example in batch))
+    took = turns(rounds, ours=ours, usual=usual, products=lambda: limits.append(products()))
+    note = f"{len(batch)} rows: {computed:,} tokens computed, {sum(lengths):,} real, {len(batch) * max(lengths):,} padded"
+    report.ratio("train", f"{subject.name}: step, peer / ours", took["usual"], took["ours"], at_least=subject.goals["train"],
+                 note=note)
+
+    report.ratio("train", f"{subject.name}: share of the products' limit, tokens computed", [100 * s for s in limits],
+                 took["ours"], "%", at_least=subject.goals.get("limit"))
+    report.ratio("train", f"{subject.name}: the same, real tokens", [100 * s * sum(lengths) / computed for s in limits],
+                 took["ours"], "%", note="shared beginnings count for every row that has them")
+
+    if "limit" not in subject.goals:                    # at the 7B's width a row of 512 takes half a minute
+        few, short = batch[:8], X[:8]
+        took = turns(rounds, ours=stepper(model, lambda: model(few, cls_tokens)),
+                     usual=stepper(peer, lambda: peer.loss(short, few, cls_tokens, LAVIN_LENGTH)))
+        report.ratio("train", f"{subject.name}: step of 8 rows, peer padded to {LAVIN_LENGTH} / ours", took["usual"],
+                     took["ours"], at_least=10)
+
+
+def product_times(model, tokens, answer_tokens):
+    """A function that measures how many seconds the products with frozen matrices alone would take at this machine's
+    rate: forward, and the gradient of their inputs; in the last layer keys and values for all tokens, the rest for those
+    of answers alone.  Attention, norms and all else are not counted."""
+    config, block = model.llama.config, model.llama.layers[0]
+    attention, mlp = block.self_attn, block.mlp
+    for_all = [attention.k_proj, attention.v_proj]
+    rest = [attention.q_proj, attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+    head = model.llama.embed_tokens if config.tie_word_embeddings else model.llama.lm_head
+
+    def both_ways(layers, tokens):
+        took = 0
+        for weight in [layer.weight for layer in layers]:
+            x, y = torch.randn(tokens, weight.shape[1]), torch.randn(tokens, weight.shape[0])
+            torch.mm(x, weight.T, out=y)                # memory that is there already, as a reused one would be
+            start = time.perf_counter()
+            torch.mm(x, weight.T, out=y)
+            torch.mm(y, weight, out=x)
+            took += time.perf_counter() - start
+        return took
+
+    @torch.no_grad()
+    def measure():
+        return ((config.num_hidden_layers - 1) * both_ways(for_all + rest, tokens)
+                + both_ways(for_all, tokens) + both_ways([*rest, head], answer_tokens))
+    return measure
+
+
+# ------------------------------------------------------------------------------------------------ generate
+
+
+def bench_generate(subject, report, rounds):
+    model, batch, cls_tokens = subject.model, subject.questions, subject.question_cls_tokens
+    peer = Peer(model)
+    limit = max(len(example.answer) for example in batch)        # tokens: as many as the longest true answer has
+    batches = [range(i, min(i + 64, len(batch))) for i in range(0, len(batch), 64)]
+    order = sorted(range(len(batch)), key=lambda i: len(batch[i].prompt))       # as support/answering.py does
+    X = [model.input_ids(example, model.project(cls_tokens)) for example in batch]
+
+    def answers(model):
+        found = {}
+        for chosen in batches:
+            some = [order[n] for n in chosen]
+            written = model.generate([batch[i] for i in some], cls_tokens, temperature=0, limit=limit)
+            found.update((i, ids) for i, (ids, _) in zip(some, written))
+        return [found[i] for i in range(len(batch))]
+
+    def usual():
+        return [ids for chosen in batches for ids in peer.generate([X[i] for i in chosen], cls_tokens, limit)]
+
+    same = sum(a == b for a, b in zip(answers(model), usual()))
+    if same != len(batch):
+        raise UserError(f"{subject.name}: {same} of {len(batch)} answers are the peer's; their times cannot be compared")
+    took = turns(rounds, ours=lambda: answers(model), usual=usual)
+    report.ratio("generate", f"{subject.name}: products a second, ours / peer", took["usual"], took["ours"],
+                 at_least=subject.goals["generate"], note=f"{len(batch)} products, {limit} tokens at most, all answers the same")
+
+    frozen = {id(p): p for p in model.parameters() if not p.requires_grad}      # shared, not copied
+    plain = copy.deepcopy(model, dict(frozen))
+    for block in plain.llama.layers:                    # adapters that do nothing: merged and plain write the same
+        nn.init.zeros_(block.adapter.up_weight)
+        nn.init.zeros_(block.adapter.up_bias)
+    merged = copy.deepcopy(plain, dict(frozen)).merge_adapters()
+    for block in plain.llama.layers:
+        block.adapter = nn.Identity()
+    if answers(merged) != answers(plain):
+        raise UserError(f"{subject.name}: merged adapters that do nothing change answers")
+    took = turns(rounds, merged=lambda: answers(merged), plain=lambda: answers(plain))
+    report.ratio("generate", f"{subject.name}: merged / LLaMA without adapters, time", took["merged"], took["plain"],
+                 at_most=1.02)
+
+
+# ------------------------------------------------------------------------------------------------ load, features
+
+
+def child(code, *arguments):
+    """What a Python of its own prints last, from JSON: for peaks of memory, which never come down again."""
+    done = subprocess.run([sys.executable, "-c", f"import json, sys\nfrom experiments import speed\nprint(json.dumps(speed.{code}(*sys.argv[1:])))",
+                           *map(str, arguments)], cwd=PROJECT, capture_output=True, text=True)
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or ["it was stopped, perhaps for want of memory"]
+        raise UserError(f"bench.{code} ended with {done.returncode}: {said[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def peak():
+    """Greatest resident memory of this process so far, bytes; mapped files count."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def load_and_touch(folder):
+    """(seconds, peak of memory, bytes of weights)"""
+    start = time.perf_counter()
+    llama, _ = load_llama(folder)
+    for p in llama.parameters():
+        p.view(torch.int8).view(-1)[::4096].sum()
+    return time.perf_counter() - start, peak(), sum(p.nbytes for p in llama.parameters())
+
+
+def read_bytes(folder):
+    buffer = bytearray(16 << 20)
+
+    def do():
+        for path in Path(folder).glob("*.safetensors"):
+            with open(path, "rb", buffering=0) as file:
+                while file.readinto(buffer):
+                    pass
+    return seconds(do)
+
+
+def bench_load(report, args):
+    if not args.weights_7b:
+        return print("load      needs --weights-7b (of a small model, Python's own start is most)")
+    folder = Path(args.weights_7b).resolve()
+    child("read_bytes", folder)
+    pairs = [(child("load_and_touch", folder), child("read_bytes", folder)) for _ in range(args.rounds)]
+    report.ratio("load", "7B: load and touch every page / read the same bytes", [loaded[0] for loaded, _ in pairs],
+                 [read for _, read in pairs], at_most=1.5)
+    report.add("load", "7B: peak memory / weights", [top / size for (_, top, size), _ in pairs], "x", at_most=1.1,
+               note="Python and PyTorch included")
+
+
+def bench_features(report, args):
+    """How much of an epoch goes into photos, and the ViT against transformers'."""
+    root = world.write_dataset()
+    products = sample_labels(read_split(root, "general", "train"), 10, 0)
+    world.draw_photos(root, [p.image for p in products])
+    photo_features = PhotoFeatures(FEATURE_CACHE, world.VIT, root / "images")
+    photo_features.prepare(p.image for p in products)
+    llama, tokenizer = load_llama(world.LLAMA, torch.float32)
+    model = EIVEN(llama, tokenizer, photo_features.width)
+    optimizer = make_optimizer(model)
+
+    def step(examples):
+        """Seconds that a step spends on photos."""
+        batch, photos = encode_examples(examples, tokenizer)
+        start = time.perf_counter()
+        read = photo_features.read(photos, "cpu")
+        took = time.perf_counter() - start
+        model(batch, read).backward()
+        optimizer.step()
+        return took
+
+    shares = []
+    for number in range(args.rounds + 1):
+        epoch = Epoch(products, 0, number)
+        batches = [[epoch[i] for i in range(k, min(k + BATCH, len(epoch)))] for k in range(0, len(epoch), BATCH)]
+        start = time.perf_counter()
+        photos = sum(map(step, batches))
+        shares.append(100 * photos / (time.perf_counter() - start))
+    report.add("features", "demo's model: share of a later epoch spent on photos", shares[1:], "%", at_most=1,
+               note=f"{len(products)} products, from memory; the first epoch, from the disk: {shares[0]:.2f} %")
+
+    folder = Path(args.vit) if args.vit else world.VIT
+    vit, transformers = load_vit(folder), import_transformers()
+    peer = transformers.CLIPVisionModel.from_pretrained(folder, dtype=torch.float32).eval()
+    pixels = torch.randn(16, 3, vit.config.image_size, vit.config.image_size, generator=torch.Generator().manual_seed(0))
+    layers = cls_layers(vit.config.num_hidden_layers)
+    with torch.no_grad():
+        def usual():
+            states = peer(pixels, output_hidden_states=True).hidden_states
+            return torch.stack([states[k][:, 0] for k in layers], 1)
+        agree("[cls] tokens", vit(pixels, layers), usual())
+        took = turns(args.rounds, ours=lambda: vit(pixels, layers), usual=usual)
+    report.ratio("features", f"{folder.name}: photos a second, ours / peer", took["usual"], took["ours"], note="16 photos")
+
+
+# ------------------------------------------------------------------------------------------------ scaling, memory
+
+
+def bench_scaling(subject, report, rounds, sizes=(256, 1024, 8192), repeats=(4, 2, 1), length=64):
+    """Seconds of a step against the real tokens in it: rows of one length that have nothing in common.
+
+    Each size's seconds a token against the geometric mean of all sizes': proportional growth would be 0 everywhere.
+    """
+    model, draw = subject.model, torch.Generator().manual_seed(0)
+    steps = {}
+    for size, times in zip(sizes, repeats):
+        ids = torch.randint(3, model.llama.config.vocab_size, (size // length, length), generator=draw).tolist()
+        batch = [Encoded((), row[:-5], row[-5:]) for row in ids]        # with the begin token, without the last: 64 read
+        steps[size, times] = lambda batch=batch, times=times: [model(batch).backward() for _ in range(times)]
+    steps[sizes[0], repeats[0]]()
+    took = turns(rounds, **{str(size): do for (size, _), do in steps.items()})
+    each = {size: [s / (size * times) for s in took[str(size)]] for size, times in steps}
+    common = [statistics.geometric_mean(round_) for round_ in zip(*each.values())]
+    for size, per_token in each.items():
+        report.add("scaling", f"{subject.name}: {size:,} tokens, seconds a token against all sizes'",
+                   [100 * (s / c - 1) for s, c in zip(per_token, common)], "%", at_least=-15, at_most=15,
+                   note=f"{1e3 * size * statistics.median(per_token):,.0f} ms a step")
+
+
+def write_products(folder, n):
+    """A data set of n products, each with a photo of a few bytes, whose features are in the cache already."""
+    folder = Path(folder)
+    (folder / "images").mkdir(parents=True)
+    (folder / "x").mkdir()
+    photo_features = PhotoFeatures(folder / "features.sqlite", world.VIT, folder / "images")
+    templates = list(read_split(world.write_dataset(), "general", "train"))
+    tokens = torch.randn(4, photo_features.width).numpy().tobytes()
+
+    def entries():
+        with open(folder / "x" / "train.tsv", "w", encoding="utf-8") as file:
+            file.write("id\timages\tcategory\ttexts\tattribute_names\tattribute_values\n")
+            for i in range(n):
+                p, photo = templates[i % len(templates)], f"photo {i}".encode()
+                (folder / "images" / f"{i}.jpg").write_bytes(photo)
+                file.write(f"P{i}\t{i}.jpg\t{p.category}\t{p.title} {i}\t{p.attribute}\t{p.value}\n")
+                yield hashlib.sha256(photo_features.vit_key + hashlib.sha256(photo).digest()).digest(), 4, tokens
+
+    with sqlite3.connect(folder / "features.sqlite") as database:
+        database.executemany("insert into cls values (?, ?, ?)", entries())
+
+
+def train_a_little(folder):
+    """Peak memory of a training's start and 20 steps on such a data set."""
+    folder = Path(folder)
+    products = sample_labels(read_split(folder, "x", "train"), None, 0)
+    fingerprint(products), values_of(products)
+    photo_features = PhotoFeatures(folder / "features.sqlite", world.VIT, folder / "images")
+    photo_features.prepare(p.image for p in products)
+    llama, tokenizer = load_llama(world.LLAMA, torch.float32)
+    model = EIVEN(llama, tokenizer, photo_features.width)
+    epoch = Epoch(products, 0, 0)
+    for step in range(20):
+        batch, photos = encode_examples([epoch[(step * BATCH + k) % len(epoch)] for k in range(BATCH)], tokenizer)
+        model(batch, photo_features.read(photos, "cpu")).backward()
+    return peak()
+
+
+def bench_memory(report, sizes=(1000, 1_000_000)):
+    peaks = []
+    (PROJECT / "cache").mkdir(exist_ok=True)
+    for n in sizes:
+        with tempfile.TemporaryDirectory(dir=PROJECT / "cache") as folder:
+            write_products(folder, n)
+            peaks.append(child("train_a_little", folder))
+    more = (peaks[1] - peaks[0]) / 1e6
+    report.add("memory", f"training on {sizes[1]:,} products against {sizes[0]:,}: more memory", [more], "MB", at_most=200,
+               note=f"peaks {peaks[0] / 1e6:,.0f} and {peaks[1] / 1e6:,.0f} MB; one run each")
+
+
+# ------------------------------------------------------------------------------------------------ the command
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Speed and memory against transformers, in the same run.", allow_abbrev=False)
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"some of {', '.join(SECTIONS)} (default: all)")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, help="of train, generate, scaling (default: all)")
+    parser.add_argument("--llama", metavar="DIR", help="a LLaMA of the official layout, e.g. SmolLM2-135M")
+    parser.add_argument("--data", metavar="ROOT", help="whose prompts are used (default: the demo world's)")
+    parser.add_argument("--dataset", default="general", help="which of its data sets (default: %(default)s)")
+    parser.add_argument("--vit", metavar="DIR", help="a ViT of the official layout (default: the demo's)")
+    parser.add_argument("--weights-7b", metavar="DIR", help="a LLaMA-7B, for loading (random weights will do)")
+    parser.add_argument("--rounds", type=int, default=5, help="how often the sides take turns, at least (default: %(default)s)")
+    parser.add_argument("--json", metavar="FILE", type=Path, default=PROJECT / "runs" / "bench.json",
+                        help="where the figures are written (default: runs/bench.json)")
+    args = parser.parse_args()
+    unknown = set(args.sections) - set(SECTIONS)
+    if unknown or args.rounds < 1:
+        parser.error(f"sections are {', '.join(SECTIONS)}; --rounds is 1 or more")
+    wanted = args.sections or SECTIONS
+    import_transformers()
+    keep_freed_memory()                                 # as train.py does; here it serves both sides
+    for path in (args.llama, args.vit, args.weights_7b):
+        if path and not Path(path).is_dir():
+            raise UserError(f"{path}: there is no such folder")
+    machine = {"processor": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+               "torch": torch.__version__, "transformers": import_transformers().__version__, "python": platform.python_version()}
+    print(", ".join(f"{k} {v}" for k, v in machine.items()))
+    print(f"{'section':8}  {'what':58}  {'median':>8}     {'spread (rounds)':22}  goal")
+    report = Report()
+    try:
+        measure(wanted, report, args)
+    finally:                                            # what was measured before an error or Ctrl-C is kept
+        asked = vars(args) | {"json": str(args.json)}
+        write_text(args.json, json.dumps({"machine": machine, "arguments": asked, "figures": report.lines}, indent=2) + "\n")
+        print(f"written: {args.json}")
+
+
+def measure(wanted, report, args):
+    """The sections, in order; scaling on the first model that is large enough for overheads not to count."""
+    if {"train", "generate", "scaling"} & set(wanted):
+        if "llama" in args.models and not args.llama:
+            print("the model `llama` needs --llama: skipped")
+        to_scale = "scaling" in wanted
+        for subject in subjects(args):
+            if "train" in wanted:
+                bench_train(subject, report, args.rounds)
+            if "generate" in wanted:
+                bench_generate(subject, report, args.rounds)
+            if to_scale and (subject.name != "demo's model" or args.models == ["demo"]):
+                bench_scaling(subject, report, args.rounds)
+                to_scale = False
+    if "load" in wanted:
+        bench_load(report, args)
+    if "features" in wanted:
+        bench_features(report, args)
+    if "memory" in wanted:
+        bench_memory(report)
+
+
+def processor():
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
+        if line.startswith("model name"):
+            return line.split(": ", 1)[1]
+    return platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    console.run(main)

@@ -1,0 +1,126 @@
+"""The frozen ViT's [cls] tokens of photos, computed once for each photo and cached on disk.
+
+The ViT never changes, so its features do not change either: no later epoch, run or seed decodes a photo again.
+The cache is one SQLite file: safe against power cuts, and against two runs that fill it at the same time.
+A photo is identified by its bytes and the ViT by its weights.  Changing either gives a new entry; moving files does not.
+"""
+
+import hashlib
+import os
+import sqlite3
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from base.console import Progress, UserError
+from base.photo import open_photo
+from eiven import cls_layers
+from vit import load_vit, preprocess, weight_file
+
+BATCH = 16                                              # photos that go through the ViT together
+PREPROCESSING = "clip-1"                                # part of the key: to be changed when preprocess() does
+
+
+def digest_of(path):
+    """SHA-256 of a file's bytes, read piece by piece."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+class PhotoFeatures:
+    """The [cls] tokens of photos: `prepare` computes what is missing, `read` gives (P, K, V) for a batch.
+
+    cache       the SQLite file
+    vit         file or folder of the ViT's weights
+    images      folder that photo names are relative to
+    single      the last layer's [cls] token only, K = 1 (the paper's "- MGVF"), instead of every third layer's
+    cls_layers  the ViT layers whose [cls] tokens `read` gives
+    """
+
+    def __init__(self, cache, vit, images, single=False, device="cpu"):
+        self.images, self.single, self.device = Path(images), single, device
+        weights = weight_file(vit)
+        self.vit = load_vit(vit, device)
+        self.width = self.vit.config.hidden_size        # V
+        self.cls_layers = cls_layers(self.vit.config.num_hidden_layers)[-1 if single else 0:]
+        config = weights.parent / "config.json"         # it says how many heads the weights are for
+        self.vit_key = digest_of(weights) + (digest_of(config) if config.exists() else b"") + PREPROCESSING.encode()
+        Path(cache).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.database = sqlite3.connect(cache, timeout=60)
+            self.database.execute("pragma journal_mode = wal")      # readers and one writer at the same time
+            self.database.execute("create table if not exists cls (key blob primary key, layers integer, tokens blob)")
+            # The photos of this run: a temporary table on the disk, since the names of a million fill the memory.
+            self.database.execute("create temporary table photo (name blob primary key, key blob)")
+        except sqlite3.Error as error:
+            raise UserError(f"{cache}: the cache of photo features cannot be used ({error}); delete it, and it is "
+                            "made again") from None
+        self.read_one = lru_cache(maxsize=4096)(self._read_one)     # of ViT-B/16 50 MB at most
+
+    def prepare(self, names):
+        """Make sure that all these photos are in the cache; progress on the way, work saved as it is done."""
+        try:
+            self._find(names)
+            self._compute_missing()
+        except sqlite3.Error as error:
+            raise UserError(f"the cache of photo features cannot be used ({error}); is the disk full, or the file locked "
+                            "or damaged? It may be deleted, and is made again") from None
+
+    def _find(self, names):
+        """Put the photos and their keys into the table `photo`; UserError if some are not there."""
+        absent = {}
+        with Progress("photos looked up", unit="photos") as progress, self.database:
+            for name in names:
+                progress.step()
+                known = self.database.execute("select 1 from photo where name = ?", (os.fsencode(name),)).fetchone()
+                if known or name in absent:
+                    continue
+                if not name or not (self.images / name).is_file():
+                    absent[name] = True
+                    continue
+                # Once one is absent there will be an error, and the others are only counted.
+                key = b"" if absent else hashlib.sha256(self.vit_key + digest_of(self.images / name)).digest()
+                self.database.execute("insert into photo values (?, ?)", (os.fsencode(name), key))
+            [there] = self.database.execute("select count(*) from photo").fetchone()
+            self.database.execute("delete from photo where key = ?", (b"",))
+        if absent:
+            raise UserError(f"{len(absent):,} of {there + len(absent):,} photos are not in {self.images}, e.g. "
+                            f"{', '.join(repr(name) for name in list(absent)[:3])}. Download them (docs/data.md), or leave "
+                            "photos out with --no-image")
+
+    def _compute_missing(self):
+        missing = "from photo where not exists (select 1 from cls where cls.key = photo.key)"
+        [total] = self.database.execute(f"select count(distinct key) {missing}").fetchone()
+        last = 0
+        with Progress("photo features", total, "photos") as progress:
+            while batch := self.database.execute(f"select rowid, name, key {missing} and rowid > ? order by rowid "
+                                                 "limit ?", (last, BATCH)).fetchall():
+                once = {key: os.fsdecode(name) for _, name, key in batch}       # equal photos are one
+                self._compute([(name, key) for key, name in once.items()])
+                last = batch[-1][0]
+                progress.step(len(once))
+
+    def _compute(self, batch):
+        size = self.vit.config.image_size
+        pixels = torch.stack([preprocess(open_photo(self.images / name), size) for name, _ in batch])
+        with torch.no_grad():
+            tokens = self.vit(pixels.to(self.device), cls_layers(self.vit.config.num_hidden_layers)).float().cpu()
+        if not tokens.isfinite().all():
+            raise UserError(f"the ViT gives features that are not finite, e.g. for {batch[0][0]}; "
+                            "are the weights whole?")
+        with self.database:                             # one transaction
+            self.database.executemany("insert or replace into cls values (?, ?, ?)", [
+                (key, one.shape[0], one.numpy().tobytes()) for (_, key), one in zip(batch, tokens)])     # (K, V)
+
+    def _read_one(self, name):
+        layers, tokens = self.database.execute(
+            "select layers, tokens from photo join cls using (key) where name = ?",
+            (os.fsencode(name),)).fetchone()
+        tokens = np.frombuffer(tokens, dtype=np.float32).reshape(layers, -1)
+        return torch.tensor(tokens[-1:] if self.single else tokens)      # (K, V)
+
+    def read(self, names, device):
+        """Features (P, K, V) of prepared photos, or None for no photos."""
+        return torch.stack([self.read_one(name) for name in names]).to(device) if names else None

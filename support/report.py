@@ -1,0 +1,119 @@
+"""What a run shows: confusion matrices (figure 6) and a page with the scores and examples (figure 5)."""
+
+import base64
+import html
+import io
+import itertools
+
+from PIL import Image, ImageDraw, ImageFont
+
+OTHER = "(other)"                                       # an answer that is no product's value
+EXAMPLES = 12                                           # of each kind on the page
+
+
+def confusion_png(title, counts):
+    """The confusion matrix as an image: rows are gold values, columns predictions, cells counts and shares of a row.
+
+    counts  {(gold, prediction): number}
+    """
+    golds = sorted({gold for gold, _ in counts})
+    columns = golds + ([OTHER] if any(p not in golds for _, p in counts) else [])
+    cell, font, small = 44, ImageFont.load_default(14), ImageFont.load_default(12)
+    margin = 24 + int(max(font.getlength(value) for value in columns))
+    top = margin + 40
+    width = max(margin + cell * len(columns) + 24, 24 + int(font.getlength(title)))
+    image = Image.new("RGB", (width, top + cell * len(golds) + 44), "white")
+    draw = ImageDraw.Draw(image)
+    draw.text((12, 12), title, fill="black", font=font)
+    for j, value in enumerate(columns):                 # column names stand upright
+        name = Image.new("L", (margin - 16, 20), 0)
+        ImageDraw.Draw(name).text((0, 1), value, fill=255, font=font)
+        name = name.rotate(90, expand=True)
+        image.paste("black", (margin + cell * j + 12, top - 8 - name.height), name)
+    for i, gold in enumerate(golds):
+        y = top + cell * i
+        draw.text((margin - 10, y + cell // 2), gold, fill="black", font=font, anchor="rm")
+        row = sum(n for (g, _), n in counts.items() if g == gold)
+        for j, value in enumerate(columns):
+            n = sum(n for (g, p), n in counts.items()
+                    if g == gold and (p == value or value == OTHER and p not in golds))
+            share = n / row
+            x = margin + cell * j
+            # white to blue along the row's share
+            shade = tuple(round(255 + (full - 255) * share) for full in (20, 70, 150))
+            draw.rectangle((x, y, x + cell, y + cell), fill=shade, outline=(210, 210, 210))
+            if n:
+                draw.text((x + cell // 2, y + cell // 2), str(n), font=small, anchor="mm",
+                          fill="white" if share > 0.5 else "black")
+    draw.text((12, image.height - 26), f"rows: gold value, columns: answer, n = {sum(counts.values())}",
+              fill=(90, 90, 90), font=small)
+    return image
+
+
+def thumbnail(path):
+    """An <img> with a small copy of the photo inside it, so that the page needs no other file."""
+    try:
+        with Image.open(path) as photo:
+            photo = photo.convert("RGB")
+            photo.thumbnail((160, 160))
+            data = io.BytesIO()
+            photo.save(data, "JPEG", quality=80)
+    except OSError:
+        return "<div class='none'>no photo</div>"
+    return f"<img alt='' src='data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}'>"
+
+
+def report_html(title, products, answers, metrics, images=None):
+    """The page: what was run on what, a table an attribute, confusion matrices, and examples wrong and right.
+
+    images  folder of the photos, or None for a run without
+    """
+    def cells(name, m):
+        return (f"<tr><td>{html.escape(name)}</td><td>{m['micro_f1']:.2f}</td><td>{m['precision']:.2f}</td>"
+                f"<td>{m['recall']:.2f}</td><td>{m['implicitave']:.2f}</td><td>{m['n']}</td></tr>")
+
+    def card(product, prediction, probability):
+        photo = thumbnail(images / product.image) if images else ""
+        right = prediction == product.value
+        return (f"<div class='card {'right' if right else 'wrong'}'>{photo}<p>{html.escape(product.context)}</p>"
+                f"<p>{html.escape(product.attribute)}: <b>{html.escape(prediction or '(no answer)')}</b> "
+                f"<small>p = {probability:.2f}</small></p>"
+                + ("" if right else f"<p>gold: {html.escape(product.value)}</p>") + "</div>")
+
+    def cards(right):
+        judged = ((p, a.value, a.probability) for p, a in zip(products, answers) if (p.value == a.value) == right)
+        return [card(*j) for j in itertools.islice(judged, EXAMPLES)]
+
+    wrong, right = cards(right=False), cards(right=True)
+    rows = "".join(cells(name, m) for name, m in metrics["attributes"].items())
+    matrices = "".join(f"<img class='matrix' alt='confusion matrix: {html.escape(attribute)}' "
+                       f"src='{confusion_file(attribute)}'>" for attribute in metrics["attributes"])
+    how = (f"temperature {metrics['temperature']}, top-p {metrics['top_p']}"
+           + (", only known values allowed" if metrics["constrained"] else "")
+           + (", adapters merged" if metrics["merged"] else ""))
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>EIVEN: {html.escape(title)}</title>
+<style>
+body {{ font: 16px/1.45 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
+table {{ border-collapse: collapse }} td, th {{ padding: .25rem .8rem; border-bottom: 1px solid #ddd; text-align: right }}
+td:first-child, th:first-child {{ text-align: left }} tr:last-child {{ font-weight: 600 }}
+.cards {{ display: flex; flex-wrap: wrap; gap: .8rem }} .card {{ width: 12rem; padding: .6rem; border: 1px solid #ddd;
+border-radius: 6px; font-size: .85rem; overflow-wrap: anywhere }} .card p {{ margin: .3rem 0 }}
+.wrong {{ border-left: 4px solid #b3372f }} .right {{ border-left: 4px solid #2f7d4f }} .matrix {{ max-width: 100%; vertical-align: top }}
+</style></head><body>
+<h1>EIVEN: {html.escape(title)}</h1>
+<p>{html.escape(metrics["sources"])}</p>
+<p>Exact match, per cent; {how}; n = {metrics["n"]}, answered in {metrics["seconds"]} s.</p>
+<table><tr><th>attribute</th><th>micro-F1</th><th>precision</th><th>recall</th><th>gold inside answer</th><th>n</th></tr>
+{rows}{cells("all (micro)", metrics)}</table>
+<h2>Confusion</h2>{matrices}
+<h2>Wrong answers</h2><div class="cards">{"".join(wrong) or "none"}</div>
+<h2>Right answers</h2><div class="cards">{"".join(right) or "none"}</div>
+</body></html>
+"""
+
+
+def confusion_file(attribute):
+    """The file name of an attribute's confusion matrix."""
+    return f"confusion-{''.join(c if c.isalnum() else '-' for c in attribute.lower())}.png"

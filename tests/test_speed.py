@@ -1,0 +1,92 @@
+"""The benchmark measures two sides that do the same work: here on a tiny model, whatever they take."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import randomize
+
+from base.console import UserError
+from data import Encoded
+from eiven import EIVEN
+from experiments import speed
+
+PROJECT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def subject(tiny):
+    pytest.importorskip("transformers")
+    llama, tokenizer = tiny
+    model = randomize(EIVEN(llama, tokenizer, visual_width=24, adapter_dim=4, projector_dim=6))
+    features = torch.randn(3, 2, 24, generator=torch.Generator().manual_seed(5))
+    encode, eos = tokenizer.encode, tokenizer.eos_id
+    rows = [Encoded((0,), encode("Question: What is it?\nAnswer:"), encode("Rain Boots") + [eos]),
+            Encoded((1, 2), encode("Question: What is it, this black leather shoe?\nAnswer:"), encode("Flat") + [eos]),
+            Encoded((), encode("No photo\nAnswer:"), encode("No.") + [eos])]
+    return speed.Subject("tiny", {"train": 0, "generate": 0}, model, rows, rows, features, features)
+
+
+def test_both_sides_have_the_same_loss_gradients_and_answers(subject, capsys):
+    """bench_train and bench_generate raise where the sides differ; and 512 tokens of padding change nothing."""
+    report = speed.Report()
+    speed.bench_train(subject, report, 1)
+    speed.bench_generate(subject, report, 1)
+    assert [line["section"] for line in report.lines] == ["train"] * 4 + ["generate"] * 2
+    assert all(line["value"] > 0 and line["low"] <= line["value"] <= line["high"] for line in report.lines)
+    assert "all answers the same" in capsys.readouterr().out
+
+
+def test_a_difference_is_an_error(subject, monkeypatch):
+    peer_loss = speed.Peer.loss
+    monkeypatch.setattr(speed.Peer, "loss", lambda *a: peer_loss(*a) * 1.001)
+    with pytest.raises(UserError, match="tiny: loss: ours and the peer's differ"):
+        speed.bench_train(subject, speed.Report(), 1)
+    monkeypatch.setattr(speed.Peer, "generate", lambda self, X, *a: [[5]] * len(X))
+    with pytest.raises(UserError, match="of 3 answers are the peer's"):
+        speed.bench_generate(subject, speed.Report(), 1)
+
+
+def test_a_ratio_is_the_median_of_the_rounds(capsys):
+    report = speed.Report()
+    report.ratio("x", "by hand", [2.0, 6.0, 20.0], [1.0, 2.0, 4.0], at_least=4)
+    assert report.lines[0] | {"seconds": None} == {
+        "section": "x", "what": "by hand", "value": 3.0, "low": 2.0, "high": 5.0, "rounds": 3, "unit": "x", "at_least": 4,
+        "at_most": None, "note": "", "seconds": None}
+    report.add("x", "met", [1.0], "%", at_most=1.02)
+    report.add("x", "no number", [float("nan")], "%", at_most=1.02)
+    report.add("x", "between", [20.0], "%", at_least=-15, at_most=15)
+    first, second, third, fourth = capsys.readouterr().out.splitlines()
+    assert ["MISSED" in line for line in (first, second, third, fourth)] == [True, False, True, True]
+    assert "-15 to 15" in fourth
+
+
+def test_memory_is_measured_on_a_training(tmp_path):
+    """The measuring itself: a folder is written, read by the ordinary code, and trained on."""
+    speed.write_products(tmp_path / "few", 40)
+    assert speed.child("train_a_little", tmp_path / "few") > 50e6
+    with pytest.raises(UserError, match="train_a_little ended with 1: .*there is no data set"):
+        speed.child("train_a_little", tmp_path)
+
+
+def run(*arguments, code="from base import console; from experiments import speed; console.run(speed.main)"):
+    return subprocess.run([sys.executable, "-c", code, *arguments], cwd=PROJECT, capture_output=True, text=True)
+
+
+def test_mistakes_are_named():
+    done = run("trian")
+    assert done.returncode == 2 and "sections are train, generate" in done.stderr
+    done = run("load", code="import sys; sys.modules['transformers'] = None\nfrom base import console; from experiments import speed; console.run(speed.main)")
+    assert done.returncode == 2 and "pip install transformers" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_command_writes_what_it_prints(tmp_path):
+    pytest.importorskip("transformers")
+    done = run("features", "--rounds", "1", "--json", str(tmp_path / "b.json"))
+    assert done.returncode == 0, done.stderr
+    written = json.loads((tmp_path / "b.json").read_text())
+    assert written["figures"][0]["section"] == "features" and written["machine"]["torch"] == torch.__version__
+    assert f"{written['figures'][0]['value']:.2f}" in done.stdout
