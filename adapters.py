@@ -1,15 +1,15 @@
-"""The adapters of EIVEN, section 2.2 and Appendix D, and the merge of the linear ones into the weights behind them.
+"""The adapters of EIVEN (section 2.2 and Appendix D), and how a linear adapter is merged into the weights after it.
 
-An adapter stands before each attention, after the RMSNorm, and changes its input by little:
+An adapter is placed before each attention, after the RMSNorm, and adds a small change to its input:
     h' = h + s * U sigma(D h + d) + s * u            (N, width) -> (N, width)
     rep         RepAdapter (Luo et al. 2023, arXiv 2302.08106): no sigma, U in two groups   1.70M at LLaMA-7B
     mlp         MLP-Adapter (Houlsby et al. 2019): sigma is ReLU, U dense                    2.23M
     mlp-linear  MLP-Adapter-L: no sigma, U dense                                             2.23M
-U and u start at zero, so that step 0 is exactly LLaMA.  Unlike in LaVIN, which EIVEN grew from, no router weighs two
-adapters by the input: a router is not linear and could not be merged.
+U and u start at zero, so at step 0 the model is exactly LLaMA.  LaVIN, on which EIVEN is built, has a router that weighs
+two adapters depending on the input.  A router is not linear and could not be merged, so there is none here.
 
-Parameters and arithmetic are fp32 whatever dtype the frozen model has: with a learning rate of 1e-3 a 16-bit
-parameter would swallow most updates.
+Parameters and arithmetic are fp32, whatever the dtype of the frozen model: with a learning rate of 1e-3 most updates would
+be too small to change a 16-bit parameter.
 """
 
 import torch
@@ -23,8 +23,8 @@ class Adapter(nn.Module):
     """h + s * up(sigma(down(h))): (N, width) -> (N, width).
 
     kind       one of KINDS
-    dimension  r, the width between down and up (paper: 8)
-    scale      s, a plain factor (LaVIN: 1)
+    dimension  r, the rank: the width between down and up (paper: 8)
+    scale      s, a constant factor (LaVIN: 1)
     """
 
     def __init__(self, kind, width, dimension=8, scale=1.0):
@@ -37,12 +37,12 @@ class Adapter(nn.Module):
         self.down = nn.Linear(width, dimension)
         nn.init.xavier_uniform_(self.down.weight)
         nn.init.zeros_(self.down.bias)
-        # Group g of `up` takes r / groups features to width / groups.
+        # Group g of `up` maps r / groups features to width / groups features.
         self.up_weight = nn.Parameter(torch.zeros(groups, width // groups, dimension // groups))
         self.up_bias = nn.Parameter(torch.zeros(width))
 
     def up_matrix(self):
-        """U, (width, r): the groups as blocks on the diagonal.  Dense it is no slower: r is 8."""
+        """U, (width, r): the groups are blocks on the diagonal.  The dense matrix is not slower, because r is small."""
         return torch.block_diag(*self.up_weight)
 
     def forward(self, h):
@@ -53,11 +53,11 @@ class Adapter(nn.Module):
 
 
 def merge(adapter, linear):
-    """Fold a linear adapter into the `linear` behind it (the re-parameterisation of RepAdapter), in place:
+    """Merge a linear adapter into the `linear` layer after it, in place (RepAdapter's re-parameterisation):
 
         W (h + s U (D h + d) + s u) = [W (I + s U D)] h + s W (U d + u)
 
-    Computed in fp64 and rounded once.  `linear` has a bias afterwards.
+    Computed in fp64 and rounded once.  Afterwards `linear` has a bias.
     """
     if adapter.kind == "mlp":
         raise ValueError("MLP-Adapter has a non-linearity and cannot be merged; rep and mlp-linear can")

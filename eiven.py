@@ -139,10 +139,10 @@ class EIVEN(nn.Module):
         K, vocab = I_projected.shape[1] if example.photos else 0, self.llama.config.vocab_size
         image_ids = [vocab + p * K + k for p in example.photos for k in range(K)]
         X = [self.tokenizer.bos_id, *image_ids, *example.prompt]
-        most = self.llama.config.max_position_embeddings
-        if len(X) + len(example.answer) > most:
-            raise UserError(f"a question and its answer have {len(X) + len(example.answer):,} tokens, more than the {most:,} that "
-                            f"this LLaMA was trained to read: {self.tokenizer.decode(example.prompt)[:120]!r}…; shorten the title")
+        length, most = len(X) + len(example.answer), self.llama.config.max_position_embeddings
+        if length > most:
+            raise UserError(f"a question and its answer have {length:,} tokens, more than the {most:,} that this LLaMA was trained "
+                            f"to read: {self.tokenizer.decode(example.prompt)[:120]!r}…; shorten the title")
         return X
 
     def embed(self, ids, I_projected):

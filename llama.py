@@ -25,9 +25,8 @@ from torch.utils.checkpoint import checkpoint
 
 from base.checkpoint import check_file, load_strict, map_safetensors, read_json, shard_files
 from base.console import UserError
-from base.frozen_ops import apply_rotary, frozen_linear, rms_norm, swiglu
+from base.frozen_ops import frozen_linear, rms_norm, swiglu
 from base.packing import KVCache, next_tokens, pack
-
 
 # ------------------------------------------------------------------------------------------------ config, tokenizer
 
@@ -163,6 +162,15 @@ def rotary_table(position, head_dim, theta):
     frequency = 1.0 / theta ** (torch.arange(0, head_dim, 2, device=position.device).float() / head_dim)
     angle = position.float()[:, None] * frequency       # (N, d/2)
     return angle.cos()[:, None], angle.sin()[:, None]
+
+
+def apply_rotary(x, cos, sin):
+    """Rotate each pair (i, i + d/2) by its angle, in fp32: (N, heads, d) -> (N, heads, d).
+
+    These are the pairs of Hugging Face checkpoints; in Meta's own files they are (2i, 2i + 1).
+    """
+    a, b = x.float().chunk(2, dim=-1)                   # (N, heads, d/2) each
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
 class Attention(nn.Module):

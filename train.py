@@ -18,8 +18,7 @@ from data import Epoch, encode_examples, fingerprint, read_split, sample_labels,
 from evaluate import evaluate
 from support.answering import Run, check_lengths, prepare_photos
 from support.config import Config, add_flags, build_model, choose_device, describe, find_sources
-from support.run_folder import (SAVE_EVERY, TrainingState, check_weights, new_run_folder, only_process, read_config,
-                                write_config)
+from support.run_folder import SAVE_EVERY, TrainingState, check_weights, new_run_folder, only_process, read_config, write_config
 
 # ------------------------------------------------------------------------------------------------ the loop
 
@@ -38,8 +37,9 @@ def train(run, products):
     steps_per_epoch = math.ceil(len(epoch_of(0)) / config.batch_size)
     steps = config.epochs * steps_per_epoch
     count = sum(p.numel() for p in model.trainable_parameters().values())
+    before = f", {state.step:,} steps done before" if state.step else ""
     print(f"training {count:,} parameters on {len(products):,} labelled products: {config.epochs} epochs of "
-          f"{steps_per_epoch:,} steps of {config.batch_size} examples" + (f", {state.step:,} steps done before" if state.step else ""))
+          f"{steps_per_epoch:,} steps of {config.batch_size} examples{before}")
     start = time.monotonic()
     with Progress("training", steps, "steps", state.step) as progress:
         for step in range(state.step, steps):

@@ -1,7 +1,7 @@
-"""Official weight files, read strictly: mapped, not copied, and anything that does not fit is named.
+"""Reading official weight files strictly: memory-mapped, not copied; whatever does not fit is named in the error.
 
-A wrong weight file seldom fails by itself; it answers fluently and wrongly.  So a model takes its tensors through
-`load_strict`, which wants every tensor that the model has, no other, and each in its shape.
+A wrong weight file rarely fails by itself; the model then gives fluent, wrong answers.  So all weights go through
+`load_strict`: it requires every tensor of the model, no others, and each in its shape.
 """
 
 import hashlib
@@ -17,9 +17,9 @@ BROKEN = "Download it again (a browser or git without LFS leaves such files)."
 
 
 def what_is(path):
-    """What a file really is, in a few words, if it is one of the usual impostors; else None.
+    """What a file really is, in a few words, if it is not what its name says; else None.
 
-    Weights, tokenizers and photos alike arrive as git-LFS pointers, HTML error pages or macOS resource forks.
+    Failed downloads leave git-LFS pointers, HTML error pages or macOS resource forks instead of weights and photos.
     """
     with open(path, "rb") as file:
         head = file.read(512)
@@ -38,7 +38,7 @@ def what_is(path):
 
 
 def check_file(path, kind):
-    """Raise UserError if `path` is not there or is an impostor; kind says what it should be ("LLaMA weights")."""
+    """UserError if `path` does not exist or is something else; kind says what it should be ("LLaMA weights")."""
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: not found; {kind} should be there")
@@ -100,8 +100,8 @@ def map_safetensors(path, kind):
 
 
 def sample_digest(paths):
-    """A short hash that tells other weights from these without reading gigabytes: of each file its size and 64 pieces of
-    16 kB, evenly spread, of a smaller file everything."""
+    """A short hash that identifies weights without reading gigabytes: the size of each file, and 64 evenly spread pieces of
+    16 kB; small files are read completely."""
     digest, pieces, piece = hashlib.sha256(), 64, 1 << 14
     for path in paths:
         size = Path(path).stat().st_size
@@ -114,13 +114,13 @@ def sample_digest(paths):
 
 
 def load_strict(module, tensors, where, names=lambda name: name, dtype=None, device=None):
-    """Put `tensors` in the place of the parameters of `module`, which may be on the meta device.
+    """Replace the parameters of `module`, which may be on the meta device, by `tensors`.
 
-    tensors  {official name: tensor}, emptied on the way, so that a mapped tensor that had to be
-             converted is let go before the next one is read
-    names    from a parameter's name in `module` to its official name
-    dtype    what floating-point tensors become; None keeps the file's
-    Errors   UserError with every kind of difference: missing, unexpected, other shape, no float.
+    tensors  {official name: tensor}; emptied on the way, so a mapped tensor that is converted is freed before the next
+             one is read
+    names    maps a parameter's name in `module` to its official name
+    dtype    of the parameters; None keeps the file's
+    Errors   UserError that lists what is missing, unexpected, of another shape, or not floating-point
     """
     wanted = {names(name): (name, parameter) for name, parameter in module.named_parameters()}
     missing = sorted(wanted.keys() - tensors.keys())

@@ -1,7 +1,4 @@
-"""What a person meets at the terminal: one-line errors, a progress line, files that are never half written.
-
-Nothing here knows of models or products; every other module may import it.
-"""
+"""For the terminal: errors as one line, progress as one line, and files that are never half written."""
 
 import os
 import sys
@@ -11,11 +8,11 @@ from pathlib import Path
 
 
 class UserError(Exception):
-    """A mistake that its user can mend: says what was given, where, what is allowed, and what to do next."""
+    """A mistake that the user can correct.  The message says what was given, where, what is allowed, and what to do next."""
 
 
 def run(main):
-    """Call main() as a command: a UserError is printed as one line and ends with exit code 2."""
+    """Run main() as a command: a UserError is printed as one line, and the exit code is 2."""
     name = Path(sys.argv[0]).name
     try:
         main()
@@ -26,7 +23,7 @@ def run(main):
     except KeyboardInterrupt:
         print(f"\n{name}: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
-    except BrokenPipeError:                     # e.g. `| head`: the reader has left, nothing is wrong
+    except BrokenPipeError:                     # e.g. `| head`: the reader has stopped reading
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
     except (MemoryError, RuntimeError) as error:        # PyTorch's are RuntimeErrors, and known by what they say
@@ -43,9 +40,9 @@ def run(main):
 
 @contextmanager
 def whole_file(path):
-    """Yield a temporary path beside `path`; what was written there becomes `path` in one step, or not at all.
+    """Yield a temporary path next to `path`; the file written there is renamed to `path` at the end, or removed on an error.
 
-    The bytes are on the disk before the name changes, so a power cut leaves the old file or the new one.
+    The bytes are on the disk before the rename, so after a power cut there is the old file or the new one.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,7 +68,7 @@ def write_text(path, text):
 
 
 def duration(seconds):
-    """Seconds as a person reads them: 8 s, 3 min 05 s, 2 h 07 min."""
+    """Seconds as text: 8 s, 3 min 05 s, 2 h 07 min."""
     seconds = round(seconds)
     if seconds < 60:
         return f"{seconds} s"
@@ -88,10 +85,9 @@ class Progress:
                 ...
                 progress.step()
 
-    total  how many units there are, or None where nobody knows; done: units finished before this start (resume).
-    What is done within a second prints nothing on a terminal.  A log gets its first line after 5 s, and then one
-    whenever a tenth of the time so far has passed again, at least once in 30 s.  Everything goes to stderr: stdout is
-    for results.
+    total  number of units, or None if it is unknown; done: units that were finished before this start (resume).
+    On a terminal, nothing is printed within the first second.  A log file gets its first line after 5 s, then a line after
+    every further tenth of the time so far, at least every 30 s.  Everything goes to stderr; stdout is for results.
     """
 
     def __init__(self, what, total=None, unit="", done=0):
@@ -107,7 +103,7 @@ class Progress:
         return self
 
     def step(self, n=1, note=None):
-        """n more units are done; `note` (a short text, such as the loss) stays until the next one."""
+        """n more units are done; `note` (a short text, such as the loss) is shown until the next one."""
         self.done += n
         if note is not None:
             self.note = note

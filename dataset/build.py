@@ -17,7 +17,7 @@ from itertools import product
 from pathlib import Path
 
 try:
-    import resource             # not on Windows
+    import resource  # not on Windows
 except ImportError:
     resource = None
 
@@ -211,7 +211,7 @@ def build(labels, metadata, root, values=VALUES, datasets=tuple(ATTRIBUTES), see
                      if len(ids) > len(chosen[dataset]) else ""))
     failed = {}
     if photos:
-        from dataset.photos import download             # here, so that everything else starts without Pillow
+        from dataset.photos import download  # here, so that everything else starts without Pillow
         urls = {row[0]: urls for rows in chosen.values() for row, urls in rows}
         failed = download(urls, root / "images", **web)
         write_tsv(root / "failed.tsv", [(asin, *each) for asin in sorted(failed) for each in failed[asin]],

@@ -30,7 +30,7 @@ def find_photos(places):
 
 def place_photo(target, sources):
     """Put the first photo of `sources` at `target`, linked or else copied; returns why there is none, or None."""
-    from dataset.photos import NoPhoto, checked, have_photo         # here, so that everything else starts without Pillow
+    from dataset.photos import NoPhoto, checked, have_photo  # here, so that everything else starts without Pillow
     if have_photo(target):
         return None
     reason = "not found"

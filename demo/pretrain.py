@@ -32,12 +32,12 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from base import console
-from base.packing import Groups, Tokens, pack
-from demo import world
 import llama as llama_file
 import vit as vit_file
+from base import console
 from base.console import Progress, UserError, duration, whole_file, write_text
+from base.packing import Groups, Tokens, pack
+from demo import world
 
 CLS_LAYERS = (3, 6, 9, 12)
 

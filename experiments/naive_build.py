@@ -14,8 +14,8 @@ import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from dataset.values import ATTRIBUTES, VALUES, read_values
 from dataset.stats import read_tsv
+from dataset.values import ATTRIBUTES, VALUES, read_values
 
 
 def objects(path):

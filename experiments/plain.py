@@ -51,7 +51,7 @@ def answer_log_probs(model, example, cls_tokens):
     return logits.log_softmax(-1)[before, R]
 
 
-def projector(p, I):
+def projector(p, I):                                    # noqa: E741   I as in the paper
     """I' = (swish(I Wg + bg) * (I Wd + bd)) Wu + bu, section 2.1: (K, V) -> (K, D)"""
     gate = I @ p.gate.weight.T + p.gate.bias
     return (gate * gate.sigmoid() * (I @ p.down.weight.T + p.down.bias)) @ p.up.weight.T + p.up.bias

@@ -15,7 +15,6 @@ from safetensors.torch import save_file
 import llama
 import vit
 
-
 # Small models that tests and the golden files share: sizes and settings of LLaMA that differ from the base, ids to read
 VARIANTS = {
     "grouped": {},

@@ -1,4 +1,4 @@
-"""The one config of a run: its flags, where data and weights come from, device and dtype."""
+"""The config of a run: its flags, where data and weights come from, device and dtype."""
 
 import argparse
 import ctypes
@@ -62,7 +62,7 @@ def flag(default, help, **argparse_words):
 
 @dataclass
 class Config:
-    """Every flag of a run; the defaults are the paper's.  Saved in the run folder, and read back by evaluate.py."""
+    """Every flag of a run; the defaults are the paper's.  Saved in the run folder and read by evaluate.py."""
 
     dataset: str = flag("general", "data set: a folder in ROOT (clothing, footwear, general)")
     labels: int | None = flag(None, "labelled products per attribute value, a number or 'all'", type=labels, metavar="N")
@@ -92,7 +92,7 @@ class Config:
 
 
 def add_flags(parser, names=None):
-    """Give a parser the flags of Config.  What the user leaves out is left out of the result, too."""
+    """Add the flags of Config to a parser.  Flags that the user does not give are not in the parsed result."""
     for f in fields(Config):
         if names and f.name not in names:
             continue
@@ -157,7 +157,7 @@ def find_sources(config, data_needed=True):
 
 
 def describe(config, sources):
-    """The first line that a run prints: which data and which weights, so that nobody takes one for another."""
+    """The first line that a run prints: which data and which weights it uses."""
     data, llama, vit = f"data {sources.data}", f"LLaMA {sources.llama}", f"ViT {sources.vit}"
     if config.demo and not config.data:
         data = "DEMO WORLD (drawn products)"
@@ -183,10 +183,10 @@ def choose_device(name):
 
 
 def choose_dtype(name, device, llama):
-    """The dtype of the frozen weights, or None for that of their files.
+    """The dtype of the frozen weights, or None for the dtype of their files.
 
-    auto: bf16 on a GPU that computes it (capability 8.0; torch.cuda.is_bf16_supported also says yes to emulation),
-    fp16 on older ones; on a CPU fp32 where that takes at most 60 % of the memory, else the files' own.
+    auto: on a GPU bf16 if its compute capability is 8.0 or more (torch.cuda.is_bf16_supported is also true for emulation),
+    else fp16; on a CPU fp32 if that takes at most 60 % of the memory, else the dtype of the files.
     """
     if name != "auto":
         return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
@@ -195,15 +195,15 @@ def choose_dtype(name, device, llama):
     with torch.device("meta"):
         parameters = sum(p.numel() for p in LLaMA(read_config(llama / "config.json")).parameters())
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")           # a container's, which the machine's own memory does not tell
+    limit = Path("/sys/fs/cgroup/memory.max")           # the limit of a container
     if limit.exists() and (allowed := limit.read_text().strip()).isdigit():
         memory = min(memory, int(allowed))
     return torch.float32 if 4 * parameters <= 0.6 * memory else None
 
 
 def keep_freed_memory():
-    """Have glibc keep large blocks that are freed, for the next tensor of the size: otherwise every one comes as new
-    pages from the system.  Buys 5 % of a CPU training step of a 135M LLaMA; elsewhere than on glibc it does nothing."""
+    """Let glibc keep large blocks after they are freed, for the next tensor; otherwise each tensor gets new pages from the
+    system.  Saves 5 % of a CPU training step of a 135M LLaMA.  Without glibc it does nothing."""
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):

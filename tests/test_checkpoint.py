@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from base.console import UserError
-from llama import load_llama
 from experiments.random_weights import write_llama
+from llama import load_llama
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4665\nsize 9976576392\n"
 NORM = "model.norm.weight"
@@ -140,6 +140,7 @@ def main():
     from pathlib import Path
 
     from conftest import train_tokenizer
+
     from llama import LlamaConfig, Tokenizer
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer = train_tokenizer(Path(scratch) / "tokenizer.model")

@@ -6,8 +6,18 @@ from collections import Counter
 import pytest
 
 from base.console import UserError
-from data import Epoch, Product, Products, base_question, comparison, fingerprint, read_split, encode_examples, \
-    sample_labels, values_of
+from data import (
+    Epoch,
+    Product,
+    Products,
+    base_question,
+    comparison,
+    encode_examples,
+    fingerprint,
+    read_split,
+    sample_labels,
+    values_of,
+)
 from llama import Tokenizer
 
 SHORT = Product("A1", "a1.jpg", "Shirts", "Jersey Tee", "Sleeve Style", "Short Sleeve")

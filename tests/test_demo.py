@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from demo import world
 import llama
-from experiments import paper_tables
-from demo import pretrain
 import vit
 from base.console import UserError
+from demo import pretrain, world
+from experiments import paper_tables
 
 SPLITS = world.make_splits()
 ROWS = [row for rows in SPLITS.values() for row in rows]

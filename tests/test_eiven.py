@@ -13,7 +13,7 @@ from base.packing import pack
 from data import Encoded
 from eiven import EIVEN, Projector, cls_layers, nucleus
 from experiments.plain import answer_log_probs
-from llama import LlamaConfig, LLaMA, load_llama
+from llama import LLaMA, LlamaConfig, load_llama
 from support import export
 
 V, K = 24, 2

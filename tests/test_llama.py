@@ -13,7 +13,7 @@ from base.checkpoint import load_strict
 from base.console import UserError
 from base.packing import KVCache, next_tokens, pack
 from experiments.random_weights import IDS, VARIANTS, write_llama
-from llama import LlamaConfig, LLaMA, Tokenizer, load_llama, official_name, read_config
+from llama import LLaMA, LlamaConfig, Tokenizer, load_llama, official_name, read_config
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -130,6 +130,15 @@ def test_16_bit_weights_on_a_cpu_compute_in_fp32(llama_dir):
     for a, b in zip(full_logits(stored, IDS), full_logits(rounded, IDS)):
         assert a.dtype == torch.float32
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_rotary_turns_each_pair_by_its_angle():
+    """By complex numbers: the pair (i, i + d/2) is one of them, and is multiplied by e^(i angle)."""
+    x, position = torch.randn(7, 2, 6, dtype=torch.float64), torch.tensor([0, 1, 2, 5, 9, 100, 1999])
+    angle = position[:, None] * 10000.0 ** (-torch.arange(0, 6, 2, dtype=torch.float64) / 6)
+    turned = torch.complex(x[..., :3], x[..., 3:]) * torch.polar(torch.ones_like(angle), angle)[:, None]
+    ours = llama.apply_rotary(x.float(), *llama.rotary_table(position, 6, 10000.0))
+    torch.testing.assert_close(ours, torch.cat((turned.real, turned.imag), -1).float(), rtol=1e-4, atol=5e-4)
 
 
 def test_sizes_at_7b():

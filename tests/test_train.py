@@ -182,6 +182,7 @@ def test_a_step_pairs_examples_with_their_photos(run, data_root):
     """The loss of train_step, by hand: each example alone, with the features of its own photos."""
     loaded = evaluate.load(run, data_needed=True)
     from conftest import randomize
+
     from data import Epoch, encode_examples, read_split
     model, photo_features = randomize(loaded.model), loaded.photo_features
     epoch = Epoch(read_split(data_root, "shoes", "train"), 0, 0)
@@ -296,6 +297,7 @@ def test_answers_go_to_their_products(run, data_root, monkeypatch):
     """Each product alone, with its photo and its own seed, answers as in the file; at a temperature that draws."""
     loaded = evaluate.load(run, data_needed=True)
     from conftest import randomize
+
     from data import base_question, encode_examples, read_split
     model, photo_features, config = randomize(loaded.model), loaded.photo_features, loaded.config
     products = read_split(data_root, "shoes", "test")
@@ -317,6 +319,7 @@ def test_a_constrained_answer_is_the_likeliest_value(run, data_root, monkeypatch
     """Scores of every value, each product alone: the answer, its probability among the values, and the runner-up."""
     loaded = evaluate.load(run, data_needed=True)
     from conftest import randomize
+
     from data import base_question, encode_answer, encode_examples, read_split
     model, photo_features = randomize(loaded.model), loaded.photo_features
     products = read_split(data_root, "shoes", "test")

@@ -11,12 +11,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import vit
+from base.checkpoint import load_strict
 from base.console import UserError
 from base.photo import open_photo
 from experiments.random_weights import TINY_VIT
 from vit import CLIP_STD, ViT, load_vit, preprocess
-from base.checkpoint import load_strict
-
 
 
 def cls_tokens(model, pixels, cls_layers=(3, 6)):
