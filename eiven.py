@@ -141,8 +141,8 @@ class EIVEN(nn.Module):
         X = [self.tokenizer.bos_id, *image_ids, *example.prompt]
         length, most = len(X) + len(example.answer), self.llama.config.max_position_embeddings
         if length > most:
-            raise UserError(f"a question and its answer have {length:,} tokens, more than the {most:,} that this LLaMA was trained "
-                            f"to read: {self.tokenizer.decode(example.prompt)[:120]!r}…; shorten the title")
+            raise UserError(f"a question and its answer have {length:,} tokens, but this LLaMA was trained to read {most:,} at "
+                            f"most: {self.tokenizer.decode(example.prompt)[:120]!r}…; shorten the title")
         return X
 
     def embed(self, ids, I_projected):

@@ -111,7 +111,7 @@ def test_a_row_without_an_answer_is_refused(model):
 
 
 def test_a_row_longer_than_llama_reads_is_refused(model):
-    with pytest.raises(UserError, match="a question and its answer have 2,049 tokens, more than the 2,048"):
+    with pytest.raises(UserError, match="a question and its answer have 2,049 tokens, but this LLaMA was trained to read 2,048 at most"):
         model([Encoded((), [5] * 2046, [6, 2])])
     model.input_ids(Encoded((), [5] * 2045, [6, 2]), None)
 
