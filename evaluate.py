@@ -151,7 +151,7 @@ def main():
         products = Products(args.input, labelled=False)
     given = {name: getattr(args, name) for name in ("data", "llama", "vit", "device", "dtype") if hasattr(args, name)}
     run = load(args.run, data_needed=not (one or args.input), **given)
-    print(describe(run.config, run.sources), file=sys.stderr if one else sys.stdout)   # stdout: the answer only
+    print(describe(run.config, run.sources), file=sys.stderr if one else sys.stdout)
     if args.merge or args.export:
         if run.config.adapter == "mlp":
             raise UserError("this run has MLP-Adapters, whose non-linearity cannot be merged; "

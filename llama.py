@@ -50,7 +50,7 @@ class LlamaConfig:
 
 
 def read_config(path):
-    """LlamaConfig from a config.json.  What this file cannot compute is refused by name, never run wrongly."""
+    """LlamaConfig from a config.json.  UserError for every setting that this file does not support."""
     raw = read_json(path, "LLaMA's config")
 
     def refuse(what, allowed):
@@ -86,7 +86,7 @@ def read_config(path):
             max_position_embeddings=raw.get("max_position_embeddings") or 2048,
         )
     except KeyError as error:
-        raise UserError(f"{path}: has no {error}; a LLaMA's config.json gives it") from None
+        raise UserError(f"{path}: has no {error}; the config.json of a LLaMA has it") from None
     except (TypeError, ZeroDivisionError):
         raise UserError(f"{path}: hidden_size and num_attention_heads must be positive numbers, but are "
                         f"{raw['hidden_size']!r} and {raw['num_attention_heads']!r}") from None
@@ -113,7 +113,7 @@ class Tokenizer:
             self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError) as error:
             raise UserError(f"{path}: is not a SentencePiece model ({str(error)[:80]}); "
-                            "LLaMA's tokenizer.model is wanted, not tokenizer.json") from None
+                            "LLaMA's tokenizer.model is needed, not tokenizer.json") from None
         self.vocab_size = self.pieces.vocab_size()
         self.bos_id, self.eos_id = self.pieces.bos_id(), self.pieces.eos_id()
         self.adds_space = self.pieces.encode("a", out_type=str)[0].startswith("\u2581")
@@ -121,8 +121,11 @@ class Tokenizer:
             raise UserError(f"{path}: has no begin or no end token; a LLaMA's tokenizer has both")
 
     def encode(self, text, new_word=False):
-        """Ids of a text.  new_word: it goes on after another text as a new word, so a space belongs in front; LLaMA's
-        own SentencePiece model puts one in front of everything, others do not."""
+        """Ids of a text.
+
+        new_word  the text follows another one as a new word, so it needs a space in front.  LLaMA's own SentencePiece
+                  model adds this space to every text; other models do not.
+        """
         return self.pieces.encode(" " + text if new_word and not self.adds_space else text)
 
     def decode(self, ids):
@@ -281,8 +284,8 @@ def official_name(name):
 def load_llama(folder, dtype=None, device="cpu"):
     """(LLaMA, Tokenizer) from a folder with config.json, tokenizer.model and safetensors, one file or shards.
 
-    dtype  of the weights in memory; None keeps the files' own, and on a CPU those bytes are then mapped, not copied.
-    Errors UserError for whatever is missing, broken, unsupported, or does not fit.
+    dtype   of the weights in memory; None keeps that of the files, and on a CPU the files are then mapped, not copied
+    Errors  UserError for whatever is missing, broken, unsupported, or does not fit
     """
     folder = Path(folder)
     if not folder.is_dir():

@@ -146,7 +146,7 @@ class ViT(nn.Module):
 
 
 def official_name(name):
-    """The name of our parameter in a Hugging Face checkpoint, behind its prefix (`vision_model.`, or none)."""
+    """The name of our parameter in a Hugging Face checkpoint, without the prefix `vision_model.`"""
     return f"encoder.{name}" if name.startswith("layers.") else name
 
 
@@ -166,7 +166,7 @@ OPENAI_NAMES = (                                        # OpenAI's and open_clip
 
 
 def from_openai(tensors):
-    """Tensors in OpenAI's layout (q, k and v stacked) under Hugging Face's names."""
+    """Tensors in OpenAI's layout (q, k and v stacked) -> the same under Hugging Face's names."""
     renamed = {}
     for name, tensor in tensors.items():
         for theirs, ours in OPENAI_NAMES:
@@ -180,21 +180,21 @@ def from_openai(tensors):
 
 
 def vision_tower(tensors, file):
-    """The ViT's tensors under Hugging Face's names without prefix, out of whatever layout; UserError if none.
+    """The ViT's tensors under Hugging Face's names without prefix, from any of the layouts; UserError if there are none.
 
-    A whole CLIP has a text tower beside it; that, and what follows the last block, is not used here.
+    The text tower of a whole CLIP, and everything after the last block, are not used here.
     """
-    def behind(prefix):
+    def with_prefix(prefix):
         return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
-    for prefix in ("vision_model.", ""):                # transformers 5 writes a lone vision tower without it
+    for prefix in ("vision_model.", ""):                # transformers 5 writes a vision tower alone without it
         if f"{prefix}embeddings.class_embedding" in tensors:
-            found = behind(prefix)
+            found = with_prefix(prefix)
             break
     else:
         for prefix in ("visual.", ""):
             if f"{prefix}class_embedding" in tensors and f"{prefix}conv1.weight" in tensors:
-                found = from_openai(behind(prefix))
+                found = from_openai(with_prefix(prefix))
                 break
         else:
             raise UserError(f"{file}: holds no CLIP vision transformer: neither vision_model.embeddings.class_embedding "
@@ -204,7 +204,7 @@ def vision_tower(tensors, file):
 
 
 def weight_file(path):
-    """The file with the weights: `path` itself, or the one in the folder `path`."""
+    """The file with the weights: `path` itself, or the weight file in the folder `path`."""
     path = Path(path)
     if path.is_dir():
         for name in ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin"):
@@ -222,10 +222,10 @@ def read_tensors(path):
     check_file(path, "CLIP's ViT weights")
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:                          # torch raises a dozen kinds for what is no state dict
+    except Exception as error:                          # torch raises many kinds of errors for a broken file
         reason = str(error).strip().splitlines()[0][:100]
         raise UserError(f"{path}: is not a whole PyTorch state dict ({reason}); OpenAI's own .pt archive is TorchScript "
-                        "and is not read: take the safetensors or pytorch_model.bin") from None
+                        "and is not supported: use the safetensors or pytorch_model.bin") from None
     if isinstance(tensors, dict) and isinstance(tensors.get("state_dict"), dict):
         tensors = tensors["state_dict"]
     if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
@@ -234,13 +234,13 @@ def read_tensors(path):
 
 
 def load_vit(path, device="cpu"):
-    """ViT in fp32 from official CLIP weights: a file, or a folder that holds one (with its config.json, if any).
+    """ViT in fp32 from official CLIP weights: a file, or a folder with one (and its config.json, if there is one).
 
-    Layouts: Hugging Face (a whole CLIP or the vision tower), OpenAI and open_clip (`visual.…`).
-    Sizes come from the weights; the number of heads, which weights do not tell, from config.json where one stands
-    beside them, else it is V / 64 as in every ViT of CLIP.  Nor do weights tell the activation: it is taken for
-    quick-GELU, OpenAI's, unless a config beside them says otherwise, which is refused.
-    Errors: UserError for whatever is missing, broken, unsupported, or does not fit.
+    Layouts  Hugging Face (a whole CLIP or the vision tower), OpenAI and open_clip (`visual.…`)
+    Sizes    are read from the weights.  Weights do not show the number of heads: it comes from config.json, else it is
+             V / 64 as in every ViT of CLIP.  They do not show the activation either: it is quick-GELU, as in OpenAI's
+             weights; if a config says otherwise, that is an error.
+    Errors   UserError for whatever is missing, broken, unsupported, or does not fit
     """
     file = weight_file(path)
     tensors = vision_tower(read_tensors(file), file)
