@@ -81,7 +81,8 @@ def compare(name, labels, arms):
         lines.append(f"| {ARMS[arm]} | {', '.join(map(str, sorted(steps)))} | {len(f1)} | {f1.mean():.1f} ± "
                      f"{f1.std(ddof=1) if len(f1) > 1 else 0:.1f} | {100 * each[:, :, 1].mean():.1f} | "
                      f"{100 * each[:, :, 2].mean():.1f} |")
-    lines += ["", "| difference, paired by seed | seeds | micro-F1 | errors inside a family | errors outside |", "|---|---|---|---|---|"]
+    lines += ["", "| difference, paired by seed | seeds | micro-F1 | errors inside a family | errors outside |",
+              "|---|---|---|---|---|"]
     draw = np.random.default_rng(0)
     for a, b in DIFFERENCES:
         seeds = sorted(table.get(a, {}).keys() & table.get(b, {}).keys())
