@@ -153,8 +153,8 @@ def figure_6(products, attribute, with_lbc, without):
     some = [p for p in products if p.attribute == attribute]
     pictures = [confusion_png(f"{attribute}: {name}", Counter((p.value, found[p.id, p.attribute]) for p in some))
                 for name, found in (("without comparisons", without), ("with comparisons", with_lbc))]
-    return side_by_side(pictures, f"Figure 6: {attribute}, test split, n = {len(some)}. The paper has DEFLATE on the left; here it "
-                                  "is EIVEN without Learning-by-Comparison, trained for as many steps.", columns=2)
+    return side_by_side(pictures, f"Figure 6: {attribute}, test split, n = {len(some)}. On the left, the paper has DEFLATE; "
+                                  "here it is EIVEN without Learning-by-Comparison, trained for as many steps.", columns=2)
 
 
 def main():
