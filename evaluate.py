@@ -20,7 +20,7 @@ from support.answering import answers, check_lengths, load, prepare_photos, writ
 from support.config import add_flags, describe
 from support.export import export_run
 from support.report import confusion_file, confusion_png, report_html
-from support.run_folder import read_config
+from support.run_folder import read_config, read_losses
 
 # ------------------------------------------------------------------------------------------------ scores
 
@@ -83,13 +83,14 @@ def evaluate(run, products, split, folder, constrain=False, merged=False, temper
                    sources=describe(config, run.sources), seconds=round(time.monotonic() - start, 1),
                    temperature=temperature, top_p=top_p)
     title = f"{config.dataset}, {split} split, {config.labels or 'all'} labels a value, seed {config.seed}"
-    write_results(folder, title, products, found, metrics, run.sources.data / "images" if config.image else None)
+    images = run.sources.data / "images" if config.image else None
+    write_results(folder, title, products, found, metrics, images, read_losses(run.folder))
     print(f"\n{title}, n = {metrics['n']}\n{table(metrics)}")
     print(f"gold value inside the answer (ImplicitAVE's scorer): {metrics['implicitave']:.2f}")
     return metrics
 
 
-def write_results(folder, title, products, found, metrics, images=None):
+def write_results(folder, title, products, found, metrics, images=None, losses=()):
     """Write metrics.json, predictions.tsv, a confusion matrix for each attribute, and report.html, each as a whole file."""
     write_predictions(folder / "predictions.tsv", products, found)
     counts = defaultdict(Counter)                       # attribute -> how often each (gold value, answer)
@@ -98,7 +99,7 @@ def write_results(folder, title, products, found, metrics, images=None):
     for attribute in metrics["attributes"]:
         with whole_file(folder / confusion_file(attribute)) as partial:
             confusion_png(f"{attribute}: {title}", counts[attribute]).save(partial, format="png")
-    write_text(folder / "report.html", report_html(title, products, found, metrics, images))
+    write_text(folder / "report.html", report_html(title, products, found, metrics, images, losses))
     # Last: if it is there, everything else is complete.
     write_text(folder / "metrics.json", json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
 
@@ -174,8 +175,8 @@ def main():
         if args.split != "test":                        # as train.py does: with few labels, val is small, too
             products = sample_labels(products, run.config.labels, run.config.seed)
         if fingerprint(products) != read_config(args.run)[1]["data_fingerprint"][args.split]:
-            raise UserError(f"{run.sources.data}: the {args.split} split is not the one that this run was started with; --data ROOT "
-                            "names another folder, and --input answers any file")
+            raise UserError(f"{run.sources.data}: the {args.split} split is not the one that this run was started with; --data "
+                            "ROOT names another folder, and --input answers any file")
         known_values(run, products, args.constrain, f"--split {args.split}")
         prepare_photos(run, products)
         evaluate(run, products, args.split, args.run if args.split == "test" else args.run / args.split,

@@ -39,8 +39,10 @@ def export_readme(model, layers, text):
 def export(model, llama_folder, out, readme):
     """Write a merged model to the new folder `out` as an ordinary Hugging Face LLaMA, and the projector beside it.
 
-    model is merged already, readme is export_readme's.  Files: config.json (the source's, with attention_bias), tokenizer.model, safetensors in
-    shards of 5 GB with an index, projector.safetensors, README.md.  `out` appears whole or not at all.
+    model   its adapters are merged already
+    readme  the text of export_readme
+    Files   config.json (the source's, with attention_bias), tokenizer.model, safetensors in shards of 5 GB with an index,
+            projector.safetensors, README.md.  Either the whole folder appears or nothing.
     """
     out, llama_folder = Path(out), Path(llama_folder)
     if out.exists():

@@ -63,31 +63,59 @@ def thumbnail(path):
     return f"<img alt='' src='data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}'>"
 
 
-def report_html(title, products, answers, metrics, images=None):
-    """The page: what was run on what, a table an attribute, confusion matrices, and examples wrong and right.
+def learning_curve(losses):
+    """The training loss as an inline SVG: the loss of each step as a thin line, the mean of about 20 steps as a thick one."""
+    if len(losses) < 2:
+        return ""
+    width, height, left, bottom = 640, 220, 48, 190
+    highest = max(losses)
+    window = max(1, min(20, len(losses) // 4))
+    means = [sum(losses[max(0, i - window + 1):i + 1]) / len(losses[max(0, i - window + 1):i + 1]) for i in range(len(losses))]
+
+    def points(values):
+        return " ".join(f"{left + i * (width - left - 10) / (len(values) - 1):.1f},{bottom - v * (bottom - 12) / highest:.1f}"
+                        for i, v in enumerate(values))
+
+    return (f"<svg class='curve' viewBox='0 0 {width} {height}' role='img' aria-label='training loss'>"
+            f"<line x1='{left}' y1='{bottom}' x2='{width - 10}' y2='{bottom}' stroke='#999'/>"
+            f"<polyline points='{points(losses)}' fill='none' stroke='#9ecae1' stroke-width='1'/>"
+            f"<polyline points='{points(means)}' fill='none' stroke='#0072B2' stroke-width='2.5'/>"
+            f"<text x='{left - 6}' y='18' text-anchor='end'>{highest:.1f}</text>"
+            f"<text x='{left - 6}' y='{bottom}' text-anchor='end'>0</text>"
+            f"<text x='{width - 10}' y='{height - 8}' text-anchor='end'>{len(losses):,} steps</text></svg>")
+
+
+def report_html(title, products, answers, metrics, images=None, losses=()):
+    """The page of a run's results: the main result in words, scores, the most confident mistakes, and how it was measured.
 
     images  folder of the photos, or None for a run without
+    losses  of the training steps, for the learning curve
     """
     def cells(name, m):
         return (f"<tr><td>{html.escape(name)}</td><td>{m['micro_f1']:.2f}</td><td>{m['precision']:.2f}</td>"
                 f"<td>{m['recall']:.2f}</td><td>{m['implicitave']:.2f}</td><td>{m['n']}</td></tr>")
 
-    def card(product, prediction, probability):
+    def card(product, answer):
         photo = thumbnail(images / product.image) if images else ""
-        right = prediction == product.value
+        right = answer.value == product.value
         return (f"<div class='card {'right' if right else 'wrong'}'>{photo}<p>{html.escape(product.context)}</p>"
-                f"<p>{html.escape(product.attribute)}: <b>{html.escape(prediction or '(no answer)')}</b> "
-                f"<small>p = {probability:.2f}</small></p>"
-                + ("" if right else f"<p>gold: {html.escape(product.value)}</p>") + "</div>")
+                f"<p>{html.escape(product.attribute)}: <b>{html.escape(answer.value or '(no answer)')}</b> "
+                f"<small>probability {answer.probability:.2f}</small></p>"
+                f"<p>{'right' if right else 'wrong: it is ' + html.escape(product.value)}</p></div>")
 
     def cards(right):
-        judged = ((p, a.value, a.probability) for p, a in zip(products, answers) if (p.value == a.value) == right)
-        return [card(*j) for j in itertools.islice(judged, EXAMPLES)]
+        judged = [(p, a) for p, a in zip(products, answers) if (p.value == a.value) == right]
+        if not right:                                   # the most confident mistakes first
+            judged.sort(key=lambda pair: -pair[1].probability)
+        return "".join(card(*pair) for pair in itertools.islice(judged, EXAMPLES)) or "none"
 
-    wrong, right = cards(right=False), cards(right=True)
     rows = "".join(cells(name, m) for name, m in metrics["attributes"].items())
+    weakest = min(metrics["attributes"], key=lambda name: metrics["attributes"][name]["micro_f1"])
+    weakest = (f" Weakest attribute: {html.escape(weakest)} ({metrics['attributes'][weakest]['micro_f1']:.0f} %)."
+               if len(metrics["attributes"]) > 1 else "")
     matrices = "".join(f"<img class='matrix' alt='confusion matrix: {html.escape(attribute)}' "
                        f"src='{confusion_file(attribute)}'>" for attribute in metrics["attributes"])
+    curve = learning_curve(list(losses))
     how = (f"temperature {metrics['temperature']}, top-p {metrics['top_p']}"
            + (", only known values allowed" if metrics["constrained"] else "")
            + (", adapters merged" if metrics["merged"] else ""))
@@ -95,21 +123,31 @@ def report_html(title, products, answers, metrics, images=None):
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>EIVEN: {html.escape(title)}</title>
 <style>
-body {{ font: 16px/1.45 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
+body {{ font: 16px/1.45 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem;
+color: #222; background: #fff }}
+.headline {{ font-size: 1.3rem }} .table {{ overflow-x: auto }}
 table {{ border-collapse: collapse }} td, th {{ padding: .25rem .8rem; border-bottom: 1px solid #ddd; text-align: right }}
 td:first-child, th:first-child {{ text-align: left }} tr:last-child {{ font-weight: 600 }}
 .cards {{ display: flex; flex-wrap: wrap; gap: .8rem }} .card {{ width: 12rem; padding: .6rem; border: 1px solid #ddd;
-border-radius: 6px; font-size: .85rem; overflow-wrap: anywhere }} .card p {{ margin: .3rem 0 }}
-.wrong {{ border-left: 4px solid #b3372f }} .right {{ border-left: 4px solid #2f7d4f }} .matrix {{ max-width: 100%; vertical-align: top }}
+border-radius: 6px; font-size: .85rem; overflow-wrap: anywhere; break-inside: avoid }} .card p {{ margin: .3rem 0 }}
+.wrong {{ border-left: 5px solid #D55E00 }} .right {{ border-left: 5px solid #0072B2 }}
+.matrix {{ max-width: 100%; vertical-align: top }} .curve {{ width: 100%; max-width: 40rem; font-size: 13px }}
+@media (max-width: 40rem) {{ td, th {{ padding: .25rem .4rem; font-size: .85rem }} .card {{ width: 100% }} }}
+@media print {{ body {{ margin: 0; font-size: 11pt }} h2 {{ break-after: avoid }} }}
 </style></head><body>
 <h1>EIVEN: {html.escape(title)}</h1>
+<p class="headline">{metrics["right"]:,} of {metrics["n"]:,} answers are right ({metrics["recall"]:.0f} %).{weakest}</p>
 <p>{html.escape(metrics["sources"])}</p>
-<p>Exact match, per cent; {how}; n = {metrics["n"]}, answered in {metrics["seconds"]} s.</p>
-<table><tr><th>attribute</th><th>micro-F1</th><th>precision</th><th>recall</th><th>gold inside answer</th><th>n</th></tr>
-{rows}{cells("all (micro)", metrics)}</table>
-<h2>Confusion</h2>{matrices}
-<h2>Wrong answers</h2><div class="cards">{"".join(wrong) or "none"}</div>
-<h2>Right answers</h2><div class="cards">{"".join(right) or "none"}</div>
+<h2>Scores</h2>
+<div class="table"><table><tr><th>attribute</th><th>micro-F1</th><th>precision</th><th>recall</th><th>gold inside answer</th>
+<th>n</th></tr>
+{rows}{cells("all (micro)", metrics)}</table></div>
+<p>An answer is right if it equals the gold value exactly; per cent; {how}; n = {metrics["n"]}, answered in
+{metrics["seconds"]} s.</p>
+<h2>The most confident mistakes</h2><div class="cards">{cards(right=False)}</div>
+<h2>Right answers</h2><div class="cards">{cards(right=True)}</div>
+<h2>Which values are confused</h2>{matrices}
+{"<h2>Training loss</h2>" + curve if curve else ""}
 </body></html>
 """
 

@@ -140,6 +140,12 @@ class TrainingState:
                             "start the run again") from None
 
 
+def read_losses(folder):
+    """The training loss of each step, from the log of a run; [] if there is no log."""
+    path = folder / "log.jsonl"
+    return [json.loads(line)["loss"] for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
 @contextmanager
 def only_process(run):
     """While one process trains in a run folder, starting a second one there is an error."""

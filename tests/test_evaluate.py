@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 
 import pytest
 from PIL import Image
@@ -9,7 +10,7 @@ from PIL import Image
 from data import Product
 from evaluate import exact_match, micro_f1, score, table, write_results
 from support.answering import Answer
-from support.report import confusion_png
+from support.report import confusion_png, report_html
 
 
 @pytest.mark.parametrize("prediction, right", [
@@ -71,6 +72,8 @@ def test_what_is_written(tmp_path):
     assert Image.open(tmp_path / "confusion-heel-height.png").size[0] > 100
     page = (tmp_path / "report.html").read_text()
     assert "a &lt;b&gt;" in page and "Flats &amp; more" in page and "<b>," not in page
+    assert "2 of 3 answers are right (67 %)" in page and "Weakest attribute: Heel Height (50 %)" in page
+    assert "<svg" not in page                           # no losses, no curve
     assert not list(tmp_path.glob(".*partial"))
 
 
@@ -83,3 +86,15 @@ def test_a_confusion_matrix_shows_counts_where_they_belong():
     assert corner[0, 2] == corner[1, 0] == corner[1, 1] == (255, 255, 255)
     assert corner[1, 2] == (20, 70, 150)                # all of B under (other)
     assert corner[1, 2][0] < corner[0, 0][0] < corner[0, 1][0] < 255
+
+
+def test_the_report_shows_the_most_confident_mistake_first_and_the_learning_curve():
+    products = [Product(str(i), "", "", f"title {i}", "Heel Height", "Flat") for i in range(3)]
+    answers = [Answer("Wedge", 0.2), Answer("Flat", 0.9), Answer("High Heel", 0.7)]
+    metrics = score(products, [a.value for a in answers])
+    metrics.update(sources="test", temperature=0.1, top_p=0.75, constrained=False, merged=False, seconds=1.0)
+    page = report_html("a title", products, answers, metrics, losses=[4.0, 2.0, 0.0])
+    assert page.index("High Heel</b>") < page.index("Wedge</b>") < page.index("Flat</b>")
+    thin, thick = re.findall(r"points='([^']*)'", page)
+    assert thin == "48.0,12.0 339.0,101.0 630.0,190.0"   # the highest loss at the top, 0 at the bottom
+    assert thick == thin                                # so few steps are not smoothed
