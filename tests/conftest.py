@@ -1,8 +1,16 @@
 """What the tests share: tiny models in the official layouts, with a tokenizer of their own; nothing is downloaded."""
 
 import io
+import os
 import random
+import resource
+import runpy
+import signal
+import sys
+import time
+import traceback
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import sentencepiece
@@ -100,3 +108,88 @@ def randomize(model, seed=0):
         for parameter in model.trainable_parameters().values():
             parameter.normal_(0, 0.3, generator=draw)
     return model
+
+
+# ------------------------------------------------------------------------------------------------ attacks
+
+
+class Outcome(NamedTuple):
+    """How a command ended.  signal is 0 if it ended by itself; megabytes is the memory that it took in addition."""
+
+    code: int
+    signal: int
+    out: str
+    err: str
+    seconds: float
+    megabytes: float
+
+
+def command(script, arguments, folder, limit_s=20, before=None, env=None):
+    """Run `python SCRIPT ARGUMENTS` ("train.py", or "-m dataset") in a forked child, which has torch imported already.
+
+    folder  where the child's stdout and stderr are kept
+    limit_s the child is killed after this many seconds (signal 9 in the Outcome)
+    before  called in the child first, e.g. to set a limit of file sizes
+    env     {name: value} added to the child's environment
+    """
+    start, out, err = time.monotonic(), folder / "stdout.txt", folder / "stderr.txt"
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            for descriptor, path in ((1, out), (2, err)):
+                os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+            sys.stdout, sys.stderr = (open(fd, "w", encoding="utf-8", closefd=False) for fd in (1, 2))
+            os.environ.update(env or {})
+            project = Path(__file__).resolve().parent.parent
+            sys.argv = [str(project / script) if script.endswith(".py") else script, *arguments]
+            if before:
+                before()
+            try:
+                if script.endswith(".py"):
+                    runpy.run_path(sys.argv[0], run_name="__main__")
+                else:
+                    runpy.run_module(script.removeprefix("-m "), run_name="__main__", alter_sys=True)
+                code = 0
+            except SystemExit as error:
+                code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    status = usage = None
+    while status is None:
+        done, ended, usage = os.wait4(child, os.WNOHANG)
+        if done:
+            status = ended
+        elif time.monotonic() - start > limit_s:
+            os.kill(child, signal.SIGKILL)
+            _, status, usage = os.wait4(child, 0)
+        else:
+            time.sleep(0.005)
+    read = [path.read_text(encoding="utf-8", errors="replace") for path in (out, err)]
+    return Outcome(os.waitstatus_to_exitcode(status) if os.WIFEXITED(status) else 1,
+                   os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0, *read, time.monotonic() - start,
+                   max(0, usage.ru_maxrss * 1024 - resident) / 1e6)
+
+
+def held(outcome, limit_mb=1000):
+    """None if a command kept the rule, else what is wrong.
+
+    The rule: exit 0, or exit 2 with one line that says what is wrong; never a traceback, a signal, a hang, or a lot of memory.
+    """
+    errors = [line for line in outcome.err.splitlines() if ": error: " in line]
+    if outcome.signal:
+        return f"ended by signal {outcome.signal} after {outcome.seconds:.1f} s"
+    if "Traceback" in outcome.err or outcome.code not in (0, 2):
+        return f"exit {outcome.code}: {outcome.err[-300:]}"
+    if outcome.code == 2 and len(errors) != 1:
+        return f"exit 2 with {len(errors)} error lines: {outcome.err[-300:]}"
+    if outcome.megabytes > limit_mb:
+        return f"took {outcome.megabytes:.0f} MB"
+    return None
