@@ -1,12 +1,13 @@
 """The adapters of EIVEN (section 2.2 and Appendix D), and how a linear adapter is merged into the weights after it.
 
-An adapter is placed before each attention, after the RMSNorm, and adds a small change to its input:
+An adapter is placed before each attention and adds a small change to its input.  The paper leaves open on which side of the
+RMSNorm; here it comes after the RMSNorm, as in LaVIN: only there can it be merged.  The residual stream is not changed.
     h' = h + s * U sigma(D h + d) + s * u            (N, width) -> (N, width)
     rep         RepAdapter (Luo et al. 2023, arXiv 2302.08106): no sigma, U in two groups   1.70M at LLaMA-7B
     mlp         MLP-Adapter (Houlsby et al. 2019): sigma is ReLU, U dense                    2.23M
     mlp-linear  MLP-Adapter-L: no sigma, U dense                                             2.23M
-U and u start at zero, so at step 0 the model is exactly LLaMA.  LaVIN, on which EIVEN is built, has a router that weighs
-two adapters depending on the input.  A router is not linear and could not be merged, so there is none here.
+U and u start at zero, so at step 0 the model is exactly LLaMA.  LaVIN, on which EIVEN is built, has a router that mixes
+two adapters for each input.  A router is not linear and could not be merged, so there is none here.
 
 Parameters and arithmetic are fp32, whatever the dtype of the frozen model: with a learning rate of 1e-3 most updates would
 be too small to change a 16-bit parameter.

@@ -1,4 +1,4 @@
-"""Products, questions and answers, Learning-by-Comparison (section 2.3 and figure 3), few labels, and reading data sets.
+"""Products, questions and answers, Learning-by-Comparison (section 2.3 and figure 3), few-shot sampling, and data sets.
 
 A data set is a folder ROOT/NAME/ with train.tsv, val.tsv and test.tsv, and photos in ROOT/images/.
 This file knows nothing about models: a tokenizer is anything with `encode` and `eos_id`.
@@ -60,15 +60,16 @@ class Encoded(NamedTuple):
 
 
 def base_question(product, text=True):
-    """The question of training, validation and test alike: [I, Q, C], and the value as its answer."""
+    """Figure 3, Base: [I, Q, C], and the value as the answer R.  Used in training, validation and test."""
     context = [f"Context: {product.context}"] if text else []
-    return example((product,), f"What is the {product.attribute} of this product?", context, product.value)
+    return build_example((product,), f"What is the {product.attribute} of this product?", context, product.value)
 
 
 def comparison(first, second, strategy, text=True, ask_first=False):
     """Learning-by-Comparison, figure 3: [I, I', Q, C, C'] for two products with the same attribute.  Training only.
 
-    ask_first  better_instance asks for the value of the first product, not of the second
+    ask_first  better_instance asks for the value of the first product, not of the second.  Figure 3 shows only the second;
+               if it were always the second, the answer could be given without looking.
 
     An example of judge_last:
         Question: What is the Boot Style of these two products? Are they the same?
@@ -91,20 +92,19 @@ def comparison(first, second, strategy, text=True, ask_first=False):
     else:
         raise ValueError(f"no such comparison: {strategy!r}; there are {', '.join(STRATEGIES[:-1])}")
     context = [f"First: {first.context}", f"Second: {second.context}"] if text else []
-    return example((first, second), question, context, answer)
+    return build_example((first, second), question, context, answer)
 
 
-def example(products, question, context, answer):
-    """Q, then C, then the mark "Answer:", after which the answer is written."""
+def build_example(products, question, context, answer):
+    """The prompt template, which the paper does not give: Q, then C, then the line "Answer:"."""
     return Example(tuple(p.image for p in products), "\n".join([f"Question: {question}", *context, "Answer:"]), answer)
 
 
 class Epoch:
-    """The examples of one epoch, shuffled: each product once as a base question, and `ratio` times as the first product
-    of a comparison.  Its partner is drawn uniformly from the other products with the same attribute.
+    """The examples of one epoch, shuffled.  Each product gives one base question and `ratio` comparisons, each with a random
+    other product of the same attribute.  With a fractional ratio, a random subset gives one comparison more.
 
-    Everything depends only on (seed, number) and, for a partner, the product: a resumed run sees the same examples.
-    If ratio is not a whole number, a random part of the products is compared once more than the rest.
+    Everything depends only on the seed, the number of the epoch and the product, so a resumed run sees the same examples.
     """
 
     def __init__(self, products, seed, number, strategy="judge_last", ratio=1.0, text=True):
@@ -136,8 +136,8 @@ class Epoch:
         product = self.products[i]
         draw = random.Random(f"partner {self.seed} {self.number} {product.id} {product.attribute} {repeat}")
         peers = self.peers[self.attribute[i]]
-        k = draw.randrange(len(peers) - 1)              # uniform among the others
-        partner = self.products[int(peers[k + (k >= self.place[i])])]
+        j = draw.randrange(len(peers) - 1)              # uniform, without the product itself
+        partner = self.products[int(peers[j + (j >= self.place[i])])]
         return comparison(product, partner, self.strategy, self.text, ask_first=draw.random() < 0.5)
 
 
@@ -145,7 +145,7 @@ class Epoch:
 
 
 def encode_answer(answer, tokenizer):
-    """R: an answer as ids, with its end token."""
+    """R: an answer as ids, with EOS."""
     return tokenizer.encode(answer, new_word=True) + [tokenizer.eos_id]
 
 
@@ -162,13 +162,13 @@ def encode_examples(examples, tokenizer, image=True):
     return encoded, list(photos)
 
 
-# ------------------------------------------------------------------------------------------------ few labels
+# ------------------------------------------------------------------------------------------------ few-shot sampling
 
 
 def sample_labels(products, labels, seed):
     """`labels` products of each attribute value (all of them if there are fewer, or if labels is None), in file order.
 
-    The draw depends only on the seed and the value, and the draw of fewer labels is part of the draw of more.
+    It depends only on the seed and the value; a smaller sample is a subset of a larger one.
     """
     if labels is None:
         return products
@@ -196,8 +196,8 @@ def read_split(root, dataset, split):
 
 
 class Products(Sequence):
-    """The products of a TSV file, in file order.  Memory holds only where each line starts; a line is read when it is
-    used, so a million products need little more memory than a thousand.
+    """The products of a TSV file, in file order.  Only the offset of each line is kept in memory, and a line is read when it
+    is used, so a million products need little more memory than a thousand.
 
     Every line is read and checked once at the start.  UserError with file and line for a bad line, or if there are none.
     labelled  True: every line must have a value; False: a missing or empty value is ""
@@ -245,7 +245,7 @@ class Products(Sequence):
         return len(self.starts)
 
     def __iter__(self):
-        with open(self.path, "rb") as file:             # a file of its own: two loops may run at the same time
+        with open(self.path, "rb") as file:             # its own file handle, so that loops can be nested
             self.check_unchanged(file)
             file.seek(self.first)
             lines = Reader(file, self.path)
@@ -260,19 +260,19 @@ class Products(Sequence):
         return self.product(next(lines.cells), lines.where)
 
     def check_unchanged(self, file):
-        """UserError if the file changed since the start: answers would be paired with other products."""
+        """UserError if the file changed since the start: the offsets would be wrong."""
         if file_version(file) != self.version:
             raise UserError(f"{self.path}: was changed while it is in use; start again")
 
 
 def file_version(file):
-    """What changes when an open file is written to, or replaced by another one."""
+    """Identifies the content of an open file without reading it."""
     stat = os.fstat(file.fileno())
     return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def values_of(products):
-    """{attribute: its values, sorted}: the answers that a data set knows."""
+    """{attribute: its values, sorted}: the label set of a data set."""
     found = defaultdict(set)
     with Progress("values", len(products), "products") as progress:
         for product in products:

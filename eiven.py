@@ -4,13 +4,16 @@
     question ---------------------------------------------------> Q --+--> X = [I', Q, C] --LLaMA with adapters--> answer R
     title and category -----------------------------------------> C --+
 
-Only the adapters (theta_a) and the projector (theta_p) are trained.  Two readings of what the paper leaves open:
-X starts with LLaMA's begin token, as all text that LLaMA was trained on; and the projector's sigma is SwiGLU with its
-gate, as Shazeer 2020 (arXiv 2002.05202) defines it.  LaVIN, the code that the authors built on, has the plain swish.
+Only the adapters (theta_a) and the projector (theta_p) are trained.  The ViT is not part of this class: it is frozen, so
+support/features.py runs it once for each photo.  What the paper leaves open, and what we do:
+    X           starts with the BOS token, as in LLaMA's pretraining
+    projector   SwiGLU has its gate, as Shazeer 2020 (arXiv 2002.05202) defines it; LaVIN, the code that the authors built
+                on, has the plain swish
+    I_k         is the output of a ViT block, without CLIP's final LayerNorm
+    R           ends with the EOS token, which is part of the loss
 
-One legend of shapes for the whole project:
-    B examples of a batch   N tokens of all sequences   M tokens whose logits are needed (those that predict the answers)
-    P photos   K [cls] tokens of a photo (4)   V ViT width (768)   D LLaMA width (4096)   r adapter rank (8)
+Shapes   B examples of a batch   N tokens of all sequences   M tokens whose logits are needed (those that predict the answers)
+         P photos   K [cls] tokens of a photo (4)   V ViT width (768)   D LLaMA width (4096)
 The paper's D is our V, and its D_text our D.  In figure 3 of the paper, I' and C' belong to the second product.
 """
 
@@ -28,21 +31,21 @@ from base.console import UserError, whole_file
 from base.packing import KVCache, next_tokens, pack
 
 TEMPERATURE, TOP_P = 0.1, 0.75                          # section 4.1
-CLS_EVERY = 3                                           # section 4.1: M = 3, a [cls] token after every third layer
+CLS_EVERY = 3                                           # M in section 2.1; section 4.1: a [cls] token after every third layer
 
 
 def cls_layers(vit_layers):
     """The layers of the ViT (counted from 1) whose [cls] token is I_k in section 2.1: 3, 6, 9, 12 for ViT-B/16."""
     if vit_layers % CLS_EVERY:
-        raise UserError(f"the ViT has {vit_layers} layers; EIVEN takes the [cls] token of every {CLS_EVERY}rd layer, "
-                        f"the last one included, so their number must be a multiple of {CLS_EVERY}")
+        raise UserError(f"the ViT has {vit_layers} layers; EIVEN takes the [cls] token after every {CLS_EVERY} layers, "
+                        f"so their number must be a multiple of {CLS_EVERY}")
     return tuple(range(CLS_EVERY, vit_layers + 1, CLS_EVERY))
 
 
 class Projector(nn.Module):
-    """I' = (swish(I Wg + bg) * (I Wd + bd)) Wu + bu, section 2.1: (P, K, V) -> (P, K, D), fp32.
+    """I' = (swish(I Wg + bg) * (I Wd + bd)) Wu + bu, section 2.1 with SwiGLU's gate Wg: (P, K, V) -> (P, K, D), fp32.
 
-    hidden is d_h, the width in the middle (paper: 128).
+    hidden is d_h, the width in the middle (paper: 128).  swish is PyTorch's silu.
     """
 
     def __init__(self, visual_width, width, hidden=128):
@@ -59,22 +62,23 @@ def nucleus(logits, temperature, top_p, uniform):
     """Top-p sampling (Holtzman et al. 2020): one token for each row, (B, vocab) -> (B,).
 
     The nucleus is the smallest set of most probable tokens whose total probability reaches top_p.  `uniform`, one number
-    in [0, 1) for each row, chooses from the nucleus, renormalised and in falling order of probability.
+    in [0, 1) for each row, draws from the renormalised nucleus by inverse transform sampling, most probable token first.
+    temperature 0 is greedy decoding.
     """
-    best = logits.argmax(-1)
+    token = logits.argmax(-1)                                                   # (B,)
     if temperature == 0:
-        return best
-    p = (logits / temperature).softmax(-1)
-    unsure = (p.gather(1, best[:, None]).squeeze(1) < top_p).nonzero().squeeze(1)
-    if len(unsure):                                     # elsewhere the best token is the whole nucleus: no sorting
-        falling, order = p[unsure].sort(dim=-1, descending=True, stable=True)
-        before = falling.cumsum(-1) - falling           # total probability of the tokens before
-        falling[before >= top_p] = 0
-        u = torch.tensor(uniform, device=p.device, dtype=p.dtype)[unsure, None] * falling.sum(-1, keepdim=True)
-        place = (falling.cumsum(-1) <= u).sum(-1, keepdim=True).clamp(max=p.shape[-1] - 1)
-        place = torch.minimum(place, (falling > 0).sum(-1, keepdim=True) - 1)   # rounding never leaves the nucleus
-        best = best.index_copy(0, unsure, order.gather(1, place).squeeze(1))
-    return best
+        return token
+    p = (logits / temperature).softmax(-1)                                      # (B, vocab)
+    unsure = p.amax(-1) < top_p                         # in the other rows the best token is the whole nucleus
+    if unsure.any():                                    # sorting a large vocabulary takes longer than all the rest
+        p, order = p[unsure].sort(dim=-1, descending=True, stable=True)         # (rows, vocab)
+        mass_before = p.cumsum(-1) - p                  # total probability of the more probable tokens
+        p[mass_before >= top_p] = 0
+        u = torch.tensor(uniform, device=p.device, dtype=p.dtype)[unsure, None] * p.sum(-1, keepdim=True)
+        rank = (p.cumsum(-1) <= u).sum(-1, keepdim=True)                        # (rows, 1)
+        rank = torch.minimum(rank, (p > 0).sum(-1, keepdim=True) - 1)           # rounding must not leave the nucleus
+        token[unsure] = order.gather(1, rank).squeeze(1)
+    return token
 
 
 class EIVEN(nn.Module):
@@ -116,42 +120,46 @@ class EIVEN(nn.Module):
         for b, example in enumerate(batch):
             if not example.answer:
                 raise ValueError(f"example {b} of the batch has no answer: nothing to learn from")
+        # Summed over the tokens of an answer, averaged over the batch: not PyTorch's default, the mean over all tokens.
+        return -self.answer_log_probs(batch, cls_tokens).sum() / len(batch)     # -1/B sum_i sum_t log p(R_t | X, R_<t)
+
+    def answer_log_probs(self, batch, cls_tokens=None):
+        """log p(R_t | X, R_<t) of each token of each answer, example after example: (M,), in nats."""
         R = torch.tensor([token for example in batch for token in example.answer], device=self.device)      # (M,)
-        logits = self.answer_logits(batch, cls_tokens)                          # (M, vocab)
-        return F.cross_entropy(logits, R, reduction="sum") / len(batch)         # -1/B sum_i sum_t log p(R_t | X, R_<t)
+        return -F.cross_entropy(self.answer_logits(batch, cls_tokens), R, reduction="none")
 
     def answer_logits(self, batch, cls_tokens=None):
         """Logits (M, vocab) that predict the tokens of each answer, example after example: figure 2, bottom to top."""
-        I_projected = self.project(cls_tokens)                                  # (P, K, D)   I'
-        X = [self.input_ids(example, I_projected) for example in batch]         # [I', Q, C]
-        # R_t is predicted from [X, R_<t]: the last token of an answer is predicted, never read.
+        visual_tokens = self.project(cls_tokens)                                # (P, K, D)   I'
+        X = [self.input_ids(example, visual_tokens) for example in batch]       # [I', Q, C]
+        # R_t is predicted from [X, R_<t], so the last token of an answer is never an input.
         sequences = [x + example.answer[:-1] for x, example in zip(X, batch)]
-        tokens = pack(sequences, [len(example.answer) for example in batch], self.device)
-        h = self.llama(self.embed(tokens.ids, I_projected), tokens)             # (N, D) -> (M, D)
+        tokens = pack(sequences, [len(example.answer) for example in batch], self.device)     # ids of the N tokens
+        h = self.llama(self.embed(tokens.ids, visual_tokens), tokens)           # (N, D) -> (M, D)
         return self.llama.logits(h)                                             # (M, vocab)
 
     def project(self, cls_tokens):
         """I -> I', section 2.1: (P, K, V) -> (P, K, D), or None without photos."""
         return None if cls_tokens is None else self.projector(cls_tokens.float())
 
-    def input_ids(self, example, I_projected):
-        """X = [I', Q, C] as ids.  Image tokens continue the vocabulary: token k of photo p has the id vocab + p K + k."""
-        K, vocab = I_projected.shape[1] if example.photos else 0, self.llama.config.vocab_size
-        image_ids = [vocab + p * K + k for p in example.photos for k in range(K)]
-        X = [self.tokenizer.bos_id, *image_ids, *example.prompt]
+    def input_ids(self, example, visual_tokens):
+        """X = [I', Q, C] as ids.  Visual token k of photo p gets the id vocab + p K + k, so that X is one list of ids."""
+        K, vocab = visual_tokens.shape[1] if example.photos else 0, self.llama.config.vocab_size
+        visual_ids = [vocab + p * K + k for p in example.photos for k in range(K)]
+        X = [self.tokenizer.bos_id, *visual_ids, *example.prompt]
         length, most = len(X) + len(example.answer), self.llama.config.max_position_embeddings
         if length > most:
             raise UserError(f"a question and its answer have {length:,} tokens, but this LLaMA was trained to read {most:,} at "
                             f"most: {self.tokenizer.decode(example.prompt)[:120]!r}…; shorten the title")
         return X
 
-    def embed(self, ids, I_projected):
-        """(N,) ids -> (N, D): text tokens from LLaMA's embeddings, image tokens from I'."""
+    def embed(self, ids, visual_tokens):
+        """(N,) ids -> (N, D): text tokens from LLaMA's embeddings, visual tokens from I'."""
         vocab = self.llama.config.vocab_size
-        is_image = ids >= vocab                                                 # (N,)
-        x = self.llama.embed(ids.masked_fill(is_image, 0))
-        if I_projected is not None and is_image.any():
-            x[is_image] = I_projected.flatten(0, 1)[ids[is_image] - vocab].to(x.dtype)
+        is_visual = ids >= vocab                                                # (N,)
+        x = self.llama.embed(ids.masked_fill(is_visual, 0))                     # (N, D)
+        if visual_tokens is not None and is_visual.any():
+            x[is_visual] = visual_tokens.flatten(0, 1)[ids[is_visual] - vocab].to(x.dtype)
         return x
 
     # ------------------------------------------------------------------------------------------------ answers
@@ -160,24 +168,24 @@ class EIVEN(nn.Module):
     def generate(self, batch, cls_tokens=None, seeds=None, temperature=TEMPERATURE, top_p=TOP_P, limit=32):
         """Free answers to a batch (its .answer is not used): a list of (ids without end token, probability of that answer).
 
-        seeds     one for each example; its draws depend on its seed alone, not on the rest of the batch
-        temperature, top_p   nucleus sampling, temperature first (section 4.1); temperature 0 takes the likeliest token
+        seeds     one for each example, so that its answer does not depend on the rest of the batch
+        temperature, top_p   nucleus sampling, temperature first (section 4.1)
         limit     an answer is cut off after this many tokens
-        The probability is that of the answer with its end token under the model itself: temperature 1, top-p 1.
+        The probability includes EOS and is that of the unmodified model: temperature 1, top-p 1.
         """
         B, device = len(batch), self.device
-        draws = [random.Random(seed) for seed in seeds or [0] * B]
-        I_projected = self.project(cls_tokens)
-        X = [self.input_ids(example._replace(answer=()), I_projected) for example in batch]
+        rngs = [random.Random(seed) for seed in seeds or [0] * B]
+        visual_tokens = self.project(cls_tokens)                                # (P, K, D)
+        X = [self.input_ids(example._replace(answer=()), visual_tokens) for example in batch]
         cache = KVCache(self.llama.config, B, max(map(len, X)) + limit, self.llama.compute_dtype, device)
         tokens = pack(X, [1] * B, device, cache)
-        h = self.llama(self.embed(tokens.ids, I_projected), tokens)             # (B, D)
+        h = self.llama(self.embed(tokens.ids, visual_tokens), tokens)           # (B, D)   fills the cache
 
         answers, log_p = [[] for _ in batch], [0.0] * B
-        live, ended = list(range(B)), set()             # the example of each row of the cache; the examples that have ended
+        live, ended = list(range(B)), set()             # live[i]: the example in row i of the cache; ended: finished examples
         for step in range(limit):
             logits = self.llama.logits(h)               # (live, vocab)
-            token = nucleus(logits, temperature, top_p, [draws[b].random() for b in live])          # (live,)
+            token = nucleus(logits, temperature, top_p, [rngs[b].random() for b in live])          # (live,)
             token_log_prob = logits.log_softmax(-1).gather(1, token[:, None]).squeeze(1).tolist()
             for b, t, lp in zip(live, token.tolist(), token_log_prob):
                 if b in ended:
@@ -190,11 +198,11 @@ class EIVEN(nn.Module):
             if len(ended) == B or step == limit - 1:
                 break
             going = [i for i, b in enumerate(live) if b not in ended]
-            if 2 * len(going) <= len(live):             # examples that have ended leave the batch when half of it has
+            if 2 * len(going) <= len(live):             # drop finished examples once they are half of the rows
                 cache.keep(torch.tensor(going, device=device))
                 token, live = token[going], [live[i] for i in going]
             tokens = next_tokens(token, [len(X[b]) + step for b in live], cache)
-            h = self.llama(self.llama.embed(token), tokens)                     # (live, D)
+            h = self.llama(self.llama.embed(token), tokens)                     # (live, D)   one step with the cache
         return [(answer, math.exp(p)) for answer, p in zip(answers, log_p)]
 
     @torch.no_grad()
@@ -205,8 +213,7 @@ class EIVEN(nn.Module):
         One forward pass.  The candidates of an example share its prompt, which base/packing.py stores once.
         """
         examples = [example._replace(answer=R) for example, several in zip(batch, candidates) for R in several]
-        R = torch.tensor([token for example in examples for token in example.answer], device=self.device)   # (M,)
-        token_log_prob = -F.cross_entropy(self.answer_logits(examples, cls_tokens), R, reduction="none")    # (M,)
+        token_log_prob = self.answer_log_probs(examples, cls_tokens)            # (M,)
         log_p = iter([part.sum().item() for part in token_log_prob.split([len(e.answer) for e in examples])])
         return [[next(log_p) for _ in several] for several in candidates]
 
@@ -221,7 +228,7 @@ class EIVEN(nn.Module):
         return self
 
     def save(self, path):
-        """Write all that was trained, and nothing frozen, to one safetensors file."""
+        """Write the trained parameters to one safetensors file."""
         with whole_file(path) as partial:
             save_file({name: p.detach().cpu().contiguous() for name, p in self.trainable_parameters().items()}, partial)
 

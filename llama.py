@@ -1,13 +1,14 @@
 """LLaMA: config, tokenizer, the forward pass, and loading of the official weights.
 
 Source   Touvron et al. 2023 (arXiv 2302.13971): RMSNorm before each sublayer, rotary positions, SwiGLU feed-forward.
-Names    are those of the Hugging Face checkpoints, so loading is strict and needs no table of names but one prefix.
+Names    are those of the Hugging Face checkpoints: loading only adds a prefix to each name.
 
-This file knows nothing about images or about what an adapter computes.  A block has one open place, `adapter`: the
-identity until a module is put there.
+This file knows nothing about images or about what an adapter computes.  Each block has one slot, `adapter`: nn.Identity,
+until EIVEN puts a module there.
 
-The sequences of a batch are stored without padding, as one matrix of N tokens.  Which tokens form a sequence, what each
-of them may attend to, and the KV cache are in base/packing.py; a layer gets all of it as one object, `tokens`.
+The sequences of a batch are stored without padding, as one matrix of N tokens.  Each layer gets a `tokens` object
+(base/packing.py): it knows which tokens form a sequence, and holds the masks and the KV cache.  The same attention for one
+sequence, with loops and nothing else, is in experiments/plain.py.
 
 Shapes   N tokens of all sequences   M tokens whose logits are needed   D hidden size   F feed-forward size
          H query heads   G key/value heads   d head dimension
@@ -58,7 +59,7 @@ def read_config(path):
 
     if raw.get("model_type") != "llama":
         refuse(f"model_type is {raw.get('model_type')!r}", "only 'llama' is")
-    rope = raw.get("rope_parameters") or {}             # newer transformers keep the rotary settings in here
+    rope = raw.get("rope_parameters") or {}             # newer versions of transformers put the rotary settings here
     for scaling in (raw.get("rope_scaling") or {}, rope):
         if not isinstance(scaling, dict):
             refuse(f"rope scaling {scaling!r}", "only plain rotary positions are")
@@ -102,9 +103,9 @@ def read_config(path):
 
 
 class Tokenizer:
-    """LLaMA's SentencePiece model: text to ids and back, without begin or end tokens.
+    """LLaMA's SentencePiece model: text to ids and back, without BOS and EOS.
 
-    bos_id and eos_id are the ids that begin a text and end an answer.
+    bos_id starts every text; eos_id ends every answer.
     """
 
     def __init__(self, path):
@@ -118,13 +119,13 @@ class Tokenizer:
         self.bos_id, self.eos_id = self.pieces.bos_id(), self.pieces.eos_id()
         self.adds_space = self.pieces.encode("a", out_type=str)[0].startswith("\u2581")
         if self.bos_id < 0 or self.eos_id < 0:
-            raise UserError(f"{path}: has no begin or no end token; a LLaMA's tokenizer has both")
+            raise UserError(f"{path}: has no BOS or no EOS token; a LLaMA's tokenizer has both")
 
     def encode(self, text, new_word=False):
         """Ids of a text.
 
-        new_word  the text follows another one as a new word, so it needs a space in front.  LLaMA's own SentencePiece
-                  model adds this space to every text; other models do not.
+        new_word  the text continues another text and needs a leading space.  LLaMA's own SentencePiece model adds this
+                  space to every text; other models do not.
         """
         return self.pieces.encode(" " + text if new_word and not self.adds_space else text)
 
@@ -177,7 +178,7 @@ def apply_rotary(x, cos, sin):
 
 
 class Attention(nn.Module):
-    """Causal self-attention with rotary positions.  G < H key/value heads are each shared by H / G query heads."""
+    """Causal self-attention with rotary positions.  Each key/value head serves H / G query heads (grouped-query attention)."""
 
     def __init__(self, config):
         super().__init__()
@@ -189,15 +190,16 @@ class Attention(nn.Module):
         self.o_proj = Linear(config.num_attention_heads * config.head_dim, D, bias)
 
     def forward(self, x, tokens):
-        """(N, D) -> (M, D): the needed tokens attend to the tokens before them.  M = N except in the last layer."""
+        """(N, D) -> (M, D).  M = N, except in the last layer: there only the needed tokens are queries."""
         q = self.q_proj(tokens.needed(x)).unflatten(-1, (-1, self.head_dim))    # (M, H, d)
         k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))                   # (N, G, d)
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))                   # (N, G, d)
         q = apply_rotary(q, tokens.needed(tokens.cos), tokens.needed(tokens.sin))
         k = apply_rotary(k, tokens.cos, tokens.sin)
-        out = [F.scaled_dot_product_attention(                                  # softmax(q k^T / sqrt(d)) v
-                   q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])
-               for q, k, v, mask in tokens.sequences(q, k, v)]                  # (b, H, T, d), (b, G, S, d) twice
+        out = []
+        for q_b, k_b, v_b, mask in tokens.sequences(q, k, v):                   # (b, H, T, d), (b, G, S, d), (b, G, S, d)
+            out.append(F.scaled_dot_product_attention(                          # softmax(q k^T / sqrt(d)) v
+                q_b, k_b, v_b, attn_mask=mask, is_causal=mask is None, enable_gqa=q_b.shape[1] != k_b.shape[1]))
         return self.o_proj(tokens.unpad(out))                                   # (M, D)
 
 
@@ -220,19 +222,19 @@ class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.adapter = nn.Identity()                    # the one place where adapters enter
+        self.adapter = nn.Identity()                    # EIVEN replaces it: the only place where adapters enter
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
     def forward(self, x, tokens):
-        """(N, D) -> (M, D)"""
+        """(N, D) -> (M, D).  tokens.needed is the identity, except in the last layer."""
         x = tokens.needed(x) + self.self_attn(self.adapter(self.input_layernorm(x)), tokens)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class LLaMA(nn.Module):
-    """Embeddings in, hidden states or logits out.  Built empty; `load_llama` fills it."""
+    """Embeddings in, hidden states or logits out.  `load_llama` loads its weights."""
 
     def __init__(self, config):
         super().__init__()
@@ -261,7 +263,7 @@ class LLaMA(nn.Module):
         for i, block in enumerate(self.layers):
             in_layer = tokens.at_layer(i, cos, sin, last=i == len(self.layers) - 1)
             if self.grad_checkpoint and torch.is_grad_enabled():
-                # Not re-entrant: the re-entrant kind gives the adapters no gradient where x itself needs none.
+                # use_reentrant=True would give the adapters no gradient where x needs none: without photos.
                 x = checkpoint(block, x, in_layer, use_reentrant=False)
             else:
                 x = block(x, in_layer)
@@ -284,7 +286,7 @@ def official_name(name):
 def load_llama(folder, dtype=None, device="cpu"):
     """(LLaMA, Tokenizer) from a folder with config.json, tokenizer.model and safetensors, one file or shards.
 
-    dtype   of the weights in memory; None keeps that of the files, and on a CPU the files are then mapped, not copied
+    dtype   of the weights in memory; None: as in the files, which a CPU then memory-maps instead of copying
     Errors  UserError for whatever is missing, broken, unsupported, or does not fit
     """
     folder = Path(folder)
@@ -303,7 +305,7 @@ def load_llama(folder, dtype=None, device="cpu"):
         if twice:
             raise UserError(f"{path}: holds {twice[0]}, which another shard holds too")
         tensors.update(shard)
-    shard = None                                        # `load_strict` frees each tensor that it converts
+    shard = None                                        # drop this reference, so that load_strict can free each tensor
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
     if config.tie_word_embeddings and {"lm_head.weight", "model.embed_tokens.weight"} <= tensors.keys():
         if not torch.equal(tensors.pop("lm_head.weight"), tensors["model.embed_tokens.weight"]):
@@ -315,7 +317,7 @@ def load_llama(folder, dtype=None, device="cpu"):
 
 
 def greedy_continuation(llama, ids, n):
-    """The n most probable next ids after `ids`, decoded one at a time with the KV cache.  LLaMA alone, for tests."""
+    """Greedy decoding with LLaMA alone: the n next ids after `ids`, one at a time, with the KV cache."""
     device = llama.embed_tokens.weight.device
     cache = KVCache(llama.config, 1, len(ids) + n, llama.compute_dtype, device)
     tokens, out = pack([ids], [1], device, cache), []

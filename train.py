@@ -37,7 +37,7 @@ def train(run, products):
     steps_per_epoch = math.ceil(len(epoch_of(0)) / config.batch_size)
     steps = config.epochs * steps_per_epoch
     count = sum(p.numel() for p in model.trainable_parameters().values())
-    before = f", {state.step:,} steps done before" if state.step else ""
+    before = f", {state.step:,} steps are done" if state.step else ""
     print(f"training {count:,} parameters on {len(products):,} labelled products: {config.epochs} epochs of "
           f"{steps_per_epoch:,} steps of {config.batch_size} examples{before}")
     start = time.monotonic()
@@ -49,12 +49,12 @@ def train(run, products):
             lr = learning_rate(step, steps, steps_per_epoch, peak_lr)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            first = i * config.batch_size               # the last batch of an epoch may be smaller; it counts, too
+            first = i * config.batch_size               # the last batch of an epoch may be smaller
             batch = [examples[k] for k in range(first, min(first + config.batch_size, len(examples)))]
             try:
                 loss, tokens = train_step(run, optimizer, scaler, batch)
             except FloatingPointError as error:
-                state.save(step)                        # finite values only: see train_step
+                state.save(step)                        # all values are still finite: the step was not taken
                 raise UserError(
                     f"the loss is {error} in step {step + 1}: epoch {epoch + 1}, examples {first + 1} to {first + len(batch)}, "
                     f"the first of them {batch[0].prompt[:160]!r}. The step was not taken, and the state before it is in "
@@ -82,7 +82,7 @@ def train_step(run, optimizer, scaler, examples):
         scaler.scale(loss).backward()
         total += loss.item()
         tokens += sum(len(example.prompt) + len(example.answer) for example in batch)
-    # In fp16 gradients overflow now and then; the scaler itself leaves those steps out.
+    # fp16 gradients sometimes overflow; GradScaler skips such steps itself.
     finite = scaler.is_enabled() or all(p.grad.isfinite().all() for p in model.trainable_parameters().values()
                                         if p.grad is not None)
     if not math.isfinite(total) or not finite:
@@ -93,7 +93,7 @@ def train_step(run, optimizer, scaler, examples):
 
 
 def learning_rate(step, steps, steps_per_epoch, peak):
-    """Linear warm-up over 2 epochs (at most half of the training), then half a cosine down to 0."""
+    """Linear warm-up over 2 epochs (at most half of the training), then cosine decay to 0."""
     warm_up = min(2 * steps_per_epoch, max(1, steps // 2))
     if step < warm_up:
         return peak * (step + 1) / warm_up
@@ -101,7 +101,7 @@ def learning_rate(step, steps, steps_per_epoch, peak):
 
 
 def make_optimizer(model):
-    """AdamW over the trainable parameters; no weight decay on biases, which are known by their names."""
+    """AdamW over the trainable parameters; no weight decay on the biases."""
     parameters = model.trainable_parameters()
     biases = [p for name, p in parameters.items() if name.endswith("bias")]
     weights = [p for name, p in parameters.items() if not name.endswith("bias")]
@@ -128,7 +128,7 @@ def parse(argv=None):
     if "out" in given:
         parser.error("--resume RUN continues in RUN: leave --out out")
     config, _ = read_config(folder)
-    # A run may continue where its files have moved to, and with less memory (then the last bits of gradients may differ).
+    # Only these may change: paths, device, and how memory is saved (the last bits of gradients may then differ).
     movable = ("data", "llama", "vit", "device", "micro_batch_size", "grad_checkpoint")
     for name, value in given.items():
         if name in movable:
@@ -143,12 +143,12 @@ def main(argv=None):
     config, folder = parse(argv)
     resumed = folder is not None
     if config.out and not resumed:
-        folder = new_run_folder(config)                 # a folder that is in use is an error before any work
+        folder = new_run_folder(config)                 # fail early if it already holds a run
     sources = find_sources(config)
     print(describe(config, sources), flush=True)
 
     products = sample_labels(read_split(sources.data, config.dataset, "train"), config.labels, config.seed)
-    # With few labels, val is small, too: as many products for each value as in training.
+    # Val is sampled like train: the same number of products per value.
     val = sample_labels(read_split(sources.data, config.dataset, "val"), config.labels, config.seed)
     test = read_split(sources.data, config.dataset, "test")
     data = {split: fingerprint(p) for split, p in (("train", products), ("val", val), ("test", test))}

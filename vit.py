@@ -6,7 +6,7 @@ Names    are those of the Hugging Face checkpoints, including the typo `pre_layr
 
 Nothing here is trained, so the [cls] tokens of a photo are computed only once.  This file knows nothing about language.
 
-Shapes   P photos   S = 1 + patches tokens   V width   K [cls] tokens of a photo
+Shapes   P photos   S = 1 + patches tokens   V width   d = V / heads   K [cls] tokens of a photo
 """
 
 import math
@@ -28,7 +28,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 @dataclass(frozen=True)
 class ViTConfig:
-    """The sizes of a ViT, read off its weights; ViT-B/16 is the default."""
+    """The sizes of a ViT; the defaults are those of ViT-B/16."""
 
     hidden_size: int = 768
     intermediate_size: int = 3072
@@ -45,12 +45,12 @@ class ViTConfig:
 def preprocess(image, size=224):
     """CLIP's preprocessing of an RGB image: (3, size, size), fp32, each channel normalised.
 
-    The shorter side is resized to `size` (bicubic), the longer side keeps the aspect ratio, rounded down.  Then the
-    centre is cropped; an odd pixel remains at the end.  All as in transformers' CLIP processor.
+    The shorter side is resized to `size` (bicubic), the longer side in proportion, rounded down.  Then the centre is
+    cropped; an odd margin is larger at the right and at the bottom.  All as in transformers' CLIP processor.
     """
     width, height = image.size
     short = min(width, height)
-    # In integers: 1.5 * 224 must not become 335.9999 before it is rounded down.
+    # Integer arithmetic: a float could fall just below a whole number.
     width, height = size * width // short, size * height // short
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
@@ -79,8 +79,7 @@ class Embeddings(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention without a mask.  Only the first n_queries tokens are used as queries;
-    the last layer needs [cls] only."""
+    """Self-attention without a mask.  Queries: the first n_queries tokens; the last layer needs [cls] alone."""
 
     def __init__(self, config):
         super().__init__()
@@ -89,8 +88,9 @@ class Attention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(V, V) for _ in range(4))
 
     def forward(self, x, n_queries):
-        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2)            # (P, heads, tokens, V / heads)
-                   for y in (self.q_proj(x[:, :n_queries]), self.k_proj(x), self.v_proj(x)))
+        q = self.q_proj(x[:, :n_queries]).unflatten(-1, (self.heads, -1)).transpose(1, 2)      # (P, heads, n_queries, d)
+        k = self.k_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)                     # (P, heads, S, d)
+        v = self.v_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)                     # (P, heads, S, d)
         out = F.scaled_dot_product_attention(q, k, v)                           # softmax(q k^T / sqrt(d)) v
         return self.out_proj(out.transpose(1, 2).flatten(2))                    # (P, n_queries, V)
 
@@ -121,7 +121,7 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """The vision tower up to its last block.  The LayerNorm and the projection after it are not needed here."""
+    """The vision tower without its final LayerNorm and projection: I_k is the output of a block."""
 
     def __init__(self, config):
         super().__init__()
@@ -187,7 +187,7 @@ def vision_tower(tensors, file):
     def with_prefix(prefix):
         return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
-    for prefix in ("vision_model.", ""):                # transformers 5 writes a vision tower alone without it
+    for prefix in ("vision_model.", ""):                # transformers 5 omits it for a vision tower alone
         if f"{prefix}embeddings.class_embedding" in tensors:
             found = with_prefix(prefix)
             break

@@ -1,20 +1,20 @@
-"""The same arithmetic as its plain expressions, with less time or memory, where the weights are frozen.
+"""Three operations of LLaMA that take less time or memory than their plain expressions, for frozen weights.
 
-Each operation has its plain expression beside it; tests/test_frozen_ops.py holds value and gradient of the two together.
-What each of them saves: docs/speed.md.
+The plain expression stands below each of them; tests/test_frozen_ops.py compares values and gradients.  docs/speed.md says
+what each of them saves.
 """
 
 import torch
 import torch.nn.functional as F
 
-STRIP = 512                                             # rows of a 16-bit matrix that are widened at a time
+STRIP = 512                                             # rows of a 16-bit matrix that are cast at a time
 
 
 def frozen_linear(x, weight):
     """x @ weight.T for a frozen weight: (N, in), (out, in) -> (N, out), in the dtype of x.
 
-    On a CPU the weight may have 16 bits and x 32.  Then STRIP rows of the weight at a time are widened: a strip fits the
-    processor's cache, so this is as fast as with a 32-bit weight, and takes half of its memory.
+    On a CPU the weight may have 16 bits and x 32.  Then STRIP rows of the weight at a time are cast to 32 bits: a strip fits
+    the CPU cache, so this is as fast as a 32-bit weight, with half of its memory.
     """
     return x @ weight.T if x.dtype == weight.dtype else WidenedLinear.apply(x, weight)
 
@@ -26,7 +26,7 @@ def linear_plain(x, weight):
 class WidenedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight):
-        ctx.weight = weight                             # the gradient of x needs only the weight
+        ctx.weight = weight                             # x is not kept: its gradient needs only the weight
         out = x.new_empty(len(x), len(weight))
         for part, strip in zip(out.split(STRIP, dim=1), widened(weight, x.dtype)):
             torch.mm(x, strip.T, out=part)
@@ -41,7 +41,7 @@ class WidenedLinear(torch.autograd.Function):
 
 
 def widened(weight, dtype):
-    """Strips of the weight in `dtype`, one after the other in the same memory: new pages would cost as much as the matmul."""
+    """Strips of the weight in `dtype`, all in one buffer: fresh memory would take as long as the matmul."""
     wide = torch.empty(STRIP, weight.shape[1], dtype=dtype, device=weight.device)
     for strip in weight.split(STRIP):
         yield wide[:len(strip)].copy_(strip)
@@ -71,12 +71,12 @@ class RMSNorm(torch.autograd.Function):
         x, scale = ctx.saved_tensors
         wide, dtype = x.float(), grad.dtype
         grad = grad.float() * ctx.weight.float()
-        along = (grad * wide).mean(-1, keepdim=True).mul_(scale ** 3)           # (N, 1)   component along x: the norm removes it
+        along = (grad * wide).mean(-1, keepdim=True).mul_(scale ** 3)           # (N, 1)   d(1 / rms) / dx = -x / (D rms^3)
         return grad.mul_(scale).addcmul_(wide, along, value=-1).to(dtype), None, None
 
 
 def swiglu(gate, up):
-    """silu(gate) * up, which keeps only its two inputs for the backward pass: (N, F) twice -> (N, F)."""
+    """silu(gate) * up: (N, F) twice -> (N, F).  Saves only gate and up for the backward pass."""
     return SwiGLU.apply(gate, up)
 
 

@@ -1,10 +1,11 @@
 """Sequences without padding: which tokens a layer computes, how attention groups and masks them, and the KV cache.
 
-A batch of B sequences is one matrix of N tokens.  Matrix products with weights run on these N rows; only attention needs
-whole sequences, and gets them by index.  Two things are saved:
-    padding      sequences of similar length form a group, and only a group is padded to its longest sequence
-    prefixes     a prefix that several sequences share is stored once.  With causal attention a token's hidden state
-                 depends only on itself and the tokens before it, so equal prefixes have equal hidden states.
+A batch of B sequences is one matrix of N tokens.  Linear layers run on these N rows; only attention needs whole sequences,
+and gathers them by index.  This avoids two kinds of wasted work:
+    padding             sequences of similar length form a group, and only a group is padded to its longest sequence
+    repeated prefixes   a prefix that several sequences share is computed once.  With causal attention a hidden state depends
+                        only on the token itself and the tokens before it, so equal prefixes have equal hidden states.
+                        (The gradient of a shared token is the sum over its sequences, by autograd of index_select.)
 Example: the sequences [1, 5, 6] and [1, 5, 7] are ids [1, 5, 6, 7], position [0, 1, 2, 2], table [[0, 1, 2], [0, 1, 3]].
 
 Shapes   B sequences   b sequences of a group   T longest sequence of a group   N tokens   M tokens whose logits are needed
@@ -23,9 +24,10 @@ import torch
 class Groups:
     """How tokens (N, ...) become padded sequences, one tensor a group, and back.
 
-    tables   for each group (b, T): the index of every token; padding has index 0, and its results are never used
-    inverse  (N,): index of each token in the concatenated, padded groups; of a shared token, any one of its places
-    masks    for each group (b, 1, T, S), True where a query may attend to a key; None: plain causal attention
+    tables   for each group (b, T): the index of every token; padding has index 0, and its outputs are not used
+    inverse  (N,): row of each token in the concatenated, padded groups; a shared token has several, any one of them
+    masks    for each group (b, 1, T, S), True where a query may attend to a key; None: plain causal attention.  Padding
+             comes after the last token of its sequence, so the causal mask hides it.
     """
 
     tables: list
@@ -34,7 +36,7 @@ class Groups:
 
     def pad(self, x):
         """(N, ...) -> for each group (b, T, ...)"""
-        flat = x.flatten(1)                             # the gradient of index_select is fast for matrices alone
+        flat = x.flatten(1)                             # index_select has a fast backward only for matrices
         return [flat.index_select(0, table.view(-1)).view(*table.shape, *x.shape[1:]) for table in self.tables]
 
     def unpad(self, groups):
@@ -51,7 +53,7 @@ class Tokens:
     needed_index    (M,): the tokens whose logits are needed, sequence after sequence; None: all N
     needed_groups   Groups of those M tokens as queries
     cache           KVCache that keys and values are stored in, or None
-    layer, cos, sin, last   of `at_layer`
+    layer, cos, sin, last   see `at_layer`
     """
 
     ids: torch.Tensor
@@ -66,11 +68,11 @@ class Tokens:
     last: bool = False
 
     def at_layer(self, layer, cos, sin, last):
-        """For layer number `layer`; cos, sin (N, 1, d/2) are the rotary table; the last layer keeps the needed tokens only."""
+        """For layer number `layer`; cos, sin (N, 1, d/2) are the rotary table; the last layer returns only the needed tokens."""
         return replace(self, layer=layer, cos=cos, sin=sin, last=last and self.needed_index is not None)
 
     def needed(self, x):
-        """(N, ...) -> (M, ...) in the last layer, where the other tokens are needed as keys and values only; else x."""
+        """(N, ...) -> (M, ...) in the last layer, where the other tokens are only keys and values; in all other layers x itself."""
         return x.index_select(0, self.needed_index) if self.last else x
 
     def sequences(self, q, k, v):
@@ -92,7 +94,7 @@ class Tokens:
 def pack(sequences, needed=None, device="cpu", cache=None):
     """Tokens of sequences (lists of ids, any lengths).
 
-    needed  for each sequence, how many of its last tokens need logits; None: all tokens
+    needed  for each sequence, the logits of how many of its last tokens are needed; None: of all tokens
     cache   an empty KVCache for B sequences; the sequences then form one group
     """
     known = {}                                          # (index of the token before, id) -> index
@@ -106,7 +108,7 @@ def pack(sequences, needed=None, device="cpu", cache=None):
                 position.append(t)
             own.append(before)
         index.append(own)
-    similar = defaultdict(list)                         # in a group, lengths differ by a factor of less than sqrt(2)
+    similar = defaultdict(list)                         # a group: lengths within a factor of sqrt(2)
     for b, sequence in enumerate(sequences):
         similar[int(2 * math.log2(len(sequence))) if cache is None else 0].append(b)
 
@@ -137,7 +139,7 @@ def pack(sequences, needed=None, device="cpu", cache=None):
 
 
 def next_tokens(ids, position, cache):
-    """Tokens of one more token (B,) of each sequence in `cache`, at these positions (a list of B)."""
+    """One new token for each sequence in `cache`: ids (B,), at these positions (a list of B)."""
     rows, S = torch.arange(len(ids), device=ids.device), max(position) + 1
     position = torch.tensor(position, device=ids.device)
     return Tokens(ids, position, Groups([rows[:, None]], rows, [causal_mask(position[:, None], S)]), cache=cache)
@@ -152,7 +154,7 @@ def causal_mask(position, S):
 
 
 class KVCache:
-    """Keys and values of the tokens so far, for decoding one token a sequence at a time.
+    """Keys and values of the tokens so far, for decoding: each step adds one token to each sequence.
 
     keys, values  for each layer (B, places, G, d)
     """
@@ -163,10 +165,11 @@ class KVCache:
         self.values = list(torch.zeros(shape, dtype=dtype, device=device))
 
     def update(self, layer, keys, values, position, masks):
-        """Store one group's keys and values [(B, T, G, d)]; return those that its queries can attend to.
+        """Store keys and values, a list of one (B, T, G, d) each; return those that the queries can attend to.
 
-        Whole prompts (plain causal attention) fill the cache from its start.  After that, one token (T = 1) a sequence
-        is stored at its position (B,), and all S positions of the mask are returned.
+        First call (masks is None): whole prompts, stored from position 0, and returned as they are.
+        Later calls: one token for each sequence (T = 1), stored at its position (B,); returns the first S positions of the
+        cache, a list of one (B, S, G, d) each.
         """
         if masks is None:
             T = keys[0].shape[1]
@@ -177,6 +180,6 @@ class KVCache:
         return [self.keys[layer][:, :S]], [self.values[layer][:, :S]]
 
     def keep(self, rows):
-        """Keep these sequences (a tensor of indices); the others have ended."""
+        """Keep only these sequences (a tensor of indices)."""
         self.keys = [x[rows] for x in self.keys]
         self.values = [x[rows] for x in self.values]

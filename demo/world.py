@@ -22,7 +22,6 @@ import re
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 
 from base.console import Progress, whole_file, write_text
 from demo.drawing import draw
@@ -202,36 +201,3 @@ def photo_of(product_id):
     rng = np.random.default_rng([int(VERSION), int(product_id.removeprefix("DEMO"))])
     return draw(look_of(way, attribute, value), item, rng)
 
-
-# ------------------------------------------------------------------------------------------------ a look at it
-
-
-def contact_sheet(path, count=24, columns=6, side=168):
-    """Write a picture of `count` training products with titles and values, to see what the task is."""
-    width, height = side + 16, side + 62
-    sheet = Image.new("RGB", (columns * width, -(-count // columns) * height), "white")
-    pen, font, bold = ImageDraw.Draw(sheet), ImageFont.load_default(12), ImageFont.load_default(14)
-    rng, rows = random.Random("contact sheet"), []
-    ways = [way for way, share in WAYS.items() for _ in range(round(share * count))]
-    rng.shuffle(ways)
-    train = make_splits()["train"]
-    for attribute, value in rng.sample(ALL_VALUES, len(ALL_VALUES)) + rng.sample(ALL_VALUES, 2):
-        rows.append(next(row for row in train if row["attribute_values"] == value and row not in rows
-                         and describe(row["id"])[2] == ways[len(rows)]))
-    for k, row in enumerate(rows):
-        x, y = k % columns * width + 8, k // columns * height + 8
-        sheet.paste(photo_of(row["id"]).resize((side, side), Image.Resampling.BICUBIC), (x, y))
-        words, lines = row["texts"].removeprefix("[Title] ").split(), [""]
-        for word in words:
-            if font.getlength(f"{lines[-1]} {word}") > side:
-                lines.append("")
-            lines[-1] = f"{lines[-1]} {word}".strip()
-        pen.text((x, y + side + 2), "\n".join(lines[:2]), fill=(70, 70, 70), font=font, spacing=1)
-        pen.text((x, y + side + 31), f"{row['attribute_names']}: {row['attribute_values']}", fill="black", font=bold)
-    with whole_file(path) as partial:
-        sheet.save(partial, format="PNG", optimize=True)
-
-
-if __name__ == "__main__":
-    contact_sheet(PROJECT / "docs" / "demo.png")
-    print(f"two dozen products of the demo world: {PROJECT / 'docs' / 'demo.png'}")

@@ -3,9 +3,10 @@
     python -m experiments.plain                 compares it with EIVEN on the demo world's model
 
 Read this first.  It computes what eiven.py, llama.py and adapters.py compute, slowly: no packing, no shared prefixes, no
-cache, no fused operation.  The tests hold the fast model to it (tests/test_eiven.py).
+cache, no fused operation.  tests/test_eiven.py compares the fast model with it.
 
-Shapes   T tokens of the sequence   D hidden size   d head dimension   K [cls] tokens of a photo   V ViT width   r adapter rank
+Shapes   T tokens of the sequence   D hidden size   d head dimension   P photos   K [cls] tokens of a photo   V ViT width
+         r adapter rank
 """
 
 import math
@@ -16,7 +17,7 @@ import torch
 def answer_log_probs(model, example, cls_tokens):
     """log p(R_t | X, R_<t) for each token of the example's answer R: (|R|,).  X = [I', Q, C], section 2.2.
 
-    model       an EIVEN whose adapters are not merged, and whose LLaMA has no biases and its own lm_head
+    model       EIVEN with unmerged adapters; its LLaMA has no biases, and an lm_head of its own
     cls_tokens  (P, K, V), I of each photo
     """
     llama, config = model.llama, model.llama.config
@@ -26,18 +27,18 @@ def answer_log_probs(model, example, cls_tokens):
     T, d = len(x), config.head_dim
 
     for block in llama.layers:
-        h = adapter(block.adapter, rms_norm(x, block.input_layernorm))
-        q = h @ block.self_attn.q_proj.weight.T
+        h = adapter(block.adapter, rms_norm(x, block.input_layernorm))          # (T, D)   x itself is not changed
+        q = h @ block.self_attn.q_proj.weight.T                                 # (T, heads d)
         k = h @ block.self_attn.k_proj.weight.T
         v = h @ block.self_attn.v_proj.weight.T
         heads = []
         for i in range(config.num_attention_heads):
-            j = i // (config.num_attention_heads // config.num_key_value_heads)         # its key/value head
+            j = i // (config.num_attention_heads // config.num_key_value_heads)         # the key/value head of head i
             q_i = rotate(q[:, i * d:(i + 1) * d], config.rope_theta)            # (T, d)
             k_j = rotate(k[:, j * d:(j + 1) * d], config.rope_theta)
             v_j = v[:, j * d:(j + 1) * d]
             scores = q_i @ k_j.T / math.sqrt(d)                                 # (T, T)
-            scores = scores + torch.full((T, T), float("-inf")).triu(1)         # no token sees a later one
+            scores = scores + torch.full((T, T), float("-inf")).triu(1)         # causal mask
             heads.append(scores.softmax(-1) @ v_j)
         x = x + torch.cat(heads, -1) @ block.self_attn.o_proj.weight.T
         h = rms_norm(x, block.post_attention_layernorm)
@@ -91,8 +92,8 @@ def main():
     model = EIVEN(*load_llama(world.LLAMA, torch.float32), visual_width=64)
     with torch.no_grad():
         for p in model.trainable_parameters().values():
-            p += 0.02 * torch.randn_like(p)             # up-projections start at zero, and would hide the adapters
-        first, second, *_ = read_split(world.write_dataset(), "general", "test")[:2]
+            p += 0.02 * torch.randn_like(p)             # up-projections of zero would hide the adapters
+        first, second = read_split(world.write_dataset(), "general", "test")[:2]
         batch, photos = encode_examples([base_question(first), comparison(first, second, "judge_last")], model.tokenizer)
         cls_tokens = torch.randn(len(photos), 4, 64)
         loss = model(batch, cls_tokens)
