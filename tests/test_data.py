@@ -7,6 +7,7 @@ import pytest
 
 from base.console import UserError
 from data import (
+    Example,
     Epoch,
     Product,
     Products,
@@ -240,3 +241,15 @@ def test_an_unknown_data_set_is_named_with_those_there(data_root):
     with pytest.raises(UserError, match="no data set 'boots' in .*: it holds shoes"):
         read_split(data_root, "boots", "train")
     assert len(read_split(data_root, "shoes", "train")) == 30
+
+
+def test_prompt_and_answer_are_tokenised_apart():
+    """A tokenizer whose pieces are two characters long: tokenised together, "abc" and "de" would share a piece."""
+    class Pairs:
+        eos_id = 2
+
+        def encode(self, text, new_word=False):
+            return [hash(text[i:i + 2]) for i in range(0, len(text), 2)]
+
+    [encoded], _ = encode_examples([Example((), "abc", "de")], Pairs())
+    assert encoded.prompt == Pairs().encode("abc") and encoded.answer == [*Pairs().encode("de"), 2]
