@@ -3,6 +3,7 @@
     python evaluate.py RUN                                       score the test split again
     python evaluate.py RUN --image shoe.jpg --text "…" --attribute "Boot Style"
     python evaluate.py RUN --input products.tsv --output predictions.tsv
+    python evaluate.py RUN --explain ID                          follow one product from photo to answer
 """
 
 import argparse
@@ -18,6 +19,7 @@ from data import Products, fingerprint, read_split, sample_labels
 from eiven import TEMPERATURE, TOP_P
 from support.answering import answers, check_lengths, load, prepare_photos, write_predictions
 from support.config import add_flags, describe
+from support.explain import find_product, show
 from support.export import export_run
 from support.report import confusion_file, confusion_png, report_html
 from support.run_folder import read_config, read_losses
@@ -129,6 +131,8 @@ def main():
     parser.add_argument("--attribute", metavar="NAME", help="the attribute to answer")
     parser.add_argument("--input", metavar="TSV", type=Path, help="answer the products of this file")
     parser.add_argument("--output", metavar="TSV", type=Path, help="where to write their answers")
+    parser.add_argument("--explain", metavar="ID", nargs="?", const="", help="follow this product of the split, or the one of "
+                        "--image, --text and --attribute, from photo to answer; writes a page to RUN/explain/")
     parser.add_argument("--export", metavar="DIR", type=Path, help="merge, and write an ordinary Hugging Face LLaMA")
     add_flags(parser, ("data", "llama", "vit", "device", "dtype"))
     args = parser.parse_args()
@@ -140,7 +144,11 @@ def main():
         raise UserError(f"{args.input}: not found; --input is a TSV file of products")
     if args.output and (args.output.is_dir() or args.output.resolve() == args.input.resolve()):
         raise UserError(f"--output {args.output}: is a folder, or the input itself; name another file")
-    one = args.image is not None or args.text is not None or args.attribute is not None
+    one = not args.explain and (args.image is not None or args.text is not None or args.attribute is not None)
+    if args.explain is not None and (args.input or args.export or args.constrain
+                                     or bool(args.explain) == (args.image is not None or args.text is not None)):
+        parser.error("--explain follows one free answer: give the ID of a product of the split, or --attribute with --image or "
+                     "--text; and leave --input, --export and --constrain out")
     if one and (args.attribute is None or args.input):
         parser.error("for one product, give --attribute and --image or --text, without --input")
     if args.export and (one or args.input):
@@ -152,7 +160,7 @@ def main():
         products = Products(args.input, labelled=False)
     given = {name: getattr(args, name) for name in ("data", "llama", "vit", "device", "dtype") if hasattr(args, name)}
     run = load(args.run, data_needed=not (one or args.input), **given)
-    print(describe(run.config, run.sources), file=sys.stderr if one else sys.stdout)
+    print(describe(run.config, run.sources), file=sys.stderr if one or args.explain else sys.stdout)
     if args.merge or args.export:
         if run.config.adapter == "mlp":
             raise UserError("this run has MLP-Adapters, whose non-linearity cannot be merged; "
@@ -161,7 +169,9 @@ def main():
         return export_run(run, args.export)
     if args.merge:
         run.model.merge_adapters()
-    if one:
+    if one and args.explain is not None:
+        show(run, run.product(args.image, args.text, args.attribute), args.temperature, args.top_p)
+    elif one:
         answer = run.answer(args.image, args.text, args.attribute, args.constrain, args.temperature, args.top_p)
         print(f"{run.known_attribute(args.attribute)}: {answer}")
     elif args.input:
@@ -171,12 +181,15 @@ def main():
         write_predictions(args.output, products, answers(run, products, values, args.temperature, args.top_p))
         print(f"{args.output}: {len(products):,} products answered")
     else:
-        products = read_split(run.sources.data, run.config.dataset, args.split)
+        whole = products = read_split(run.sources.data, run.config.dataset, args.split)
         if args.split != "test":                        # as train.py does: with few labels, val is small, too
             products = sample_labels(products, run.config.labels, run.config.seed)
         if fingerprint(products) != read_config(args.run)[1]["data_fingerprint"][args.split]:
             raise UserError(f"{run.sources.data}: the {args.split} split is not the one that this run was started with; --data "
                             "ROOT names another folder, and --input answers any file")
+        if args.explain:
+            product = find_product(whole, " ".join(args.explain.split()), args.attribute, whole.path)
+            return show(run, product, args.temperature, args.top_p)
         known_values(run, products, args.constrain, f"--split {args.split}")
         prepare_photos(run, products)
         evaluate(run, products, args.split, args.run if args.split == "test" else args.run / args.split,

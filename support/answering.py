@@ -51,6 +51,21 @@ class Run:
         """The attribute's name as in the training data, upper and lower case made equal; an unknown name as it is."""
         return next((a for a in self.values if a.lower() == name.lower()), name)
 
+    def product(self, image=None, text=None, attribute=""):
+        """The Product that `answer` is asked for: the same arguments, the same errors."""
+        attribute = self.known_attribute(attribute)
+        if attribute not in self.values:
+            print(f"note: {attribute!r} is not an attribute of this run's training data ({', '.join(self.values)})",
+                  file=sys.stderr)
+        for name, given, used in (("image", image, self.config.image), ("text", text, self.config.text)):
+            if used and given is None:
+                raise UserError(f"this run was trained with {name}s: give --{name}")
+            if given is not None and not used:
+                raise UserError(f"this run was trained without {name}s (--no-{name}): leave --{name} out")
+        if image is not None and not Path(image).is_file():
+            raise UserError(f"--image {image}: there is no such file")
+        return Product("", str(Path(image).resolve()) if image else "", "", " ".join((text or "").split()), attribute, "")
+
     def answer(self, image=None, text=None, attribute="", constrain=False, temperature=TEMPERATURE, top_p=TOP_P):
         """The Answer for one product: its value, and the probability of that value.
 
@@ -60,21 +75,9 @@ class Run:
         constrain  choose from the attribute's known values instead of writing freely
         Errors     UserError: something is missing, not wanted, or unreadable
         """
-        attribute = self.known_attribute(attribute)
-        if attribute not in self.values:
-            print(f"note: {attribute!r} is not an attribute of this run's training data ({', '.join(self.values)})",
-                  file=sys.stderr)
-            if constrain:
-                raise UserError(f"--constrain needs an attribute with known values: {', '.join(self.values)}")
-        for name, given, used in (("image", image, self.config.image), ("text", text, self.config.text)):
-            if used and given is None:
-                raise UserError(f"this run was trained with {name}s: give --{name}")
-            if given is not None and not used:
-                raise UserError(f"this run was trained without {name}s (--no-{name}): leave --{name} out")
-        if image is not None and not Path(image).is_file():
-            raise UserError(f"--image {image}: there is no such file")
-        product = Product("", str(Path(image).resolve()) if image else "", "", " ".join((text or "").split()),
-                          attribute, "")
+        product = self.product(image, text, attribute)
+        if constrain and product.attribute not in self.values:
+            raise UserError(f"--constrain needs an attribute with known values: {', '.join(self.values)}")
         prepare_photos(self, [product])
         [answer] = answers(self, [product], self.values if constrain else None, temperature, top_p)
         return answer
