@@ -252,6 +252,11 @@ def test_nucleus_limits():
     assert [draws.count(i) for i in range(4)] == [300, 150, 500, 50]
 
 
+def test_the_nucleus_is_the_smallest_set_that_reaches_top_p():
+    """Four tokens of exactly 0.25: two of them reach top-p 0.5, so the third is never drawn."""
+    assert {nucleus(torch.zeros(1, 4), 1.0, 0.5, [u / 100]).item() for u in range(100)} == {0, 1}
+
+
 # ------------------------------------------------------------------------------------------------ files
 
 

@@ -160,6 +160,13 @@ def test_flags_reach_the_training(one_epoch, flags, tmp_path, more, shapes):
     assert {name: tuple(trained[name].shape) if name in trained else None for name in shapes} == shapes
 
 
+def test_val_is_as_small_as_the_labels_and_test_is_whole(flags, tmp_path):
+    """One label for each of the 5 values: 5 of val's 10 products, all 15 of test's."""
+    train.main([*flags, "--labels", "1", "--epochs", "1", "--out", str(tmp_path / "run")])
+    metrics = [json.loads((tmp_path / "run" / name / "metrics.json").read_text()) for name in ("val", "")]
+    assert [m["n"] for m in metrics] == [5, 15]
+
+
 def test_epochs_draw_their_own_partners_and_end_with_a_smaller_batch(flags, tmp_path, monkeypatch):
     """40 examples in batches of 7: six steps an epoch, the last of them 5 examples."""
     batches, step = [], train.train_step
