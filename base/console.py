@@ -11,6 +11,11 @@ class UserError(Exception):
     """A mistake that the user can correct.  The message says what was given, where, what is allowed, and what to do next."""
 
 
+def first_line(error):
+    """The first line of what an exception says, or its type if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:100]
+
+
 def run(main):
     """Run main() as a command: a UserError is printed as one line, and the exit code is 2."""
     name = Path(sys.argv[0]).name
