@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from adapters import Adapter, merge
-from base.checkpoint import map_safetensors
+from base.checkpoint import map_safetensors, restore
 from base.console import UserError, whole_file
 from base.packing import KVCache, next_tokens, pack
 
@@ -113,15 +113,17 @@ class EIVEN(nn.Module):
                     ids, with its end token)
         cls_tokens  (P, K, V), I of each photo, from the frozen ViT
         """
-        for b, example in enumerate(batch):
-            if not example.answer:
-                raise ValueError(f"example {b} of the batch has no answer: nothing to learn from")
         R = torch.tensor([token for example in batch for token in example.answer], device=self.device)      # (M,)
         logits = self.answer_logits(batch, cls_tokens)                          # (M, vocab)
         return F.cross_entropy(logits, R, reduction="sum") / len(batch)         # -1/B sum_i sum_t log p(R_t | X, R_<t)
 
     def answer_logits(self, batch, cls_tokens=None):
         """Logits (M, vocab) that predict the tokens of each answer, example after example: figure 2, bottom to top."""
+        if not batch:
+            raise ValueError("batch is empty")
+        for b, example in enumerate(batch):
+            if not example.answer:
+                raise ValueError(f"example {b} of the batch has no answer: nothing to learn from")
         I_projected = self.project(cls_tokens)                                  # (P, K, D)   I'
         X = [self.input_ids(example, I_projected) for example in batch]         # [I', Q, C]
         # R_t is predicted from [X, R_<t]: the last token of an answer is predicted, never read.
@@ -132,11 +134,16 @@ class EIVEN(nn.Module):
 
     def project(self, cls_tokens):
         """I -> I', section 2.1: (P, K, V) -> (P, K, D), or None without photos."""
+        if cls_tokens is not None and self.projector is None:
+            raise ValueError("cls_tokens is given, but the model has no projector: it was made with visual_width=None")
         return None if cls_tokens is None else self.projector(cls_tokens.float())
 
     def input_ids(self, example, I_projected):
         """X = [I', Q, C] as ids.  Image tokens continue the vocabulary: token k of photo p has the id vocab + p K + k."""
-        K, vocab = I_projected.shape[1] if example.photos else 0, self.llama.config.vocab_size
+        P, K = (0, 0) if I_projected is None else I_projected.shape[:2]
+        if not all(0 <= p < P for p in example.photos):
+            raise ValueError(f"cls_tokens has the features of {P} photos, but an example names the photos {example.photos}")
+        vocab = self.llama.config.vocab_size
         image_ids = [vocab + p * K + k for p in example.photos for k in range(K)]
         X = [self.tokenizer.bos_id, *image_ids, *example.prompt]
         length, most = len(X) + len(example.answer), self.llama.config.max_position_embeddings
@@ -162,32 +169,41 @@ class EIVEN(nn.Module):
 
         seeds     one for each example; its draws depend on its seed alone, not on the rest of the batch
         temperature, top_p   nucleus sampling, temperature first (section 4.1); temperature 0 takes the likeliest token
-        limit     an answer is cut off after this many tokens
+        limit     an answer is cut off after this many tokens, or where question and answer fill max_position_embeddings
         The probability is that of the answer with its end token under the model itself: temperature 1, top-p 1.
+        Errors    FloatingPointError if the logits are not finite
         """
         B, device = len(batch), self.device
-        draws = [random.Random(seed) for seed in seeds or [0] * B]
+        seeds = seeds or [0] * B
+        if not batch:
+            raise ValueError("batch is empty")
+        if len(seeds) != B:
+            raise ValueError(f"seeds holds {len(seeds)}, but must hold one for each of the {B} examples")
+        draws = [random.Random(seed) for seed in seeds]
         I_projected = self.project(cls_tokens)
-        X = [self.input_ids(example._replace(answer=()), I_projected) for example in batch]
-        cache = KVCache(self.llama.config, B, max(map(len, X)) + limit, self.llama.compute_dtype, device)
+        X = [self.input_ids(example._replace(answer=[self.tokenizer.eos_id]), I_projected) for example in batch]
+        room = [min(limit, self.llama.config.max_position_embeddings - len(x)) for x in X]      # tokens of each answer
+        cache = KVCache(self.llama.config, B, max(map(len, X)) + max(room), self.llama.compute_dtype, device)
         tokens = pack(X, [1] * B, device, cache)
         h = self.llama(self.embed(tokens.ids, I_projected), tokens)             # (B, D)
 
         answers, log_p = [[] for _ in batch], [0.0] * B
         live, ended = list(range(B)), set()             # the example of each row of the cache; the examples that have ended
-        for step in range(limit):
+        for step in range(max(room)):
             logits = self.llama.logits(h)               # (live, vocab)
             token = nucleus(logits, temperature, top_p, [draws[b].random() for b in live])          # (live,)
             token_log_prob = logits.log_softmax(-1).gather(1, token[:, None]).squeeze(1).tolist()
             for b, t, lp in zip(live, token.tolist(), token_log_prob):
                 if b in ended:
                     continue
+                if math.isnan(lp):
+                    raise FloatingPointError(f"the logits of example {b} are not finite")
                 log_p[b] += lp
-                if t == self.tokenizer.eos_id:
-                    ended.add(b)
-                else:
+                if t != self.tokenizer.eos_id:
                     answers[b].append(t)
-            if len(ended) == B or step == limit - 1:
+                if t == self.tokenizer.eos_id or step + 1 == room[b]:
+                    ended.add(b)
+            if len(ended) == B:
                 break
             going = [i for i, b in enumerate(live) if b not in ended]
             if 2 * len(going) <= len(live):             # examples that have ended leave the batch when half of it has
@@ -203,10 +219,15 @@ class EIVEN(nn.Module):
 
         candidates  for each example a list of answers R (ids with end token), of any lengths
         One forward pass.  The candidates of an example share its prompt, which base/packing.py stores once.
+        Errors      FloatingPointError if the logits are not finite
         """
+        if len(candidates) != len(batch) or not all(candidates):
+            raise ValueError("candidates must hold, for each example of the batch, at least one answer")
         examples = [example._replace(answer=R) for example, several in zip(batch, candidates) for R in several]
         R = torch.tensor([token for example in examples for token in example.answer], device=self.device)   # (M,)
         token_log_prob = -F.cross_entropy(self.answer_logits(examples, cls_tokens), R, reduction="none")    # (M,)
+        if token_log_prob.isnan().any():
+            raise FloatingPointError("the logits are not finite")
         log_p = iter([part.sum().item() for part in token_log_prob.split([len(e.answer) for e in examples])])
         return [[next(log_p) for _ in several] for several in candidates]
 
@@ -228,16 +249,4 @@ class EIVEN(nn.Module):
     def load(self, path):
         """Read what `save` wrote, strictly."""
         tensors = map_safetensors(path, "what was trained (adapter.safetensors)")
-        parameters = self.trainable_parameters()
-        wrong = [n for n in parameters.keys() | tensors.keys()
-                 if n not in tensors or n not in parameters or tensors[n].shape != parameters[n].shape]
-        if wrong:
-            name = min(wrong)
-            raise UserError(
-                f"{path}: does not fit this model in {len(wrong)} tensors: {name} is "
-                f"{tuple(tensors[name].shape) if name in tensors else 'absent'} in the file and "
-                f"{tuple(parameters[name].shape) if name in parameters else 'absent'} in the model; "
-                "was it trained with another LLaMA, ViT or adapter?")
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(tensors[name])
+        restore(self.trainable_parameters(), tensors, path, "was it trained with another LLaMA, ViT or adapter?")
