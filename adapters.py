@@ -32,6 +32,8 @@ class Adapter(nn.Module):
         super().__init__()
         self.kind, self.scale = kind, scale
         groups = 2 if kind == "rep" else 1
+        if kind not in KINDS:
+            raise ValueError(f"adapter is {kind!r}, but must be one of {', '.join(KINDS)}")
         if dimension % groups or width % groups:
             raise ValueError(f"a RepAdapter has {groups} groups: its dimension ({dimension}) and the model's width "
                              f"({width}) must be multiples of {groups}")

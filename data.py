@@ -215,6 +215,10 @@ class Products(Sequence):
         if absent:
             raise UserError(f"{self.path}, line 1: the header lacks {', '.join(absent)}; it must name the columns "
                             f"{' '.join(required)}, separated by tabs")
+        twice = sorted({name for name in COLUMNS if self.header.count(name) > 1})
+        if twice:
+            raise UserError(f"{self.path}, line 1: the header names {', '.join(twice)} more than once; each column must have its "
+                            "own name")
         self.not_empty = [name for name in ("id", "attribute_names", "attribute_values") if name in required]
         self.column = {name: self.header.index(name) for name in COLUMNS if name in self.header}
         self.starts = array("q")                        # byte offset of each product's line

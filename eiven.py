@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from adapters import Adapter, merge
-from base.checkpoint import map_safetensors
+from base.checkpoint import map_safetensors, restore
 from base.console import UserError, whole_file
 from base.packing import KVCache, next_tokens, pack
 
@@ -117,9 +117,6 @@ class EIVEN(nn.Module):
                     ids, with its end token)
         cls_tokens  (P, K, V), I of each photo, from the frozen ViT
         """
-        for b, example in enumerate(batch):
-            if not example.answer:
-                raise ValueError(f"example {b} of the batch has no answer: nothing to learn from")
         # Summed over the tokens of an answer, averaged over the batch: not PyTorch's default, the mean over all tokens.
         return -self.answer_log_probs(batch, cls_tokens).sum() / len(batch)     # -1/B sum_i sum_t log p(R_t | X, R_<t)
 
@@ -130,6 +127,11 @@ class EIVEN(nn.Module):
 
     def answer_logits(self, batch, cls_tokens=None):
         """Logits (M, vocab) that predict the tokens of each answer, example after example: figure 2, bottom to top."""
+        if not batch:
+            raise ValueError("batch is empty")
+        for b, example in enumerate(batch):
+            if not example.answer:
+                raise ValueError(f"example {b} of the batch has no answer: nothing to learn from")
         visual_tokens = self.project(cls_tokens)                                # (P, K, D)   I'
         X = [self.input_ids(example, visual_tokens) for example in batch]       # [I', Q, C]
         # R_t is predicted from [X, R_<t], so the last token of an answer is never an input.
@@ -140,11 +142,16 @@ class EIVEN(nn.Module):
 
     def project(self, cls_tokens):
         """I -> I', section 2.1: (P, K, V) -> (P, K, D), or None without photos."""
+        if cls_tokens is not None and self.projector is None:
+            raise ValueError("cls_tokens is given, but the model has no projector: it was made with visual_width=None")
         return None if cls_tokens is None else self.projector(cls_tokens.float())
 
     def input_ids(self, example, visual_tokens):
         """X = [I', Q, C] as ids.  Visual token k of photo p gets the id vocab + p K + k, so that X is one list of ids."""
-        K, vocab = visual_tokens.shape[1] if example.photos else 0, self.llama.config.vocab_size
+        P, K = (0, 0) if visual_tokens is None else visual_tokens.shape[:2]
+        if not all(0 <= p < P for p in example.photos):
+            raise ValueError(f"cls_tokens has the features of {P} photos, but an example names the photos {example.photos}")
+        vocab = self.llama.config.vocab_size
         visual_ids = [vocab + p * K + k for p in example.photos for k in range(K)]
         X = [self.tokenizer.bos_id, *visual_ids, *example.prompt]
         length, most = len(X) + len(example.answer), self.llama.config.max_position_embeddings
@@ -170,32 +177,41 @@ class EIVEN(nn.Module):
 
         seeds     one for each example, so that its answer does not depend on the rest of the batch
         temperature, top_p   nucleus sampling, temperature first (section 4.1)
-        limit     an answer is cut off after this many tokens
+        limit     an answer is cut off after this many tokens, or where it fills max_position_embeddings
         The probability includes EOS and is that of the unmodified model: temperature 1, top-p 1.
+        Errors    FloatingPointError if the logits are not finite
         """
         B, device = len(batch), self.device
-        rngs = [random.Random(seed) for seed in seeds or [0] * B]
+        seeds = seeds or [0] * B
+        if not batch:
+            raise ValueError("batch is empty")
+        if len(seeds) != B:
+            raise ValueError(f"seeds holds {len(seeds)}, but must hold one for each of the {B} examples")
+        rngs = [random.Random(seed) for seed in seeds]
         visual_tokens = self.project(cls_tokens)                                # (P, K, D)
-        X = [self.input_ids(example._replace(answer=()), visual_tokens) for example in batch]
-        cache = KVCache(self.llama.config, B, max(map(len, X)) + limit, self.llama.compute_dtype, device)
+        X = [self.input_ids(example._replace(answer=[self.tokenizer.eos_id]), visual_tokens) for example in batch]
+        room = [min(limit, self.llama.config.max_position_embeddings - len(x)) for x in X]      # tokens of each answer
+        cache = KVCache(self.llama.config, B, max(map(len, X)) + max(room), self.llama.compute_dtype, device)
         tokens = pack(X, [1] * B, device, cache)
         h = self.llama(self.embed(tokens.ids, visual_tokens), tokens)           # (B, D)   fills the cache
 
         answers, log_p = [[] for _ in batch], [0.0] * B
         live, ended = list(range(B)), set()             # live[i]: the example in row i of the cache; ended: finished examples
-        for step in range(limit):
+        for step in range(max(room)):
             logits = self.llama.logits(h)               # (live, vocab)
             token = nucleus(logits, temperature, top_p, [rngs[b].random() for b in live])          # (live,)
             token_log_prob = logits.log_softmax(-1).gather(1, token[:, None]).squeeze(1).tolist()
             for b, t, lp in zip(live, token.tolist(), token_log_prob):
                 if b in ended:
                     continue
+                if math.isnan(lp):
+                    raise FloatingPointError(f"the logits of example {b} are not finite")
                 log_p[b] += lp
-                if t == self.tokenizer.eos_id:
-                    ended.add(b)
-                else:
+                if t != self.tokenizer.eos_id:
                     answers[b].append(t)
-            if len(ended) == B or step == limit - 1:
+                if t == self.tokenizer.eos_id or step + 1 == room[b]:
+                    ended.add(b)
+            if len(ended) == B:
                 break
             going = [i for i, b in enumerate(live) if b not in ended]
             if 2 * len(going) <= len(live):             # drop finished examples once they are half of the rows
@@ -211,9 +227,14 @@ class EIVEN(nn.Module):
 
         candidates  for each example a list of answers R (ids with end token), of any lengths
         One forward pass.  The candidates of an example share its prompt, which base/packing.py stores once.
+        Errors      FloatingPointError if the logits are not finite
         """
+        if len(candidates) != len(batch) or not all(candidates):
+            raise ValueError("candidates must hold, for each example of the batch, at least one answer")
         examples = [example._replace(answer=R) for example, several in zip(batch, candidates) for R in several]
         token_log_prob = self.answer_log_probs(examples, cls_tokens)            # (M,)
+        if token_log_prob.isnan().any():
+            raise FloatingPointError("the logits are not finite")
         log_p = iter([part.sum().item() for part in token_log_prob.split([len(e.answer) for e in examples])])
         return [[next(log_p) for _ in several] for several in candidates]
 
@@ -235,16 +256,4 @@ class EIVEN(nn.Module):
     def load(self, path):
         """Read what `save` wrote, strictly."""
         tensors = map_safetensors(path, "what was trained (adapter.safetensors)")
-        parameters = self.trainable_parameters()
-        wrong = [n for n in parameters.keys() | tensors.keys()
-                 if n not in tensors or n not in parameters or tensors[n].shape != parameters[n].shape]
-        if wrong:
-            name = min(wrong)
-            raise UserError(
-                f"{path}: does not fit this model in {len(wrong)} tensors: {name} is "
-                f"{tuple(tensors[name].shape) if name in tensors else 'absent'} in the file and "
-                f"{tuple(parameters[name].shape) if name in parameters else 'absent'} in the model; "
-                "was it trained with another LLaMA, ViT or adapter?")
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(tensors[name])
+        restore(self.trainable_parameters(), tensors, path, "was it trained with another LLaMA, ViT or adapter?")

@@ -18,7 +18,7 @@ from base.console import UserError, whole_file, write_text
 from data import Products, fingerprint, read_split, sample_labels
 from eiven import TEMPERATURE, TOP_P
 from support.answering import answers, check_lengths, load, prepare_photos, write_predictions
-from support.config import add_flags, describe
+from support.config import add_flags, describe, number, utf8_text
 from support.explain import find_product, show
 from support.export import export_run
 from support.report import confusion_file, confusion_png, report_html
@@ -123,12 +123,14 @@ def main():
     parser.add_argument("run", metavar="RUN", type=Path, help="run folder that train.py wrote")
     parser.add_argument("--split", default="test", choices=("train", "val", "test"), help="default: %(default)s")
     parser.add_argument("--merge", action="store_true", help="merge the adapters into LLaMA's weights first")
-    parser.add_argument("--temperature", type=float, default=TEMPERATURE, help="0: the likeliest token (default: %(default)s)")
-    parser.add_argument("--top-p", type=float, default=TOP_P, help="of nucleus sampling (default: %(default)s)")
+    parser.add_argument("--temperature", type=number(float, 0, 1000), default=TEMPERATURE,
+                        help="0: the likeliest token (default: %(default)s)")
+    parser.add_argument("--top-p", type=number(float, 1e-6, 1), default=TOP_P, help="of nucleus sampling (default: %(default)s)")
     parser.add_argument("--constrain", action="store_true", help="answer only with values known from training")
     parser.add_argument("--image", metavar="FILE", help="photo of one product")
-    parser.add_argument("--text", metavar="TEXT", help="title of one product, best with its category: \"title, category\"")
-    parser.add_argument("--attribute", metavar="NAME", help="the attribute to answer")
+    parser.add_argument("--text", metavar="TEXT", type=utf8_text,
+                        help="title of one product, best with its category: \"title, category\"")
+    parser.add_argument("--attribute", metavar="NAME", type=utf8_text, help="the attribute to answer")
     parser.add_argument("--input", metavar="TSV", type=Path, help="answer the products of this file")
     parser.add_argument("--output", metavar="TSV", type=Path, help="where to write their answers")
     parser.add_argument("--explain", metavar="ID", nargs="?", const="", help="follow this product of the split, or the one of "
@@ -136,8 +138,6 @@ def main():
     parser.add_argument("--export", metavar="DIR", type=Path, help="merge, and write an ordinary Hugging Face LLaMA")
     add_flags(parser, ("data", "llama", "vit", "device", "dtype"))
     args = parser.parse_args()
-    if not args.temperature >= 0 or not 0 < args.top_p <= 1:
-        parser.error("--temperature must be 0 or more, and --top-p above 0 and at most 1")
     if (args.input is None) != (args.output is None):
         parser.error("--input and --output go together")
     if args.input and not args.input.is_file():
@@ -177,7 +177,7 @@ def main():
     elif args.input:
         values = known_values(run, products, args.constrain, args.input)
         prepare_photos(run, products)
-        check_lengths(run, products)
+        check_lengths(run, products, constrain=args.constrain)
         write_predictions(args.output, products, answers(run, products, values, args.temperature, args.top_p))
         print(f"{args.output}: {len(products):,} products answered")
     else:
@@ -192,6 +192,7 @@ def main():
             return show(run, product, args.temperature, args.top_p)
         known_values(run, products, args.constrain, f"--split {args.split}")
         prepare_photos(run, products)
+        check_lengths(run, products, constrain=args.constrain)
         evaluate(run, products, args.split, args.run if args.split == "test" else args.run / args.split,
                  args.constrain, args.merge, args.temperature, args.top_p)
 

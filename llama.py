@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from base.checkpoint import check_file, load_strict, map_safetensors, read_json, shard_files
+from base.checkpoint import check_fields, check_file, load_strict, map_safetensors, read_json, shard_files
 from base.console import UserError
 from base.frozen_ops import frozen_linear, rms_norm, swiglu
 from base.packing import KVCache, next_tokens, pack
@@ -50,55 +50,48 @@ class LlamaConfig:
     max_position_embeddings: int = 2048
 
 
+# What a LLaMA's config.json may say, {field: (type, allowed, default)}: its sizes, and settings that nothing else fits.
+SIZES = {
+    "num_attention_heads": (int, (1, 1024)),
+    "num_key_value_heads": (int, (1, 1024), None),
+    "head_dim": (int, (2, 4096), None),
+    "hidden_size": (int, (1, 10 ** 5)),
+    "intermediate_size": (int, (1, 10 ** 6)),
+    "num_hidden_layers": (int, (1, 1000)),
+    "vocab_size": (int, (1, 10 ** 7)),
+    "max_position_embeddings": (int, (1, 10 ** 8), 2048),
+    "rms_norm_eps": (float, (1e-30, 1)),
+    "rope_theta": (float, (1, 1e12), 10000.0),
+    "attention_bias": (bool, (False, True), False),
+    "tie_word_embeddings": (bool, (False, True), False),
+}
+SUPPORTED = {
+    "model_type": (str, ("llama",)),
+    "hidden_act": (str, ("silu",), "silu"),
+    "mlp_bias": (bool, (False,), False),
+    "quantization_config": (dict, (), None),
+    "sliding_window": (int, (), None),
+    "pretraining_tp": (int, (1, 1), 1),
+    "partial_rotary_factor": (float, (1, 1), 1.0),
+    "rope_type": (str, ("default",), "default"),        # of rope_scaling
+    "type": (str, ("default",), "default"),             # its older name
+}
+
+
 def read_config(path):
     """LlamaConfig from a config.json.  UserError for every setting that this file does not support."""
     raw = read_json(path, "LLaMA's config")
-
-    def refuse(what, allowed):
-        raise UserError(f"{path}: {what}, which is not supported; {allowed}")
-
-    if raw.get("model_type") != "llama":
-        refuse(f"model_type is {raw.get('model_type')!r}", "only 'llama' is")
-    rope = raw.get("rope_parameters") or {}             # newer versions of transformers put the rotary settings here
-    for scaling in (raw.get("rope_scaling") or {}, rope):
-        if not isinstance(scaling, dict):
-            refuse(f"rope scaling {scaling!r}", "only plain rotary positions are")
-        kind = scaling.get("rope_type", scaling.get("type", "default"))
-        if kind != "default":
-            refuse(f"rope scaling {kind!r}", "only plain rotary positions are")
-    for key, fine in (("hidden_act", "silu"), ("mlp_bias", False), ("quantization_config", None),
-                      ("partial_rotary_factor", 1.0), ("pretraining_tp", 1), ("sliding_window", None)):
-        if raw.get(key, fine) not in (fine, None):
-            refuse(f"{key} is {raw[key]!r}", f"only {fine!r} is")
-    try:
-        heads = raw["num_attention_heads"]
-        config = LlamaConfig(
-            vocab_size=raw["vocab_size"],
-            hidden_size=raw["hidden_size"],
-            intermediate_size=raw["intermediate_size"],
-            num_hidden_layers=raw["num_hidden_layers"],
-            num_attention_heads=heads,
-            num_key_value_heads=raw.get("num_key_value_heads") or heads,
-            head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-            rms_norm_eps=raw["rms_norm_eps"],
-            rope_theta=rope.get("rope_theta") or raw.get("rope_theta") or 10000.0,
-            attention_bias=raw.get("attention_bias") or False,
-            tie_word_embeddings=raw.get("tie_word_embeddings") or False,
-            max_position_embeddings=raw.get("max_position_embeddings") or 2048,
-        )
-    except KeyError as error:
-        raise UserError(f"{path}: has no {error}; the config.json of a LLaMA has it") from None
-    except (TypeError, ZeroDivisionError):
-        raise UserError(f"{path}: hidden_size and num_attention_heads must be positive numbers, but are "
-                        f"{raw['hidden_size']!r} and {raw['num_attention_heads']!r}") from None
-    sizes = {k: v for k, v in vars(config).items() if k not in ("attention_bias", "tie_word_embeddings")}
-    wrong = {k: v for k, v in sizes.items() if isinstance(v, bool) or not isinstance(v, (int, float)) or v <= 0}
-    wrong |= {k: v for k, v in sizes.items() if isinstance(v, float) and k not in ("rms_norm_eps", "rope_theta")}
-    if wrong:
-        raise UserError(f"{path}: sizes must be positive whole numbers, but it gives {wrong}")
-    if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2:
-        raise UserError(f"{path}: {config.num_attention_heads} query heads must be a multiple of "
-                        f"{config.num_key_value_heads} key/value heads, and head_dim {config.head_dim} even")
+    for name in ("rope_scaling", "rope_parameters"):    # the second is newer, and holds rope_theta, too
+        raw |= check_fields(raw, {name: (dict, None, {})}, path)[name]
+    check_fields(raw, SUPPORTED, path)
+    sizes = check_fields(raw, SIZES, path)
+    heads = sizes["num_attention_heads"]
+    sizes["num_key_value_heads"] = sizes["num_key_value_heads"] or heads
+    sizes["head_dim"] = sizes["head_dim"] or sizes["hidden_size"] // heads
+    config = LlamaConfig(**sizes)
+    if heads % config.num_key_value_heads or config.head_dim % 2 or config.head_dim < 2:
+        raise UserError(f"{path}: {heads} query heads must be a multiple of {config.num_key_value_heads} key/value heads, "
+                        f"and head_dim {config.head_dim} even")
     return config
 
 

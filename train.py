@@ -10,14 +10,19 @@ import sys
 import time
 from pathlib import Path
 
+from base import console  # before PyTorch: Ctrl-C while that loads ends in one line, too
+
+# isort: split
+
 import torch
 
-from base import console
+from base.checkpoint import check_frozen
 from base.console import Progress, UserError, duration
 from data import Epoch, encode_examples, fingerprint, read_split, sample_labels, values_of
 from evaluate import evaluate
 from support.answering import Run, check_lengths, prepare_photos
 from support.config import Config, add_flags, build_model, choose_device, describe, find_sources
+from support.doubles import note_doubles
 from support.run_folder import SAVE_EVERY, TrainingState, check_weights, new_run_folder, only_process, read_config, write_config
 
 # ------------------------------------------------------------------------------------------------ the loop
@@ -29,13 +34,13 @@ def train(run, products):
     peak_lr = config.lr or 9e-3 * config.batch_size / 256
     optimizer = make_optimizer(model)
     scaler = torch.amp.GradScaler(enabled=model.llama.compute_dtype == torch.float16)      # gradients underflow in fp16
-    state = TrainingState(run.folder, model, optimizer, scaler)
 
     def epoch_of(number):
         return Epoch(products, config.seed, number, config.lbc, config.lbc_ratio, config.text)
 
     steps_per_epoch = math.ceil(len(epoch_of(0)) / config.batch_size)
     steps = config.epochs * steps_per_epoch
+    state = TrainingState(run.folder, model, optimizer, scaler, steps)
     count = sum(p.numel() for p in model.trainable_parameters().values())
     before = f", {state.step:,} steps are done" if state.step else ""
     print(f"training {count:,} parameters on {len(products):,} labelled products: {config.epochs} epochs of "
@@ -55,6 +60,7 @@ def train(run, products):
                 loss, tokens = train_step(run, optimizer, scaler, batch)
             except FloatingPointError as error:
                 state.save(step)                        # all values are still finite: the step was not taken
+                check_frozen(model.llama, run.sources.llama)    # damaged weights are named; no learning rate helps them
                 raise UserError(
                     f"the loss is {error} in step {step + 1}: epoch {epoch + 1}, examples {first + 1} to {first + len(batch)}, "
                     f"the first of them {batch[0].prompt[:160]!r}. The step was not taken, and the state before it is in "
@@ -141,9 +147,13 @@ def parse(argv=None):
 
 def main(argv=None):
     config, folder = parse(argv)
-    resumed = folder is not None
-    if config.out and not resumed:
-        folder = new_run_folder(config)                 # fail early if it already holds a run
+    # Fail early if the folder holds a run already, or is in use.
+    with only_process(folder) if folder else new_run_folder(config) as locked:
+        train_and_score(config, locked, resumed=folder is not None)
+
+
+def train_and_score(config, folder, resumed):
+    """The run in its folder: everything is checked before the first step, and val and test are scored at the end."""
     sources = find_sources(config)
     print(describe(config, sources), flush=True)
 
@@ -152,6 +162,7 @@ def main(argv=None):
     val = sample_labels(read_split(sources.data, config.dataset, "val"), config.labels, config.seed)
     test = read_split(sources.data, config.dataset, "test")
     data = {split: fingerprint(p) for split, p in (("train", products), ("val", val), ("test", test))}
+    note_doubles({"train": products, "val": val, "test": test})
     if resumed:
         record = read_config(folder)[1]
         check_weights(folder, record, sources)
@@ -163,23 +174,21 @@ def main(argv=None):
         prepare_photos(run, some)
         check_lengths(run, some, compared=some is products and config.lbc != "none")
     if not resumed:
-        run.folder = folder or new_run_folder(config)
-        write_config(run.folder, config, sources, values=run.values, data_fingerprint=data)
-    print(f"run folder: {run.folder}")
+        write_config(folder, config, sources, values=run.values, data_fingerprint=data)
+    print(f"run folder: {folder}")
 
-    if not (run.folder / "adapter.safetensors").exists():
+    if not (folder / "adapter.safetensors").exists():
         try:
-            with only_process(run.folder):
-                train(run, products)
+            train(run, products)
         except KeyboardInterrupt:
             print(f"\ninterrupted; at most {SAVE_EVERY} s of work and the current step are lost. Continue with: "
-                  f"python train.py --resume {run.folder}", file=sys.stderr)
+                  f"python train.py --resume {folder}", file=sys.stderr)
             raise SystemExit(130) from None
     else:
-        model.load(run.folder / "adapter.safetensors")
-    evaluate(run, val, "val", run.folder / "val")
-    evaluate(run, test, "test", run.folder)
-    print(f"\nresults: {run.folder / 'report.html'}")
+        model.load(folder / "adapter.safetensors")
+    evaluate(run, val, "val", folder / "val")
+    evaluate(run, test, "test", folder)
+    print(f"\nresults: {folder / 'report.html'}")
 
 
 if __name__ == "__main__":

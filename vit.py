@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from base.checkpoint import check_file, load_strict, map_safetensors, read_json
-from base.console import UserError
+from base.checkpoint import check_fields, check_file, load_strict, map_safetensors, read_json
+from base.console import UserError, first_line
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)         # of CLIP's training photos, RGB in 0..1
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -223,14 +223,33 @@ def read_tensors(path):
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:                          # torch raises many kinds of errors for a broken file
-        reason = str(error).strip().splitlines()[0][:100]
-        raise UserError(f"{path}: is not a whole PyTorch state dict ({reason}); OpenAI's own .pt archive is TorchScript "
+        raise UserError(f"{path}: is not a whole PyTorch state dict ({first_line(error)}); OpenAI's own .pt archive is TorchScript "
                         "and is not supported: use the safetensors or pytorch_model.bin") from None
     if isinstance(tensors, dict) and isinstance(tensors.get("state_dict"), dict):
         tensors = tensors["state_dict"]
     if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
         raise UserError(f"{path}: holds something other than a dict of tensors")
     return tensors
+
+
+SETTINGS = {                                            # of config.json: {field: (type, allowed, default)}
+    "hidden_act": (str, ("quick_gelu",), "quick_gelu"),
+    "num_attention_heads": (int, (1, 1024), None),
+    "layer_norm_eps": (float, (1e-30, 1), 1e-5),
+}
+
+
+def read_settings(folder):
+    """{field of SETTINGS: value} from the configs beside the weights; UserError if the activation is not quick-GELU."""
+    open_clip, clip = folder / "open_clip_config.json", folder / "config.json"
+    if open_clip.exists():
+        model = check_fields(read_json(open_clip, "open_clip's config"), {"model_cfg": (dict, None, {})}, open_clip)["model_cfg"]
+        if model.get("quick_gelu") is not True:
+            raise UserError(f"{open_clip}: quick_gelu is not set, so this ViT has the plain GELU, which is not supported; "
+                            "only CLIP's quick-GELU is (OpenAI's weights have it)")
+    raw = read_json(clip, "CLIP's config") if clip.exists() else {}
+    raw |= check_fields(raw, {"vision_config": (dict, None, {})}, clip)["vision_config"]        # of a whole CLIP
+    return check_fields(raw, SETTINGS, clip)
 
 
 def load_vit(path, device="cpu"):
@@ -247,28 +266,19 @@ def load_vit(path, device="cpu"):
     patch = tensors.get("embeddings.patch_embedding.weight")
     place = tensors.get("embeddings.position_embedding.weight")
     wide = tensors.get("encoder.layers.0.mlp.fc1.weight")
-    if patch is None or place is None or wide is None or (patch.dim(), place.dim(), wide.dim()) != (4, 2, 2):
+    if (patch is None or place is None or wide is None or (patch.dim(), place.dim(), wide.dim()) != (4, 2, 2)
+            or min(*patch.shape, *wide.shape, len(place) - 1) < 1):
         raise UserError(f"{file}: its patch embedding, position embedding or first layer is missing or misshapen")
     layers = {name.split(".")[2] for name in tensors if name.startswith("encoder.layers.")}
-    settings = {}
-    open_clip = file.parent / "open_clip_config.json"
-    if open_clip.exists() and not (read_json(open_clip, "open_clip's config").get("model_cfg") or {}).get("quick_gelu"):
-        raise UserError(f"{open_clip}: quick_gelu is not set, so this ViT has the plain GELU, which is not supported; "
-                        "only CLIP's quick-GELU is (OpenAI's weights have it)")
-    if (file.parent / "config.json").exists():
-        settings = read_json(file.parent / "config.json", "CLIP's config")
-        settings = settings.get("vision_config") or settings
-        if settings.get("hidden_act", "quick_gelu") != "quick_gelu":
-            raise UserError(f"{file.parent / 'config.json'}: hidden_act is {settings['hidden_act']!r}, which is not "
-                            "supported; only CLIP's 'quick_gelu' is")
+    settings = read_settings(file.parent)
     config = ViTConfig(
         hidden_size=patch.shape[0],
         intermediate_size=len(wide),
         num_hidden_layers=len(layers),
-        num_attention_heads=settings.get("num_attention_heads") or max(1, patch.shape[0] // 64),
+        num_attention_heads=settings["num_attention_heads"] or max(1, patch.shape[0] // 64),
         patch_size=patch.shape[-1],
         image_size=patch.shape[-1] * math.isqrt(len(place) - 1),
-        layer_norm_eps=settings.get("layer_norm_eps") or 1e-5,
+        layer_norm_eps=settings["layer_norm_eps"],
     )
     if config.hidden_size % config.num_attention_heads:
         raise UserError(f"{file}: {config.num_attention_heads} heads do not divide the width {config.hidden_size}")

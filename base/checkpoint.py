@@ -1,19 +1,22 @@
-"""Reading official weight files strictly: memory-mapped, not copied; whatever does not fit is named in the error.
+"""Reading configs and weight files strictly: memory-mapped, not copied; whatever does not fit is named in the error.
 
 A wrong weight file rarely fails by itself; the model then gives fluent, wrong answers.  So all weights go through
-`load_strict`: it requires every tensor of the model, no others, and each in its shape.
+`load_strict`: it requires every tensor of the model, no others, and each in its shape.  What was trained goes through
+`restore`, and every field that is read from a JSON file through `check_fields`.
 """
 
 import hashlib
 import json
+import reprlib
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from base.console import UserError
+from base.console import UserError, first_line
 
 BROKEN = "Download it again (a browser or git without LFS leaves such files)."
+JSON_NAMES = {dict: "an object", list: "a list", str: "a text", bool: "true or false"}
 
 
 def what_is(path):
@@ -58,9 +61,42 @@ def read_json(path, kind):
         raise UserError(f"{path}: {kind} should be JSON, but the file is not text ({error.reason})") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}: {kind} is not valid JSON: {error.msg}. {BROKEN}") from None
+    except (ValueError, RecursionError) as error:       # a number of more than 4,300 digits; brackets nested too deeply
+        raise UserError(f"{path}: {kind} cannot be read as JSON ({first_line(error)}). {BROKEN}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: {kind} should be a JSON object, but is a {type(value).__name__}")
     return value
+
+
+def check_fields(record, table, where):
+    """{name: value} of the fields in `table`, from a JSON object.  Other fields of the object are ignored.
+
+    table   {name: (type, allowed, default)}.  allowed: (least, greatest) of a number, a tuple of values for other types,
+            or None for any value.  A field without a default must be there; null counts as absent.
+    where   the start of an error: the file
+    Errors  UserError for the first field that is absent, of another type, or not allowed
+    """
+    found = {}
+    for name, (kind, allowed, *default) in table.items():
+        value, number = record.get(name), kind in (int, float)
+        if value is None:
+            if not default:
+                raise UserError(f"{where}: has no {name!r}, which must be there")
+            found[name] = default[0]
+            continue
+        fits = type(value) is kind or (kind is float and type(value) is int)
+        if fits and allowed is not None:                # a NaN fits nowhere
+            fits = allowed[0] <= value <= allowed[1] if number else value in allowed
+        if not fits:
+            if allowed is None:
+                fine = f"must be {JSON_NAMES[kind]}"
+            elif number:
+                fine = f"must be a {'whole ' if kind is int else ''}number from {allowed[0]:,} to {allowed[1]:,}"
+            else:
+                fine = f"only {' or '.join(map(repr, allowed)) or 'null'} is supported"
+            raise UserError(f"{where}: {name} is {reprlib.repr(value)}, but {fine}")
+        found[name] = value
+    return found
 
 
 def shard_files(folder, kind):
@@ -75,9 +111,7 @@ def shard_files(folder, kind):
             raise UserError(f"{folder}: holds neither model.safetensors nor model.safetensors.index.json "
                             f"({kind} in the Hugging Face layout).{found}")
         return [single]
-    names = read_json(index, f"the index of {kind}").get("weight_map")
-    if not isinstance(names, dict) or not names:
-        raise UserError(f"{index}: has no 'weight_map' from tensor names to files. {BROKEN}")
+    names = check_fields(read_json(index, f"the index of {kind}"), {"weight_map": (dict, None)}, index)["weight_map"]
     shards = sorted({str(name) for name in names.values()})
     if any(Path(name).name != name for name in shards):
         raise UserError(f"{index}: names files outside its own folder: {shards[:3]}")
@@ -141,3 +175,41 @@ def load_strict(module, tensors, where, names=lambda name: name, dtype=None, dev
         tensor = tensors.pop(official).to(device=device, dtype=dtype)
         owner, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(owner), leaf, torch.nn.Parameter(tensor, requires_grad=False))
+
+
+def restore(parameters, tensors, where, hint):
+    """Copy `tensors` into trained `parameters`, both {name: tensor}.
+
+    where, hint  the start and the end of an error: the file, and what to do
+    Errors       UserError if names or shapes differ or a value is not finite.  Nothing was copied then.
+    """
+    wrong = [f"{name} is {shape_of(tensors, name)} in the file and {shape_of(parameters, name)} in the model"
+             for name in sorted(parameters.keys() | tensors.keys()) if shape_of(tensors, name) != shape_of(parameters, name)]
+    if wrong:
+        raise UserError(f"{where}: does not fit this model in {len(wrong)} tensors: {wrong[0]}; {hint}")
+    broken = not_finite(tensors)
+    if broken:
+        raise UserError(f"{where}: {broken} holds NaN or infinity; {hint}")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+
+
+def shape_of(tensors, name):
+    """The shape of a tensor as a tuple, "absent", or the type of what is not a floating-point tensor."""
+    value = tensors.get(name, "absent")
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        return value if value == "absent" else str(getattr(value, "dtype", type(value).__name__))
+    return tuple(value.shape)
+
+
+def not_finite(tensors):
+    """The name of the first tensor that holds NaN or infinity, or None."""
+    return next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
+
+
+def check_frozen(module, where):
+    """UserError if a weight of `module` is NaN or infinite: called once a loss or logits are, to name the reason."""
+    broken = not_finite(dict(module.named_parameters()))
+    if broken:
+        raise UserError(f"{where}: the weights are damaged: {broken} holds NaN or infinity. {BROKEN}")

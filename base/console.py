@@ -1,25 +1,56 @@
 """For the terminal: errors as one line, progress as one line, and files that are never half written."""
 
 import os
+import signal
 import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parent.parent
 
 
 class UserError(Exception):
     """A mistake that the user can correct.  The message says what was given, where, what is allowed, and what to do next."""
 
 
+def first_line(error):
+    """The first line of what an exception says, or its type if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:100]
+
+
+def cache_folder():
+    """Where computed features and the demo world are kept: $EIVEN_CACHE, else cache/ in the project's folder."""
+    return Path(os.environ.get("EIVEN_CACHE") or PROJECT / "cache").absolute()
+
+
+def end_at_once(*_):
+    """Ctrl-C while the imports are still running.  An exception there could come out of PyTorch as any other."""
+    os.write(2, f"\n{Path(sys.argv[0]).name}: interrupted\n".encode())
+    os._exit(130)
+
+
+if Path(getattr(sys.modules["__main__"], "__file__", None) or "").resolve().parent == PROJECT:  # train.py or evaluate.py
+    signal.signal(signal.SIGINT, end_at_once)
+
+
 def run(main):
     """Run main() as a command: a UserError is printed as one line, and the exit code is 2."""
     name = Path(sys.argv[0]).name
+    if signal.getsignal(signal.SIGINT) is end_at_once:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):             # where the terminal has no such letter, its number is printed
+        stream.reconfigure(errors="backslashreplace")
+
+    def fail(message):
+        sys.stdout.flush()
+        print(f"{name}: error: {message}", file=sys.stderr)
+        raise SystemExit(2) from None
+
     try:
         main()
     except UserError as error:
-        sys.stdout.flush()
-        print(f"{name}: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        fail(error)
     except KeyboardInterrupt:
         print(f"\n{name}: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
@@ -29,13 +60,14 @@ def run(main):
     except (MemoryError, RuntimeError) as error:        # PyTorch's are RuntimeErrors, and known by what they say
         if isinstance(error, RuntimeError) and not any(s in str(error) for s in ("out of memory", "can't allocate memory")):
             raise
-        said = (str(error) or type(error).__name__).splitlines()[0][:120]
-        print(f"{name}: error: more memory is needed than there is ({said}); --micro-batch-size and --grad-checkpoint take "
-              "less, also with --resume", file=sys.stderr)
-        raise SystemExit(2) from None
+        fail(f"more memory is needed than there is ({first_line(error)}); in training, --micro-batch-size and --grad-checkpoint "
+             "take less, also with --resume")
+    except UnicodeEncodeError as error:         # a name with bytes that are no UTF-8, where only text is possible
+        fail(f"{error.object[:100]!r} is not UTF-8 text; rename the file, or leave those characters out")
     except OSError as error:                    # a full disk, a folder that may not be written
-        print(f"{name}: error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        place = str(error.filename or "")
+        move = "; the environment variable EIVEN_CACHE names another folder for it" if str(cache_folder()) in place else ""
+        fail(f"{place}: {error.strerror or error}{move}")
 
 
 @contextmanager
@@ -62,9 +94,12 @@ def whole_file(path):
 
 
 def write_text(path, text):
-    """Write `text` to `path` whole, as UTF-8 with the newlines as given."""
+    """Write `text` to `path` whole, as UTF-8 with the newlines as given.
+
+    Bytes of a file name that are no UTF-8 are written as \\udc80 to \\udcff, which JSON reads back as they were.
+    """
     with whole_file(path) as partial:
-        partial.write_text(text, encoding="utf-8", newline="")
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
 
 
 def duration(seconds):

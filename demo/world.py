@@ -23,12 +23,12 @@ from pathlib import Path
 
 import numpy as np
 
-from base.console import Progress, whole_file, write_text
+from base.console import Progress, cache_folder, whole_file, write_text
 from demo.drawing import draw
 
 PROJECT = Path(__file__).resolve().parent.parent
 LLAMA, VIT = PROJECT / "demo" / "llama", PROJECT / "demo" / "vit"       # the small backbones
-ROOT = PROJECT / "cache" / "demo"                                  # where texts and photos are written
+ROOT = cache_folder() / "demo"                                     # where texts and photos are written
 NAME = re.compile(r"DEMO\d{5}\.jpg")                            # of a photo
 VERSION = "1"                                                   # another number: an older cache is written anew
 SPLITS = {"train": 160, "val": 20, "test": 25}                  # products a value

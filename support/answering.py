@@ -2,10 +2,12 @@
 
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
+from base.checkpoint import check_frozen
 from base.console import Progress, UserError
 from base.tsv import COLUMNS, write_tsv
 from data import Product, base_question, comparison, encode_answer, encode_examples
@@ -17,6 +19,7 @@ from support.run_folder import check_weights, read_config
 
 ANSWER_BATCH = 64                                       # products answered together
 SCORE_BATCH = 8                                         # products whose values are scored together
+LEAST_LIMIT = 32                                        # tokens that a free answer may have at least
 SORTED_TOGETHER = 4096                                  # products in memory at a time, answered in order of length
 
 
@@ -47,6 +50,14 @@ class Run:
     model: EIVEN
     photo_features: PhotoFeatures | None
 
+    @cached_property
+    def longest(self):
+        """{attribute: (its value with the most tokens, how many, the end token included)}"""
+        def tokens(value):
+            return len(encode_answer(value, self.model.tokenizer))
+        longest = {attribute: max(values, key=tokens) for attribute, values in self.values.items()}
+        return {attribute: (value, tokens(value)) for attribute, value in longest.items()}
+
     def known_attribute(self, name):
         """The attribute's name as in the training data, upper and lower case made equal; an unknown name as it is."""
         return next((a for a in self.values if a.lower() == name.lower()), name)
@@ -54,6 +65,9 @@ class Run:
     def product(self, image=None, text=None, attribute=""):
         """The Product that `answer` is asked for: the same arguments, the same errors."""
         attribute = self.known_attribute(attribute)
+        if not attribute.strip():
+            raise UserError("--attribute is empty; name the attribute to answer, e.g. one of this run's training data: "
+                            f"{', '.join(self.values)}")
         if attribute not in self.values:
             print(f"note: {attribute!r} is not an attribute of this run's training data ({', '.join(self.values)})",
                   file=sys.stderr)
@@ -122,6 +136,8 @@ def answers(run, products, values=None, temperature=TEMPERATURE, top_p=TOP_P, wh
     tokenizer, image = run.model.tokenizer, run.config.image
     size = ANSWER_BATCH if values is None else SCORE_BATCH
     with Progress(what, len(products), "products") as progress:
+        # No known value may be cut off.
+        limit = max([LEAST_LIMIT, *(tokens for _, tokens in run.longest.values())])
         for first in range(0, len(products), SORTED_TOGETHER):
             some = products[first:first + SORTED_TOGETHER]
             examples = [base_question(p, run.config.text) for p in some]
@@ -131,15 +147,20 @@ def answers(run, products, values=None, temperature=TEMPERATURE, top_p=TOP_P, wh
                 chosen = order[start:start + size]
                 batch, photos = encode_examples([examples[i] for i in chosen], tokenizer, image)
                 cls_tokens = run.photo_features.read(photos, run.model.device) if run.photo_features else None
-                if values is None:
-                    seeds = [f"answer {run.config.seed} {some[i].id} {some[i].attribute}" for i in chosen]
-                    written = run.model.generate(batch, cls_tokens, seeds, temperature, top_p)
-                    batch_answers = [Answer(tokenizer.decode(ids).strip(), p) for ids, p in written]
-                else:
-                    known = [values[some[i].attribute] for i in chosen]
-                    candidates = [[encode_answer(v, tokenizer) for v in each] for each in known]
-                    log_p = run.model.score(batch, candidates, cls_tokens)
-                    batch_answers = [likeliest(v, lp) for v, lp in zip(known, log_p)]
+                try:
+                    if values is None:
+                        seeds = [f"answer {run.config.seed} {some[i].id} {some[i].attribute}" for i in chosen]
+                        written = run.model.generate(batch, cls_tokens, seeds, temperature, top_p, limit)
+                        batch_answers = [Answer(tokenizer.decode(ids).strip(), p) for ids, p in written]
+                    else:
+                        known = [values[some[i].attribute] for i in chosen]
+                        candidates = [[encode_answer(v, tokenizer) for v in each] for each in known]
+                        log_p = run.model.score(batch, candidates, cls_tokens)
+                        batch_answers = [likeliest(v, lp) for v, lp in zip(known, log_p)]
+                except FloatingPointError as error:
+                    check_frozen(run.model.llama, run.sources.llama)
+                    raise UserError(f"{error}, in a batch with product {some[chosen[0]].id!r}; start again with --dtype fp32, "
+                                    "whose numbers do not overflow so early") from None
                 for i, answer in zip(chosen, batch_answers):
                     found[i] = answer
                 progress.step(len(chosen))
@@ -163,10 +184,11 @@ def write_predictions(path, products, answers):
         [*COLUMNS, "prediction", "probability", "runner_up", "runner_up_probability"])
 
 
-def check_lengths(run, products, compared=False):
+def check_lengths(run, products, compared=False, constrain=False):
     """UserError before any work if a product's question and answer are longer than LLaMA can read.
 
-    compared  whether a question may hold two products; then each product must fit together with one as long as itself
+    compared   whether a question may hold two products; then each product must fit together with one as long as itself
+    constrain  whether every known value of the attribute will be scored; then the longest of them must fit
     """
     model, config = run.model, run.config
     most = model.llama.config.max_position_embeddings
@@ -174,6 +196,8 @@ def check_lengths(run, products, compared=False):
     with Progress("lengths", len(products), "products") as progress:
         for p in products:
             progress.step()
+            if constrain:
+                p = replace(p, value=run.longest[p.attribute][0])
             if 3 * (len(p.context.encode()) + len(p.attribute.encode()) + len(p.value.encode())) + 200 < most:
                 continue                                # a token has at least one byte: this cannot be too long
             example = comparison(p, p, config.lbc, config.text) if compared else base_question(p, config.text)

@@ -5,12 +5,12 @@ import ctypes
 import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 
 from adapters import KINDS
-from base.console import UserError
+from base.console import UserError, cache_folder, first_line
 from data import STRATEGIES
 from demo import world
 from eiven import EIVEN
@@ -19,76 +19,75 @@ from support.features import PhotoFeatures
 
 PROJECT = Path(__file__).resolve().parent.parent
 DATA, LLAMA, VIT = PROJECT / "data", PROJECT / "weights" / "llama-7b", PROJECT / "weights" / "clip-vit-b-16"
-FEATURE_CACHE = PROJECT / "cache" / "features.sqlite"
+FEATURE_CACHE = cache_folder() / "features.sqlite"
 
 
-def positive(kind):
-    """A parser of positive numbers for argparse."""
+def number(kind, least, greatest, word=None):
+    """A parser for argparse: a number from `least` to `greatest`, or `word`, which is None."""
     def parse(text):
-        value = kind(text)
-        if not value > 0 or value == float("inf"):
-            raise ValueError
-        return value
-    parse.__name__ = f"positive {kind.__name__}"
+        try:
+            value = None if text == word else kind(text)
+            if value is None or least <= value <= greatest:
+                return value
+        except ValueError:
+            pass
+        raise argparse.ArgumentTypeError(f"must be a {'whole ' if kind is int else ''}number from {least:,} to {greatest:,}"
+                                         f"{f' or {word!r}' if word else ''}, but is {text[:40]!r}")
     return parse
 
 
-def not_negative(text):
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise ValueError
-    return value
+def utf8_text(text):
+    """A parser for argparse: a text without bytes that are no UTF-8, since files and tokenizers cannot hold them."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"must be UTF-8 text, but is {text[:40]!r}") from None
+    return text
 
 
-def seed(text):
-    value = int(text)
-    if not 0 <= value < 2 ** 63:
-        raise ValueError
-    return value
-
-
-def labels(text):
-    """--labels: a positive number, or `all`, which is None."""
-    return None if text == "all" else positive(int)(text)
-
-
-not_negative.__name__, labels.__name__ = "number of 0 or more", "positive int or 'all'"
-seed.__name__ = "int of 0 or more"
-
-
-def flag(default, help, **argparse_words):
-    return field(default=default, metadata={"help": help, **argparse_words})
+def flag(default, help, allowed=None, **argparse_words):
+    """A field of Config.  allowed: (least, greatest) of a number, or the texts to choose from."""
+    return field(default=default, metadata={"help": help, "allowed": allowed, **argparse_words})
 
 
 @dataclass
 class Config:
     """Every flag of a run; the defaults are the paper's.  Saved in the run folder and read by evaluate.py."""
 
-    dataset: str = flag("general", "data set: a folder in ROOT (clothing, footwear, general)")
-    labels: int | None = flag(None, "labelled products per attribute value, a number or 'all'", type=labels, metavar="N")
+    dataset: str = flag("general", "data set: a folder in ROOT (clothing, footwear, general)", type=utf8_text)
+    labels: int | None = flag(None, "labelled products per attribute value, a number or 'all'", (1, 10 ** 9), metavar="N")
     data: str | None = flag(None, "folder of data sets and images/ (default: data/, else the demo world)", metavar="ROOT")
     llama: str | None = flag(None, "LLaMA's folder (default: weights/llama-7b/; 'demo': the small one)", metavar="DIR")
     vit: str | None = flag(None, "CLIP ViT's file or folder (default: weights/clip-vit-b-16/; 'demo')", metavar="PATH")
     demo: bool = flag(False, "use the embedded demo world with its small backbones")
-    lbc: str = flag("judge_last", "Learning-by-Comparison strategy", choices=STRATEGIES)
-    lbc_ratio: float = flag(1.0, "comparisons per product and epoch", type=not_negative, metavar="X")
-    features: str = flag("multi", "[cls] of every third ViT layer, or of the last one", choices=("multi", "single"))
+    lbc: str = flag("judge_last", "Learning-by-Comparison strategy", STRATEGIES)
+    lbc_ratio: float = flag(1.0, "comparisons per product and epoch", (0, 100), metavar="X")
+    features: str = flag("multi", "[cls] of every third ViT layer, or of the last one", ("multi", "single"))
     image: bool = flag(True, "leave the photos out", off=True)
     text: bool = flag(True, "leave title and category out", off=True)
-    adapter: str = flag("rep", "adapter before each attention", choices=KINDS)
-    adapter_dim: int = flag(8, "its rank", type=positive(int), metavar="R")
-    projector_dim: int = flag(128, "hidden width of the projector", type=positive(int), metavar="N")
-    epochs: int = flag(15, "passes over the labelled products", type=positive(int), metavar="N")
-    batch_size: int = flag(32, "examples a step", type=positive(int), metavar="N")
-    micro_batch_size: int | None = flag(None, "examples held in memory at once (default: the whole batch)",
-                                        type=positive(int), metavar="N")
-    lr: float | None = flag(None, "peak learning rate (default: 9e-3 * batch size / 256)", type=positive(float), metavar="X")
-    seed: int = flag(0, "seed of everything random", type=seed, metavar="N")
+    adapter: str = flag("rep", "adapter before each attention", KINDS)
+    adapter_dim: int = flag(8, "its rank", (1, 4096), metavar="R")
+    projector_dim: int = flag(128, "hidden width of the projector", (1, 65536), metavar="N")
+    epochs: int = flag(15, "passes over the labelled products", (1, 10 ** 6), metavar="N")
+    batch_size: int = flag(32, "examples a step", (1, 65536), metavar="N")
+    micro_batch_size: int | None = flag(None, "examples held in memory at once (default: the whole batch)", (1, 65536),
+                                        metavar="N")
+    lr: float | None = flag(None, "peak learning rate (default: 9e-3 * batch size / 256)", (1e-12, 100), metavar="X")
+    seed: int = flag(0, "seed of everything random", (0, 2 ** 63 - 1), metavar="N")
     device: str | None = flag(None, "cpu, cuda, cuda:1, … (default: a GPU if there is one)")
     dtype: str = flag("auto", "of the frozen weights; what is trained is always fp32",
-                      choices=("auto", "fp32", "bf16", "fp16"))
+                      ("auto", "fp32", "bf16", "fp16"))
     grad_checkpoint: bool = flag(False, "recompute each layer in the backward pass: less memory, more time")
     out: str | None = flag(None, "run folder (default: runs/DATASET-LABELS, numbered)", metavar="RUN")
+
+
+def kind_of(f):
+    """The type of a field of Config: int of `int | None`."""
+    return (get_args(f.type) or (f.type,))[0]
+
+
+# What a run's config.json may say, for base.checkpoint.check_fields: the same as its flags.
+FIELDS = {f.name: (kind_of(f), f.metadata["allowed"], *([None] if get_args(f.type) else [])) for f in fields(Config)}
 
 
 def add_flags(parser, names=None):
@@ -97,6 +96,11 @@ def add_flags(parser, names=None):
         if names and f.name not in names:
             continue
         words = dict(f.metadata)
+        allowed = words.pop("allowed")
+        if kind_of(f) in (int, float):
+            words["type"] = number(kind_of(f), *allowed, word="all" if f.name == "labels" else None)
+        elif allowed:
+            words["choices"] = allowed
         name = "--" + f.name.replace("_", "-")
         if words.pop("off", False):
             parser.add_argument(f"--no-{f.name}", dest=f.name, action="store_false",
@@ -175,10 +179,9 @@ def choose_device(name):
     """torch.device by name, or the GPU if there is one."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: cannot be used here ({str(error).splitlines()[0][:100]}); "
-                        "cpu always can") from None
+        torch.zeros(1, device=device).item()            # a number that comes back: the meta device keeps none
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise UserError(f"--device {name}: cannot be used here ({first_line(error)}); cpu always can") from None
     return device
 
 

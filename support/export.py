@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from base.checkpoint import check_frozen
 from base.console import UserError, write_text
 from data import base_question, encode_examples, read_split
 from llama import official_name
@@ -92,6 +93,7 @@ def export_run(run, out):
     with torch.no_grad():
         before = run.model.answer_logits(batch, cls_tokens)
         after = run.model.merge_adapters().answer_logits(batch, cls_tokens)
+    check_frozen(run.model.llama, run.sources.llama)    # merged: a NaN would go into every answer of the exported model
     layers = run.photo_features.cls_layers if run.photo_features else ()
     export(run.model, run.sources.llama, out, export_readme(run.model, layers, run.config.text))
     print(f"{out}: merged LLaMA{' and projector' if layers else ''} written; the greatest difference of logits, merged "

@@ -47,16 +47,16 @@ class PhotoFeatures:
         self.cls_layers = cls_layers(self.vit.config.num_hidden_layers)[-1 if single else 0:]
         config = weights.parent / "config.json"         # it says how many heads the weights are for
         self.vit_key = digest_of(weights) + (digest_of(config) if config.exists() else b"") + PREPROCESSING.encode()
-        Path(cache).parent.mkdir(parents=True, exist_ok=True)
         try:
+            Path(cache).parent.mkdir(parents=True, exist_ok=True)
             self.database = sqlite3.connect(cache, timeout=60)
             self.database.execute("pragma journal_mode = wal")      # readers and one writer at the same time
             self.database.execute("create table if not exists cls (key blob primary key, layers integer, tokens blob)")
             # The photos of this run: a temporary table on the disk, since the names of a million fill the memory.
             self.database.execute("create temporary table photo (name blob primary key, key blob)")
-        except sqlite3.Error as error:
+        except (sqlite3.Error, OSError) as error:
             raise UserError(f"{cache}: the cache of photo features cannot be used ({error}); delete it, and it is "
-                            "made again") from None
+                            "made again, or name another folder with the environment variable EIVEN_CACHE") from None
         self.read_one = lru_cache(maxsize=4096)(self._read_one)     # of ViT-B/16 50 MB at most
 
     def prepare(self, names):

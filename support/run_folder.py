@@ -1,11 +1,14 @@
 """A run folder: its config.json, the state to resume from, the log, and the lock that keeps a second process out."""
 
+import itertools
 import json
+import math
 import os
 import platform
+import sys
 import time
-from contextlib import contextmanager
-from dataclasses import asdict, fields
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 
 try:
@@ -15,35 +18,51 @@ except ImportError:                                     # not on Windows: there 
 
 import torch
 
-from base.checkpoint import read_json, sample_digest, shard_files
-from base.console import UserError, whole_file, write_text
-from support.config import PROJECT, Config
+from base.checkpoint import check_fields, not_finite, read_json, restore, sample_digest, shard_files
+from base.console import UserError, first_line, whole_file, write_text
+from support.config import FIELDS, PROJECT, Config
 from vit import weight_file
 
 SAVE_EVERY = 60                                         # seconds: what a power cut costs at most, besides the current step
+
+# What config.json holds besides the flags: {field: (type, allowed, default)}
+RECORD = {"values": (dict, None), "data_fingerprint": (dict, None), "weights_fingerprint": (dict, None)}
+SPLITS = {"train": (str, None), "val": (str, None), "test": (str, None)}
+WEIGHTS = {"llama": (str, None), "vit": (str, None, None)}
+STATE = {"trained": (dict, None), "optimizer": (dict, None), "scaler": (dict, None)}       # and step, of state.pt
+START_AGAIN = "start the run again in another folder"
 
 
 # ------------------------------------------------------------------------------------------------ the folder, config.json
 
 
+@contextmanager
 def new_run_folder(config):
-    """The folder of a new run: --out, which must not hold a run yet, or the next free runs/DATASET-LABELS-N."""
-    if config.out:
-        run = Path(config.out)
+    """The folder of a new run, locked: --out, which must not hold a run yet, or the next free runs/DATASET-LABELS-N.
+
+    A folder that was made here is removed again if nothing was written into it.
+    """
+    base = PROJECT / "runs" / f"{config.dataset}-{config.labels or 'all'}"
+    for number in itertools.count(1):                   # two runs that start together take two numbers
+        run = Path(config.out or base.with_name(f"{base.name}-{number}"))
+        made = not run.exists()
+        try:
+            run.mkdir(parents=True, exist_ok=bool(config.out))
+            break
+        except FileExistsError:
+            if config.out:
+                raise UserError(f"--out {run}: is a file; name a folder") from None
+        except OSError as error:
+            raise UserError(f"--out {run}: cannot be made ({error.strerror}); name another folder with --out") from None
+    with only_process(run):
         if (run / "config.json").exists():
             raise UserError(f"--out {run}: holds a run already; continue it with --resume {run}, or name another folder")
-        if run.exists() and not run.is_dir():
-            raise UserError(f"--out {run}: is a file; name a folder")
-        return run
-    base = PROJECT / "runs" / f"{config.dataset}-{config.labels or 'all'}"
-    number = 1
-    while True:                                         # two runs that start together take two numbers
-        run = base.with_name(f"{base.name}-{number}")
         try:
-            run.mkdir(parents=True)
-            return run
-        except FileExistsError:
-            number += 1
+            yield run
+        finally:
+            if made:
+                with suppress(OSError):                 # it is not empty
+                    run.rmdir()
 
 
 def write_config(run, config, sources, **more):
@@ -57,13 +76,20 @@ def write_config(run, config, sources, **more):
 def read_config(run):
     """(Config, the whole of config.json as a dict) of a run folder."""
     path = Path(run) / "config.json"
-    if not Path(run).is_dir() or not path.exists():
+    if not path.exists():
         raise UserError(f"{run}: is not a run folder: it has no config.json. train.py writes one (--out RUN)")
     record = read_json(path, "a run's config")
-    absent = [f.name for f in fields(Config) if f.name not in record]
+    absent = [name for name in [*FIELDS, *RECORD] if name not in record]
     if absent:
         raise UserError(f"{path}: lacks {', '.join(absent)}; was it written by another version?")
-    return Config(**{f.name: record[f.name] for f in fields(Config)}), record
+    settings = check_fields(record, FIELDS, path)
+    check_fields(record, RECORD, path)
+    check_fields(record["data_fingerprint"], SPLITS, f"{path}: data_fingerprint")
+    check_fields(record["weights_fingerprint"], WEIGHTS, f"{path}: weights_fingerprint")
+    for attribute, values in record["values"].items():
+        if not (isinstance(values, list) and values and all(isinstance(v, str) for v in values)):
+            raise UserError(f"{path}: the values of {attribute!r} must be a list of texts, and not empty")
+    return Config(**settings), record
 
 
 def weights_fingerprint(sources):
@@ -80,11 +106,8 @@ def weights_fingerprint(sources):
 
 def check_weights(run, record, sources):
     """UserError if these are not the weights that the run was trained with."""
-    if "weights_fingerprint" not in record:
-        raise UserError(f"{run}: its config.json does not say which weights it was trained with; was it written by another "
-                        "version?")
     for name, now in weights_fingerprint(sources).items():
-        if record["weights_fingerprint"][name] != now:
+        if record["weights_fingerprint"].get(name) != now:
             raise UserError(f"{run}: was trained with another {name} than the one in {getattr(sources, name)}; name the right "
                             f"folder with --{name}, or train again")
 
@@ -96,16 +119,16 @@ class TrainingState:
     """The state of a training run on the disk, and its log.
 
     Everything that the rest of the run depends on, besides config and data, is in state.pt; random draws depend only on
-    (seed, epoch).  step: how many steps were done before this start.
+    (seed, epoch).  steps: of the whole run.  step: how many steps were done before this start.
     """
 
-    def __init__(self, folder, model, optimizer, scaler):
+    def __init__(self, folder, model, optimizer, scaler, steps):
         self.path, self.log_path = folder / "state.pt", folder / "log.jsonl"
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
-        self.step = self.load() if self.path.exists() else 0
+        self.step = self.load(steps) if self.path.exists() else 0
         if self.log_path.exists():                      # the steps after the state will be done again
-            lines = self.log_path.read_text(encoding="utf-8").splitlines(keepends=True)
-            write_text(self.log_path, "".join(lines[:self.step]))
+            kept = [json.dumps(line) + "\n" for line in read_log(folder) if line["step"] <= self.step]
+            write_text(self.log_path, "".join(kept))
         self.log = open(self.log_path, "a", encoding="utf-8")
         self.start = self.saved = time.monotonic()
 
@@ -124,35 +147,87 @@ class TrainingState:
             torch.save({"trained": trained, "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
                         "step": step}, partial)
 
-    def load(self):
-        """Restore everything; the number of steps done."""
+    def load(self, steps):
+        """Restore everything; the number of steps done.  UserError, if it is not a state of this run."""
         try:
             state = torch.load(self.path, map_location="cpu", weights_only=True)
-            with torch.no_grad():
-                for name, parameter in self.model.trainable_parameters().items():
-                    parameter.copy_(state["trained"][name])
-            self.optimizer.load_state_dict(state["optimizer"])
+            check_fields(state, STATE | {"step": (int, (0, steps))}, self.path)
+            moments = self.moments(state)
+            restore(self.model.trainable_parameters(), state["trained"], self.path, START_AGAIN)
+            # Settings of the optimizer come from train.py, not from the file.
+            groups = self.optimizer.state_dict()["param_groups"]
+            self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
             if self.scaler.is_enabled() and state["scaler"]:        # a run that comes from a CPU has none
                 self.scaler.load_state_dict(state["scaler"])
             return state["step"]
+        except UserError:
+            raise
         except Exception as error:                      # torch raises a dozen kinds for a broken file
-            raise UserError(f"{self.path}: cannot be read as the state of this run ({str(error).splitlines()[0][:100]}); "
-                            "start the run again") from None
+            raise UserError(f"{self.path}: cannot be read as the state of this run ({first_line(error)}); "
+                            f"{START_AGAIN}") from None
+
+    def moments(self, state):
+        """AdamW's state from the file: for each trained parameter its two moments and how many steps it was updated in.
+
+        PyTorch does not compare shapes with those of the parameters, and AdamW would write beyond the end of a moment.
+        """
+        order = [p for group in self.optimizer.param_groups for p in group["params"]]
+        moments = state["optimizer"]["state"]           # a parameter that had no gradient yet has none
+        for i, moment in moments.items():
+            shapes = {"step": (), "exp_avg": order[i].shape, "exp_avg_sq": order[i].shape}
+            found = {name: tuple(tensor.shape) for name, tensor in moment.items()}
+            if found != {name: tuple(shape) for name, shape in shapes.items()}:
+                raise UserError(f"{self.path}: the optimizer's state of parameter {i} does not fit this model: {found}; "
+                                f"{START_AGAIN}")
+            if not_finite(moment) or moment["exp_avg_sq"].min() < 0 or not 1 <= moment["step"] <= state["step"]:
+                raise UserError(f"{self.path}: the optimizer's state of parameter {i} is not one that training writes; "
+                                f"{START_AGAIN}")
+        return moments
+
+
+def read_log(folder):
+    """The lines of a run's log.jsonl as dicts; none if there is no log.
+
+    A line that is cut off or damaged ends it, and is named: after a power cut it is the last one.
+    """
+    path, lines = folder / "log.jsonl", []
+    for number, text in enumerate(path.read_bytes().splitlines() if path.exists() else [], start=1):
+        try:
+            line = json.loads(text)
+            if type(line["step"]) is not int or not math.isfinite(line["loss"]):
+                raise ValueError
+        except (ValueError, TypeError, KeyError, ArithmeticError, RecursionError):
+            print(f"note: {path}, line {number}: is not a whole line of a log; it is left out, with all that follows",
+                  file=sys.stderr)
+            break
+        lines.append(line)
+    return lines
 
 
 def read_losses(folder):
     """The training loss of each step, from the log of a run; [] if there is no log."""
-    path = folder / "log.jsonl"
-    return [json.loads(line)["loss"] for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    return [line["loss"] for line in read_log(folder)]
 
 
 @contextmanager
 def only_process(run):
-    """While one process trains in a run folder, starting a second one there is an error."""
-    with open(run / "config.json", "rb") as held:
+    """While one process works in a run folder, starting a second one there is an error.
+
+    The folder itself is locked: unlike the files in it, it is never replaced.  The lock ends with the process, however it
+    ends.  Where a file system has no locks, there is none.
+    """
+    if fcntl is None:
+        yield run
+        return
+    held = os.open(run, os.O_RDONLY)
+    try:
         try:
-            if fcntl:
-                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)       # released when the process ends, however it ends
-        except BlockingIOError:
-            raise UserError(f"{run}: another process is training in this folder; wait for it, or stop it") from None
-        yield
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            free = run.exists() and os.path.samestat(os.fstat(held), os.stat(run))      # it was not removed meanwhile
+        except OSError as error:
+            free = not isinstance(error, BlockingIOError)
+        if not free:
+            raise UserError(f"{run}: another process is training in this folder; wait for it, or stop it")
+        yield run
+    finally:
+        os.close(held)

@@ -30,14 +30,14 @@ WORDS = ("Question What is the Boot Style Heel Height Pattern of this product th
          "Striped Floral Women's Men's black leather shoe with a").split()
 
 
-def train_tokenizer(path):
+def train_tokenizer(path, **more):
     """Write a SentencePiece model of 400 pieces with byte fallback, trained on a few words, to `path`."""
     draw, model = random.Random(0), io.BytesIO()
     lines = [" ".join(draw.choices(WORDS, k=8)) for _ in range(300)]
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines), model_writer=model, vocab_size=400, model_type="bpe", byte_fallback=True,
         normalization_rule_name="identity", remove_extra_whitespaces=False,     # as LLaMA's: a newline stays one
-        hard_vocab_limit=False, minloglevel=2)
+        hard_vocab_limit=False, minloglevel=2, **more)
     path.write_bytes(model.getvalue())
     return path
 

@@ -4,6 +4,7 @@ import tracemalloc
 from collections import Counter
 
 import pytest
+from conftest import train_tokenizer
 
 from base.console import UserError
 from data import (
@@ -13,6 +14,7 @@ from data import (
     Products,
     base_question,
     comparison,
+    encode_answer,
     encode_examples,
     fingerprint,
     read_split,
@@ -141,6 +143,15 @@ def test_rows_join_prompt_and_answer_where_they_were_cut(tokenizer_file):
         assert tokenizer.decode(row.answer[:-1]) == example.answer
         assert row.answer[-1] == tokenizer.eos_id and len(row.answer) > 1
     assert encode_examples(examples, tokenizer, image=False)[0][0].photos == ()
+
+
+def test_an_answer_is_a_new_word_after_its_prompt(tmp_path):
+    """With a tokenizer that adds no space by itself, as SmolLM2's: else the answer would read "Answer:Flat"."""
+    tokenizer = Tokenizer(train_tokenizer(tmp_path / "tokenizer.model", add_dummy_prefix=False))
+    assert not tokenizer.adds_space
+    ids = encode_answer("Flat", tokenizer)
+    assert tokenizer.decode(tokenizer.encode("Answer:") + ids[:-1]) == "Answer: Flat"
+    assert ids == tokenizer.encode(" Flat") + [tokenizer.eos_id]
 
 
 def test_values_and_fingerprint():

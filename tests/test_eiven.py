@@ -1,11 +1,13 @@
 """The method against its equations, written out a second time in the plainest way."""
 
 import copy
+import dataclasses
 import math
 
 import pytest
 import torch
 from conftest import randomize
+from safetensors.torch import load_file, save_file
 
 import eiven
 from base.console import UserError
@@ -110,6 +112,36 @@ def test_a_row_without_an_answer_is_refused(model):
         model([Encoded((), [5, 6], [])])
 
 
+@pytest.mark.parametrize("photos, cls_tokens, said", [
+    ((3,), torch.ones(3, K, V), r"cls_tokens has the features of 3 photos, but an example names the photos \(3,\)"),
+    ((-1,), torch.ones(3, K, V), r"the features of 3 photos, but an example names the photos \(-1,\)"),
+    ((0,), None, r"cls_tokens has the features of 0 photos, but an example names the photos \(0,\)"),
+])
+def test_photos_without_features_are_refused(model, photos, cls_tokens, said):
+    example = Encoded(photos, [5, 6], [7, 2])
+    for call in (model, model.generate, lambda batch, photos: model.score(batch, [[[7, 2]]], photos)):
+        with pytest.raises(ValueError, match=said):
+            call([example], cls_tokens)
+
+
+def test_wrong_arguments_are_named(model, tiny):
+    example = Encoded((), [5, 6], [7, 2])
+    for call in (lambda: model([]), lambda: model.generate([]), lambda: model.score([], [])):
+        with pytest.raises(ValueError, match="batch is empty"):
+            call()
+    for candidates in ([[]], [], [[[7, 2]], [[7, 2]]]):
+        with pytest.raises(ValueError, match="candidates must hold, for each example of the batch, at least one answer"):
+            model.score([example], candidates)
+    with pytest.raises(ValueError, match="has no answer"):
+        model.score([example], [[[7, 2], []]])
+    with pytest.raises(ValueError, match="seeds holds 2, but must hold one for each of the 1 examples"):
+        model.generate([example], seeds=["a", "b"])
+    with pytest.raises(ValueError, match="adapter is 'foo', but must be one of rep, mlp, mlp-linear"):
+        EIVEN(*tiny, V, "foo")
+    with pytest.raises(ValueError, match="cls_tokens is given, but the model has no projector"):
+        EIVEN(*tiny, None)([example], torch.ones(1, K, V))
+
+
 def test_a_row_longer_than_llama_reads_is_refused(model):
     with pytest.raises(UserError, match="a question and its answer have 2,049 tokens, but this LLaMA was trained to read 2,048 at most"):
         model([Encoded((), [5] * 2046, [6, 2])])
@@ -209,6 +241,30 @@ def test_examples_that_end_leave_the_batch_and_change_nothing(model, batch, monk
         assert p == pytest.approx(expected.item(), rel=1e-4)
 
 
+def test_an_answer_ends_where_the_model_has_no_more_positions(model, monkeypatch):
+    """30 positions: a prompt of 27 ids and the begin token leaves 2 for the answer, one of 2 leaves all of the limit."""
+    config = dataclasses.replace(model.llama.config, max_position_embeddings=30)
+    monkeypatch.setattr(model.llama, "config", config)
+    monkeypatch.setattr(eiven, "nucleus", lambda logits, temperature, top_p, draws: torch.full((len(logits),), 9))
+    prompts = [[5] * 27, [5, 6], [7, 8], [5] * 28]
+    found = model.generate([Encoded((), prompt, []) for prompt in prompts], limit=8)
+    assert [ids for ids, _ in found] == [[9] * 2, [9] * 8, [9] * 8, [9]]
+    for prompt, (ids, p) in zip(prompts, found):
+        assert p == pytest.approx(answer_log_probs(model, Encoded((), prompt, ids), None).sum().exp().item(), rel=1e-4)
+    for call in (model.generate, lambda batch: model.score(batch, [[[9, 2]]])):
+        with pytest.raises(UserError, match="this LLaMA was trained to read 30 at most"):
+            call([Encoded((), [5] * 29, [])])
+
+
+def test_logits_that_are_not_finite_are_an_error(model, batch):
+    examples, cls_tokens = batch
+    model.llama.embed_tokens.weight.data[examples[0].prompt[3]] = float("inf")
+    with pytest.raises(FloatingPointError, match="not finite"):
+        model.generate(examples, cls_tokens)
+    with pytest.raises(FloatingPointError, match="not finite"):
+        model.score(examples, [[e.answer] for e in examples], cls_tokens)
+
+
 def test_scores_are_those_of_each_answer_alone(model, batch):
     """Answers that begin alike, of different lengths: by the plain model, each alone."""
     examples, cls_tokens = batch
@@ -252,6 +308,11 @@ def test_nucleus_limits():
     assert [draws.count(i) for i in range(4)] == [300, 150, 500, 50]
 
 
+def test_the_nucleus_is_the_smallest_set_that_reaches_top_p():
+    """Four tokens of exactly 0.25: two of them reach top-p 0.5, so the third is never drawn."""
+    assert {nucleus(torch.zeros(1, 4), 1.0, 0.5, [u / 100]).item() for u in range(100)} == {0, 1}
+
+
 # ------------------------------------------------------------------------------------------------ files
 
 
@@ -273,6 +334,23 @@ def test_another_adapter_does_not_load(model, tmp_path, llama_dir):
     without = EIVEN(*load_llama(llama_dir, torch.float32), None, "rep", 4)
     with pytest.raises(UserError, match="projector.* is .* in the file and absent in the model"):
         without.load(tmp_path / "adapter.safetensors")
+
+
+@pytest.mark.parametrize("change, said", [
+    (lambda t: t["projector.up.bias"].fill_(float("nan")), "projector.up.bias holds NaN or infinity; was it trained"),
+    (lambda t: t["adapters.2.up_bias"][3:4].fill_(float("inf")), "adapters.2.up_bias holds NaN or infinity"),
+    (lambda t: t.update({"adapters.0.up_bias": torch.ones(1)}), r"adapters.0.up_bias is \(1,\) in the file and \(32,\) in"),
+    (lambda t: t.update({"adapters.0.up_bias": torch.ones(32, dtype=torch.int32)}), "is torch.int32 in the file and"),
+])
+def test_a_damaged_adapter_does_not_load(model, tmp_path, change, said):
+    model.save(tmp_path / "adapter.safetensors")
+    tensors = load_file(tmp_path / "adapter.safetensors")
+    change(tensors)
+    save_file(tensors, tmp_path / "adapter.safetensors")
+    before = copy.deepcopy(model.trainable_parameters())
+    with pytest.raises(UserError, match=said):
+        model.load(tmp_path / "adapter.safetensors")
+    assert all(torch.equal(p, before[name]) for name, p in model.trainable_parameters().items())
 
 
 @pytest.mark.parametrize("shard_bytes", [10 ** 9, 20_000])

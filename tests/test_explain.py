@@ -209,7 +209,8 @@ def test_nothing_is_left_behind(run, products):
         explain.explain(run, products[1])
     run.model.llama.config = evaluate.load(run.folder).model.llama.config
     run.model.projector.up.bias.data.fill_(float("nan"))
-    explain.explain(run, products[1])
+    with pytest.raises(UserError, match="not finite"):
+        explain.explain(run, products[1])
     assert not hooked() and eiven.nucleus is nucleus
     run.model.load(run.folder / "adapter.safetensors")
     assert explain.explain(run, products[1]).answer == before

@@ -166,18 +166,30 @@ def test_config_is_honoured(tmp_path, tiny_config):
 
 
 @pytest.mark.parametrize("more, said", [
-    ({"num_hidden_layers": 4.0}, "must be positive whole numbers"),
-    ({"model_type": "mistral"}, "model_type is 'mistral'"),
-    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope scaling 'llama3'"),
-    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope scaling 'linear'"),
-    ({"rope_parameters": {"rope_type": "yarn"}}, "rope scaling 'yarn'"),
-    ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-    ({"mlp_bias": True}, "mlp_bias is True"),
-    ({"quantization_config": {"bits": 4}}, "quantization_config"),
-    ({"hidden_size": "big"}, "must be positive whole numbers"),
-    ({"rope_scaling": "linear"}, "rope scaling 'linear'"),
-    ({"num_attention_heads": 0, "head_dim": None}, "must be positive numbers, but are 32 and 0"),
-    ({"num_attention_heads": "32", "head_dim": None}, "must be positive numbers, but are 32 and '32'"),
+    ({"num_hidden_layers": 4.0}, "num_hidden_layers is 4.0, but must be a whole number from 1 to 1,000"),
+    ({"num_hidden_layers": 10 ** 7}, "num_hidden_layers is 10000000, but must be a whole number"),
+    ({"vocab_size": 10 ** 30}, "vocab_size is 1000000000000000000000000000000, but must be"),
+    ({"vocab_size": True}, "vocab_size is True, but must be"),
+    ({"intermediate_size": -1}, "intermediate_size is -1, but must be"),
+    ({"max_position_embeddings": "2048"}, "max_position_embeddings is '2048', but must be"),
+    ({"rms_norm_eps": "abc"}, "rms_norm_eps is 'abc', but must be a number from 1e-30 to 1"),
+    ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan, but must be"),
+    ({"rope_theta": float("inf")}, "rope_theta is inf, but must be"),
+    ({"attention_bias": "no"}, "attention_bias is 'no', but only False or True is supported"),
+    ({"model_type": "mistral"}, "model_type is 'mistral', but only 'llama' is supported"),
+    ({"model_type": ["llama"]}, r"model_type is \['llama'\], but only 'llama' is supported"),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_type is 'llama3', but only 'default' is supported"),
+    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "type is 'linear', but only 'default' is supported"),
+    ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type is 'yarn', but only 'default' is supported"),
+    ({"rope_parameters": {"rope_theta": "abc"}}, "rope_theta is 'abc', but must be"),
+    ({"hidden_act": "gelu"}, "hidden_act is 'gelu', but only 'silu' is supported"),
+    ({"mlp_bias": True}, "mlp_bias is True, but only False is supported"),
+    ({"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}, but only null is supported"),
+    ({"hidden_size": "big"}, "hidden_size is 'big', but must be a whole number"),
+    ({"rope_scaling": "linear"}, "rope_scaling is 'linear', but must be an object"),
+    ({"num_attention_heads": 0, "head_dim": None}, "num_attention_heads is 0, but must be a whole number"),
+    ({"num_attention_heads": "32", "head_dim": None}, "num_attention_heads is '32', but must be a whole number"),
+    ({"num_attention_heads": 64, "num_key_value_heads": 1, "head_dim": None}, "head_dim 0 even"),
     ({"num_key_value_heads": 3}, "must be a multiple of 3 key/value heads"),
 ])
 def test_what_is_not_supported_is_refused_by_name(tmp_path, tiny_config, more, said):
@@ -194,6 +206,11 @@ def test_a_config_without_a_size_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{\n"model_type": llama}')
     with pytest.raises(UserError, match="line 2: .* not valid JSON"):
         read_config(tmp_path / "config.json")
+    for text, said in (('{"model_type": ' + "1" * 5000 + "}", "cannot be read as JSON .*4300"),
+                       ("[" * 200_000 + "]" * 200_000, "cannot be read as JSON"), ("[1]", "should be a JSON object, but is a list")):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(UserError, match=said):
+            read_config(tmp_path / "config.json")
 
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path, tiny_config, tokenizer_file):

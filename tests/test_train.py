@@ -160,6 +160,13 @@ def test_flags_reach_the_training(one_epoch, flags, tmp_path, more, shapes):
     assert {name: tuple(trained[name].shape) if name in trained else None for name in shapes} == shapes
 
 
+def test_val_is_as_small_as_the_labels_and_test_is_whole(flags, tmp_path):
+    """One label for each of the 5 values: 5 of val's 10 products, all 15 of test's."""
+    train.main([*flags, "--labels", "1", "--epochs", "1", "--out", str(tmp_path / "run")])
+    metrics = [json.loads((tmp_path / "run" / name / "metrics.json").read_text()) for name in ("val", "")]
+    assert [m["n"] for m in metrics] == [5, 15]
+
+
 def test_epochs_draw_their_own_partners_and_end_with_a_smaller_batch(flags, tmp_path, monkeypatch):
     """40 examples in batches of 7: six steps an epoch, the last of them 5 examples."""
     batches, step = [], train.train_step
@@ -387,13 +394,22 @@ def fails(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("more, said", [
-    (["--labels", "0"], "argument --labels: invalid positive int or 'all' value: '0'"),
-    (["--labels", "ten"], "invalid positive int or 'all' value: 'ten'"),
-    (["--lr", "-1"], "argument --lr: invalid positive float value: '-1'"),
-    (["--lr", "nan"], "argument --lr: invalid positive float value"),
-    (["--seed", "-1"], "argument --seed: invalid int of 0 or more value: '-1'"),
+    (["--labels", "0"], "argument --labels: must be a whole number from 1 to 1,000,000,000 or 'all', but is '0'"),
+    (["--labels", "ten"], "must be a whole number from 1 to 1,000,000,000 or 'all', but is 'ten'"),
+    (["--lr", "-1"], "argument --lr: must be a number from 1e-12 to 100, but is '-1'"),
+    (["--lr", "nan"], "argument --lr: must be a number from 1e-12 to 100, but is 'nan'"),
+    (["--seed", "-1"], "argument --seed: must be a whole number from 0 to 9,223,372,036,854,775,807, but is '-1'"),
     (["--lbc", "judge"], "invalid choice: 'judge' (choose from"),
-    (["--lbc-ratio", "-1"], "invalid number of 0 or more value"),
+    (["--lbc-ratio", "-1"], "argument --lbc-ratio: must be a number from 0 to 100, but is '-1'"),
+    (["--lbc-ratio", "1e300"], "argument --lbc-ratio: must be a number from 0 to 100"),
+    (["--projector-dim", "1" + "0" * 18], "argument --projector-dim: must be a whole number from 1 to 65,536"),
+    (["--adapter-dim", "1" + "0" * 18], "argument --adapter-dim: must be a whole number from 1 to 4,096"),
+    (["--batch-size", "1" + "0" * 18], "argument --batch-size: must be a whole number from 1 to 65,536"),
+    (["--epochs", "1" + "0" * 400], "argument --epochs: must be a whole number from 1 to 1,000,000"),
+    (["--epochs", "1" * 5000], "argument --epochs: must be a whole number from 1 to 1,000,000, but is '1111"),
+    (["--dataset", os.fsdecode(b"caf\xe9")], "argument --dataset: must be UTF-8 text, but is 'caf\\udce9'"),
+    (["--device", "meta"], "--device meta: cannot be used here"),
+    (["--device", os.fsdecode(b"cp\xe9")], "cannot be used here"),
     (["--dataset", "boots"], "no data set 'boots'"),
     (["--llama", "nowhere"], "--llama: LLaMA-7B's weights should be in nowhere, which does not exist"),
     (["--vit", "nowhere"], "--vit: CLIP ViT-B/16's weights should be in nowhere"),
@@ -492,8 +508,12 @@ def test_a_broken_state_is_named(fails, run, tmp_path):
 
 
 @pytest.mark.parametrize("arguments, said", [
-    (["--temperature", "-1"], "--temperature must be 0 or more"),
-    (["--top-p", "0"], "--top-p above 0"),
+    (["--temperature", "-1"], "argument --temperature: must be a number from 0 to 1,000, but is '-1'"),
+    (["--temperature", "inf"], "argument --temperature: must be a number from 0 to 1,000, but is 'inf'"),
+    (["--top-p", "0"], "argument --top-p: must be a number from 1e-06 to 1, but is '0'"),
+    (["--text", "a shoe", "--attribute", os.fsdecode(b"caf\xe9")], "argument --attribute: must be UTF-8 text, but is 'caf"),
+    (["--text", os.fsdecode(b"caf\xe9"), "--attribute", "Boot Style"], "argument --text: must be UTF-8 text, but is 'caf"),
+    (["--text", "a shoe", "--attribute", " "], "--attribute is empty; name the attribute to answer, e.g. one of this run's"),
     (["--input", "x.tsv"], "--input and --output go together"),
     (["--attribute", "Boot Style"], "this run was trained with images: give --image"),
     (["--image", "nowhere.jpg", "--attribute", "Boot Style"], "--image nowhere.jpg: there is no such file"),

@@ -150,12 +150,38 @@ def test_another_activation_is_refused(vit_dir, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"vision_config": {"hidden_act": "gelu", "num_attention_heads": 3}}))
     with pytest.raises(UserError, match="hidden_act is 'gelu'"):
         load_vit(tmp_path)
-
-
     (tmp_path / "config.json").unlink()
     (tmp_path / "open_clip_config.json").write_text('{"model_cfg": {"embed_dim": 512}}')
     with pytest.raises(UserError, match="quick_gelu is not set"):
         load_vit(tmp_path)
+
+
+@pytest.mark.parametrize("name, raw, said", [
+    ("config.json", {"num_attention_heads": "3"}, "num_attention_heads is '3', but must be a whole number from 1 to 1,024"),
+    ("config.json", {"num_attention_heads": -3}, "num_attention_heads is -3, but must be"),
+    ("config.json", {"vision_config": {"num_attention_heads": 10 ** 30}}, "num_attention_heads is 1000.*, but must be"),
+    ("config.json", {"vision_config": [3]}, r"vision_config is \[3\], but must be an object"),
+    ("config.json", {"layer_norm_eps": "abc"}, "layer_norm_eps is 'abc', but must be a number from 1e-30 to 1"),
+    ("config.json", {"hidden_act": ["quick_gelu"]}, r"hidden_act is \['quick_gelu'\], but only 'quick_gelu' is supported"),
+    ("config.json", [1], "should be a JSON object, but is a list"),
+    ("open_clip_config.json", [1], "should be a JSON object, but is a list"),
+    ("open_clip_config.json", {"model_cfg": [1]}, r"model_cfg is \[1\], but must be an object"),
+    ("open_clip_config.json", {"model_cfg": {"quick_gelu": "yes"}}, "quick_gelu is not set"),
+])
+def test_a_field_of_another_type_or_size_is_refused_by_name(vit_dir, tmp_path, name, raw, said):
+    save_file(hugging_face(vit_dir), tmp_path / "model.safetensors")
+    (tmp_path / name).write_text(json.dumps(raw))
+    with pytest.raises(UserError, match=said) as error:
+        load_vit(tmp_path)
+    assert name in str(error.value)
+
+
+@pytest.mark.parametrize("name, shape", [("embeddings.patch_embedding.weight", (24, 3, 0, 0)),
+                                         ("embeddings.position_embedding.weight", (0, 24)),
+                                         ("encoder.layers.0.mlp.fc1.weight", (0, 24))])
+def test_an_empty_tensor_is_refused(vit_dir, tmp_path, name, shape):
+    with pytest.raises(UserError, match="is missing or misshapen"):
+        load_vit(broken(tmp_path, hugging_face(vit_dir) | {f"vision_model.{name}": torch.ones(shape)}))
 
 
 # ------------------------------------------------------------------------------------------------ preprocessing
