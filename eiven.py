@@ -23,8 +23,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from adapters import Adapter, merge
-from base.checkpoint import map_safetensors
-from base.console import UserError, whole_file
+from base.checkpoint import map_safetensors, tensor_file
+from base.console import UserError
 from base.packing import KVCache, next_tokens, pack
 
 TEMPERATURE, TOP_P = 0.1, 0.75                          # section 4.1
@@ -222,7 +222,7 @@ class EIVEN(nn.Module):
 
     def save(self, path):
         """Write all that was trained, and nothing frozen, to one safetensors file."""
-        with whole_file(path) as partial:
+        with tensor_file(path) as partial:
             save_file({name: p.detach().cpu().contiguous() for name, p in self.trainable_parameters().items()}, partial)
 
     def load(self, path):
