@@ -7,7 +7,7 @@ return or a quote in it is quoted.
 import codecs
 import csv
 import itertools
-from pathlib import PurePath
+import os
 
 from base.console import UserError, whole_file
 
@@ -56,8 +56,7 @@ class Reader:
 
 def stays_inside(name):
     """Whether a file name from a data set stays within the folder that it is looked for in."""
-    path = PurePath(name)
-    return not path.is_absolute() and ".." not in path.parts
+    return not os.path.isabs(name) and ".." not in name.replace("\\", "/").split("/")
 
 
 def write_tsv(path, rows, header=COLUMNS):
