@@ -17,6 +17,7 @@ class UserError(Exception):
 def run(main):
     """Run main() as a command: a UserError is printed as one line, and the exit code is 2."""
     name = Path(sys.argv[0]).name
+    sys.stdout.reconfigure(errors="backslashreplace")           # a name that the terminal cannot show must not end a run
     try:
         main()
         sys.stdout.flush()
