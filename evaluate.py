@@ -13,10 +13,11 @@ from collections import defaultdict
 from pathlib import Path
 
 from base import console
+from base.checkpoint import check_file
 from base.console import UserError, replaceable, write_text
 from data import Products, fingerprint, read_split, sample_labels
 from eiven import TEMPERATURE, TOP_P
-from support.answering import answers, check_lengths, load, prepare_photos, write_predictions
+from support.answering import answers, check_image, check_lengths, load, prepare_photos, write_predictions
 from support.config import add_flags, describe
 from support.export import export_run
 from support.report import draw_results
@@ -129,8 +130,8 @@ def main():
         parser.error("--temperature must be 0 or more, and --top-p above 0 and at most 1")
     if (args.input is None) != (args.output is None):
         parser.error("--input and --output go together")
-    if args.input and not args.input.is_file():
-        raise UserError(f"{args.input}: not found; --input is a TSV file of products")
+    if args.input:
+        check_file(args.input, "the TSV file of --input")
     if args.output and (args.output.is_dir() or args.output.exists() and args.output.samefile(args.input)):
         raise UserError(f"--output {args.output}: is a folder, or the input itself; name another file")
     one = args.image is not None or args.text is not None or args.attribute is not None
@@ -138,8 +139,8 @@ def main():
         parser.error("for one product, give --attribute and --image or --text, without --input")
     if args.export and (one or args.input):
         parser.error("--export does not answer: leave --input, --image, --text and --attribute out")
-    if args.image and not Path(args.image).is_file():
-        raise UserError(f"--image {args.image}: there is no such file")
+    if args.image is not None:
+        check_image(args.image)
 
     if args.input:                                      # every line is checked before the weights are loaded
         products = Products(args.input, labelled=False)
