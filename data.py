@@ -18,7 +18,7 @@ import numpy as np
 
 from base.checkpoint import check_file
 from base.console import Progress, UserError
-from base.tsv import COLUMNS, Reader
+from base.tsv import COLUMNS, Reader, stays_inside
 
 STRATEGIES = ("judge_last", "judge_first", "better_instance", "none")
 
@@ -242,6 +242,8 @@ class Products(Sequence):
         empty = [name for name in self.not_empty if not cell[name]]
         if empty:
             raise UserError(f"{where()}: {empty[0]} is empty")
+        if not stays_inside(cell["images"]):
+            raise UserError(f"{where()}: images is {cell['images']!r}, but must name a file inside ROOT/images/")
         return Product(cell["id"], cell["images"], cell["category"], cell["texts"].removeprefix("[Title]").strip(),
                        cell["attribute_names"], cell.get("attribute_values", ""))
 

@@ -26,8 +26,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from adapters import Adapter, merge
-from base.checkpoint import map_safetensors, restore
-from base.console import UserError, whole_file
+from base.checkpoint import map_safetensors, restore, tensor_file
+from base.console import UserError
 from base.packing import KVCache, next_tokens, pack
 
 TEMPERATURE, TOP_P = 0.1, 0.75                          # section 4.1
@@ -250,7 +250,7 @@ class EIVEN(nn.Module):
 
     def save(self, path):
         """Write the trained parameters to one safetensors file."""
-        with whole_file(path) as partial:
+        with tensor_file(path) as partial:
             save_file({name: p.detach().cpu().contiguous() for name, p in self.trainable_parameters().items()}, partial)
 
     def load(self, path):

@@ -10,18 +10,19 @@ import argparse
 import json
 import sys
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from pathlib import Path
 
 from base import console
-from base.console import UserError, whole_file, write_text
+from base.checkpoint import check_file
+from base.console import UserError, replaceable, write_text
 from data import Products, fingerprint, read_split, sample_labels
 from eiven import TEMPERATURE, TOP_P
-from support.answering import answers, check_lengths, load, prepare_photos, write_predictions
+from support.answering import answers, check_image, check_lengths, load, prepare_photos, write_predictions
 from support.config import add_flags, describe, number, utf8_text
 from support.explain import find_product, show
 from support.export import export_run
-from support.report import confusion_file, confusion_png, report_html
+from support.report import draw_results
 from support.run_folder import read_config, read_losses
 
 # ------------------------------------------------------------------------------------------------ scores
@@ -93,17 +94,10 @@ def evaluate(run, products, split, folder, constrain=False, merged=False, temper
 
 
 def write_results(folder, title, products, found, metrics, images=None, losses=()):
-    """Write metrics.json, predictions.tsv, a confusion matrix for each attribute, and report.html, each as a whole file."""
+    """Write predictions.tsv, metrics.json, a confusion matrix for each attribute, and report.html, each as a whole file."""
     write_predictions(folder / "predictions.tsv", products, found)
-    counts = defaultdict(Counter)                       # attribute -> how often each (gold value, answer)
-    for p, a in zip(products, found):
-        counts[p.attribute][p.value, a.value] += 1
-    for attribute in metrics["attributes"]:
-        with whole_file(folder / confusion_file(attribute)) as partial:
-            confusion_png(f"{attribute}: {title}", counts[attribute]).save(partial, format="png")
-    write_text(folder / "report.html", report_html(title, products, found, metrics, images, losses))
-    # Last: if it is there, everything else is complete.
     write_text(folder / "metrics.json", json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
+    draw_results(folder, title, products, found, metrics, images, losses)       # last: scores do not depend on pictures
 
 
 # ------------------------------------------------------------------------------------------------ the command
@@ -140,9 +134,9 @@ def main():
     args = parser.parse_args()
     if (args.input is None) != (args.output is None):
         parser.error("--input and --output go together")
-    if args.input and not args.input.is_file():
-        raise UserError(f"{args.input}: not found; --input is a TSV file of products")
-    if args.output and (args.output.is_dir() or args.output.resolve() == args.input.resolve()):
+    if args.input:
+        check_file(args.input, "the TSV file of --input")
+    if args.output and (args.output.is_dir() or args.output.exists() and args.output.samefile(args.input)):
         raise UserError(f"--output {args.output}: is a folder, or the input itself; name another file")
     one = not args.explain and (args.image is not None or args.text is not None or args.attribute is not None)
     if args.explain is not None and (args.input or args.export or args.constrain
@@ -153,14 +147,17 @@ def main():
         parser.error("for one product, give --attribute and --image or --text, without --input")
     if args.export and (one or args.input):
         parser.error("--export does not answer: leave --input, --image, --text and --attribute out")
-    if args.image and not Path(args.image).is_file():
-        raise UserError(f"--image {args.image}: there is no such file")
+    if args.image is not None:
+        check_image(args.image)
 
     if args.input:                                      # every line is checked before the weights are loaded
         products = Products(args.input, labelled=False)
     given = {name: getattr(args, name) for name in ("data", "llama", "vit", "device", "dtype") if hasattr(args, name)}
     run = load(args.run, data_needed=not (one or args.input), **given)
-    print(describe(run.config, run.sources), file=sys.stderr if one or args.explain else sys.stdout)
+    # Where answers may go to stdout (one product's, or --output /dev/stdout), nothing else does.
+    answers_only = one or args.explain or args.output and not replaceable(args.output)
+    status = sys.stderr if answers_only else sys.stdout
+    print(describe(run.config, run.sources), file=status)
     if args.merge or args.export:
         if run.config.adapter == "mlp":
             raise UserError("this run has MLP-Adapters, whose non-linearity cannot be merged; "
@@ -179,7 +176,7 @@ def main():
         prepare_photos(run, products)
         check_lengths(run, products, constrain=args.constrain)
         write_predictions(args.output, products, answers(run, products, values, args.temperature, args.top_p))
-        print(f"{args.output}: {len(products):,} products answered")
+        print(f"{args.output}: {len(products):,} products answered", file=status)
     else:
         whole = products = read_split(run.sources.data, run.config.dataset, args.split)
         if args.split != "test":                        # as train.py does: with few labels, val is small, too

@@ -8,12 +8,13 @@ A wrong weight file rarely fails by itself; the model then gives fluent, wrong a
 import hashlib
 import json
 import reprlib
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from base.console import UserError, first_line
+from base.console import UserError, first_line, whole_file
 
 BROKEN = "Download it again (a browser or git without LFS leaves such files)."
 JSON_NAMES = {dict: "an object", list: "a list", str: "a text", bool: "true or false"}
@@ -46,7 +47,8 @@ def check_file(path, kind):
     if not path.exists():
         raise UserError(f"{path}: not found; {kind} should be there")
     if not path.is_file():
-        raise UserError(f"{path}: is a folder, but {kind} should be a file")
+        what = "a folder" if path.is_dir() else "a pipe or a device"
+        raise UserError(f"{path}: is {what}, but {kind} should be an ordinary file")
     impostor = what_is(path)
     if impostor:
         raise UserError(f"{path}: should be {kind}, but is {impostor}. {BROKEN}")
@@ -131,6 +133,16 @@ def map_safetensors(path, kind):
     except (SafetensorError, ValueError, OSError) as error:
         raise UserError(f"{path}: is not a whole safetensors file ({error}); it has {Path(path).stat().st_size:,} "
                         f"bytes. A download that was cut short looks like this: fetch it again.") from None
+
+
+@contextmanager
+def tensor_file(path):
+    """whole_file for torch.save and safetensors' save_file: their own errors of a full disk become a UserError."""
+    with whole_file(path) as partial:
+        try:
+            yield partial
+        except (SafetensorError, RuntimeError) as error:        # RuntimeError: of torch's writer
+            raise UserError(f"{path}: cannot be written ({str(error).splitlines()[0][:160]}). Is the disk full?") from None
 
 
 def sample_digest(paths):

@@ -1,10 +1,13 @@
 """For the terminal: errors as one line, progress as one line, and files that are never half written."""
 
 import os
+import shutil
 import signal
+import stat
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -43,20 +46,17 @@ def run(main):
         stream.reconfigure(errors="backslashreplace")
 
     def fail(message):
-        sys.stdout.flush()
-        print(f"{name}: error: {message}", file=sys.stderr)
-        raise SystemExit(2) from None
+        stop(2, f"{name}: error: {message}")
 
     try:
         main()
+        sys.stdout.flush()
     except UserError as error:
         fail(error)
     except KeyboardInterrupt:
-        print(f"\n{name}: interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
+        stop(130, f"\n{name}: interrupted")
     except BrokenPipeError:                     # e.g. `| head`: the reader has stopped reading
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(141) from None
+        stop(141)
     except (MemoryError, RuntimeError) as error:        # PyTorch's are RuntimeErrors, and known by what they say
         if isinstance(error, RuntimeError) and not any(s in str(error) for s in ("out of memory", "can't allocate memory")):
             raise
@@ -65,32 +65,115 @@ def run(main):
     except UnicodeEncodeError as error:         # a name with bytes that are no UTF-8, where only text is possible
         fail(f"{error.object[:100]!r} is not UTF-8 text; rename the file, or leave those characters out")
     except OSError as error:                    # a full disk, a folder that may not be written
-        place = str(error.filename or "")
+        place = str(error.filename or "the output")
         move = "; the environment variable EIVEN_CACHE names another folder for it" if str(cache_folder()) in place else ""
         fail(f"{place}: {error.strerror or error}{move}")
 
 
+def stop(code, message=None):
+    """Leave the program with this exit code, after a last line on stderr."""
+    try:
+        sys.stdout.flush()
+    except OSError:                             # nobody reads it, or its disk is full: what is left of it goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if message:
+        print(message, file=sys.stderr)
+    raise SystemExit(code) from None
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+
 @contextmanager
 def whole_file(path):
-    """Yield a temporary path next to `path`; the file written there is renamed to `path` at the end, or removed on an error.
+    """Yield a temporary path next to `path`; the file or folder made there is renamed to `path` at the end, or removed on
+    an error.
 
-    The bytes are on the disk before the rename, so after a power cut there is the old file or the new one.
+    A file's bytes are on the disk before the rename, so after a power cut there is the old file or the new one.
+    What a killed process left of an earlier attempt at the same file is removed.
+    A symbolic link stays: the file that it leads to is replaced.  What cannot be replaced (see `replaceable`) is yielded
+    itself, and written to directly.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        yield partial
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        folder = os.open(path.parent, os.O_RDONLY)      # the rename itself
+    with naming(path):
+        if not replaceable(path):
+            yield path
+            return
+        if path.is_symlink():
+            path = Path(os.path.realpath(path))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # A file name has at most 255 bytes.
+        start = f".{path.name if len(os.fsencode(path.name)) < 230 else path.name[:50]}."
+        partial = path.with_name(f"{start}{os.getpid()}.partial")
+        for left in partials(path.parent):
+            process = left.name.removeprefix(start).removesuffix(".partial")
+            if left.name.startswith(start) and process.isdecimal() and not running(int(process)):
+                remove(left)
         try:
-            os.fsync(folder)
+            yield partial
+            sync(partial)
+            os.replace(partial, path)
+            sync(path.parent)                           # the rename itself
         finally:
-            os.close(folder)
+            remove(partial)
+
+
+@contextmanager
+def naming(path):
+    """An error of the operating system names `path`, if it names no file: a full disk is found by a write, which knows none."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None or ".partial" in str(error.filename):
+            error.filename = str(path)
+        raise
+
+
+def replaceable(path):
+    """Whether a new file can take the place of `path`: not of a device or a pipe, nor of the file that stdout goes to."""
+    try:
+        there = os.stat(path)
+    except FileNotFoundError:
+        return True
+    with suppress(OSError):                             # stdout may be closed
+        if os.path.samestat(there, os.fstat(1)):
+            return False
+    return stat.S_ISREG(there.st_mode)
+
+
+@cache
+def partials(folder):
+    """Unfinished files in a folder.  It is listed once a process: a folder of photos is long."""
+    return list(folder.glob(".*.partial"))
+
+
+def running(process):
+    """Whether there is a process of this number on this machine."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return True
+
+
+def remove(path):
+    """Remove a file or a folder, if it is there and may be removed."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
+
+
+def sync(path):
+    """Wait until the file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
     finally:
-        partial.unlink(missing_ok=True)
+        os.close(descriptor)
 
 
 def write_text(path, text):

@@ -1,16 +1,19 @@
 """Data sets' TSV files: cells and line numbers on the way in, whole files on the way out.
 
-The format is Python's csv dialect "excel-tab" in UTF-8: tabs between cells; a cell with a tab, a newline or a quote in
-it is quoted.
+The format is Python's csv dialect "excel-tab" in UTF-8: tabs between cells; a cell with a tab, a newline, a carriage
+return or a quote in it is quoted.
 """
 
 import codecs
 import csv
+import itertools
+import os
 
 from base.console import UserError, whole_file
 
 COLUMNS = ("id", "images", "category", "texts", "attribute_names", "attribute_values")     # of a data set
-csv.field_size_limit(1 << 24)
+LONGEST = 1 << 24                                       # of a line in bytes, and of a cell in characters
+csv.field_size_limit(LONGEST)
 
 
 class Reader:
@@ -27,7 +30,10 @@ class Reader:
         self.cells = self._read()
 
     def _text(self):
-        for line in iter(self.file.readline, b""):
+        for line in iter(lambda: self.file.readline(LONGEST), b""):
+            if len(line) == LONGEST:
+                raise UserError(f"{self.path}, line {self.reader.line_num + 1}: has more than {LONGEST:,} bytes; "
+                                "is this a TSV file, with one product on a line?")
             if self.end == 0:
                 line = line.removeprefix(codecs.BOM_UTF8)
             self.end = self.file.tell()
@@ -39,16 +45,25 @@ class Reader:
         except UnicodeDecodeError as error:
             raise UserError(f"{self.path}, after line {self.reader.line_num}: is not UTF-8 text ({error.reason})") from None
         except csv.Error as error:
-            raise UserError(f"{self.where()}: is not a readable TSV ({error}); "
-                            "cells with a quote in them must be quoted as Python's csv module does it") from None
+            advice = "cells with a quote in them must be quoted as Python's csv module does it"
+            if "field limit" in str(error):
+                advice = "a quote that is never closed makes one cell of all that follows"
+            raise UserError(f"{self.where()}: is not a readable TSV ({error}); {advice}") from None
 
     def where(self):
         return f"{self.path}, line {self.reader.line_num}"
 
 
+def stays_inside(name):
+    """Whether a file name from a data set stays within the folder that it is looked for in."""
+    return not os.path.isabs(name) and ".." not in name.replace("\\", "/").split("/")
+
+
 def write_tsv(path, rows, header=COLUMNS):
     """Write `header` and then `rows` (any iterable of lists of cells); the file is whole or not there at all."""
+    def quoted(cell):                                   # Python's csv.writer leaves a lone carriage return unquoted
+        return '"' + cell.replace('"', '""') + '"' if any(mark in cell for mark in '\t\n\r"') else cell
+
     with whole_file(path) as partial, open(partial, "w", encoding="utf-8", newline="") as file:
-        lines = csv.writer(file, dialect="excel-tab", lineterminator="\n")
-        lines.writerow(header)
-        lines.writerows(rows)
+        for row in itertools.chain([header], rows):
+            file.write("\t".join(quoted(str(cell)) for cell in row) + "\n")

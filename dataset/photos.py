@@ -14,7 +14,6 @@ import threading
 import time
 import urllib.error
 import urllib.request
-import warnings
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from functools import cache
 from pathlib import Path
@@ -23,6 +22,7 @@ from urllib.parse import urljoin, urlsplit
 from PIL import Image
 
 from base.console import Progress, UserError, whole_file
+from base.photo import open_picture
 
 MOST_BYTES = 10_000_000         # of one photo's file; Amazon's largest are about 2 MB
 MOST_PIXELS = 16_000_000        # of one photo; Amazon's largest have 7 million.  Only one is decoded at a time
@@ -56,11 +56,9 @@ def what_is(head):
 def checked(file):
     """The open picture in `file` (a path or a binary file); raises NoPhoto if it is none.  Reads the header alone."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)     # MOST_PIXELS is our own limit
-            picture = Image.open(file)
-    except Image.DecompressionBombError:
-        raise NoPhoto(f"a picture of more than {MOST_PIXELS:,} pixels") from None
+        picture = open_picture(file)
+    except Image.DecompressionBombError as error:
+        raise NoPhoto(f"a picture that is too large: {error}") from None
     except (OSError, ValueError, SyntaxError) as error:         # Pillow's words for "no picture" are all three
         if getattr(error, "errno", None):
             raise NoPhoto(error.strerror) from None

@@ -13,6 +13,7 @@ from dataset.stats import SPLITS, read_tsv, remove_splits
 def find_photos(places):
     """({file name: [paths]} of the photos under the folders `places`, the number of '._' files, [zip files])."""
     found, litter, zips = defaultdict(list), 0, []
+    given = [Path(place).resolve() for place in places]
     for place in places:
         if not Path(place).is_dir():
             raise UserError(f"{place} is not a folder. Give the folder that the photos were unpacked into.")
@@ -24,7 +25,13 @@ def find_photos(places):
                 elif name.startswith("._"):     # what macOS leaves beside each file in an archive
                     litter += 1
                 elif name.lower().endswith((".jpg", ".jpeg", ".png")):
-                    found[name].append(Path(inside, name))
+                    path = Path(inside, name)
+                    real = Path(os.path.realpath(path))
+                    if path.is_symlink() and not any(real.is_relative_to(folder) for folder in given):
+                        print(f"note: {path} leads to {real}, outside of the folders given, and is not used; "
+                              "--images gives more folders")
+                    else:
+                        found[name].append(path)
     return found, litter, zips
 
 

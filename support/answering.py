@@ -1,6 +1,7 @@
 """A trained run and its answers: to one product, to a list of products, to a file of them."""
 
 import math
+import os
 import sys
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -76,8 +77,8 @@ class Run:
                 raise UserError(f"this run was trained with {name}s: give --{name}")
             if given is not None and not used:
                 raise UserError(f"this run was trained without {name}s (--no-{name}): leave --{name} out")
-        if image is not None and not Path(image).is_file():
-            raise UserError(f"--image {image}: there is no such file")
+        if image is not None:
+            check_image(image)
         return Product("", str(Path(image).resolve()) if image else "", "", " ".join((text or "").split()), attribute, "")
 
     def answer(self, image=None, text=None, attribute="", constrain=False, temperature=TEMPERATURE, top_p=TOP_P):
@@ -95,6 +96,13 @@ class Run:
         prepare_photos(self, [product])
         [answer] = answers(self, [product], self.values if constrain else None, temperature, top_p)
         return answer
+
+
+def check_image(path):
+    """UserError if there is no file at `path`."""
+    if not os.path.isfile(path):
+        found = "is a folder, a pipe or a device, not a photo" if os.path.exists(path) else "there is no such file"
+        raise UserError(f"--image {path}: {found}")
 
 
 def load(folder, data_needed=False, **given):

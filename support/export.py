@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from base.checkpoint import check_frozen
-from base.console import UserError, write_text
+from base.checkpoint import check_frozen, tensor_file
+from base.console import UserError, whole_file, write_text
 from data import base_question, encode_examples, read_split
 from llama import official_name
 from support.answering import prepare_photos
@@ -48,9 +48,6 @@ def export(model, llama_folder, out, readme):
     out, llama_folder = Path(out), Path(llama_folder)
     if out.exists():
         raise UserError(f"--export {out}: exists already; name a folder that does not")
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     tensors = {official_name(name): p.detach().cpu() for name, p in model.llama.named_parameters()}
     for i in range(model.llama.config.num_hidden_layers):       # transformers' attention_bias means o_proj's, too
         weight = tensors[f"model.layers.{i}.self_attn.o_proj.weight"]
@@ -63,23 +60,25 @@ def export(model, llama_folder, out, readme):
         size += tensor.nbytes
     names = ["model.safetensors"] if len(shards) == 1 else [
         f"model-{n:05}-of-{len(shards):05}.safetensors" for n in range(1, len(shards) + 1)]
-    for name, shard in zip(names, shards):
-        save_file(shard, partial / name, metadata={"format": "pt"})
-    if len(shards) > 1:
-        write_text(partial / "model.safetensors.index.json", json.dumps({
-            "metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
-            "weight_map": {tensor: name for name, shard in zip(names, shards) for tensor in shard}}, indent=2) + "\n")
     config = json.loads((llama_folder / "config.json").read_text(encoding="utf-8"))
     dtype = str(model.llama.embed_tokens.weight.dtype).removeprefix("torch.")
     config |= {"architectures": ["LlamaForCausalLM"], "attention_bias": True, "torch_dtype": dtype}
     config.pop("dtype", None)
-    write_text(partial / "config.json", json.dumps(config, indent=2) + "\n")
-    shutil.copyfile(llama_folder / "tokenizer.model", partial / "tokenizer.model")
-    if model.projector is not None:
-        save_file({n: p.detach().cpu().contiguous() for n, p in model.projector.named_parameters()},
-                  partial / "projector.safetensors")
-    write_text(partial / "README.md", readme)
-    partial.replace(out)
+    with whole_file(out) as folder:
+        folder.mkdir()
+        for name, shard in zip(names, shards):
+            with tensor_file(folder / name) as file:
+                save_file(shard, file, metadata={"format": "pt"})
+        if len(shards) > 1:
+            write_text(folder / "model.safetensors.index.json", json.dumps({
+                "metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
+                "weight_map": {tensor: name for name, shard in zip(names, shards) for tensor in shard}}, indent=2) + "\n")
+        if model.projector is not None:
+            with tensor_file(folder / "projector.safetensors") as file:
+                save_file({n: p.detach().cpu().contiguous() for n, p in model.projector.named_parameters()}, file)
+        write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+        shutil.copyfile(llama_folder / "tokenizer.model", folder / "tokenizer.model")
+        write_text(folder / "README.md", readme)
 
 
 def export_run(run, out):

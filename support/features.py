@@ -20,7 +20,7 @@ from eiven import cls_layers
 from vit import load_vit, preprocess, weight_file
 
 BATCH = 16                                              # photos that go through the ViT together
-PREPROCESSING = "clip-1"                                # part of the key: to be changed when preprocess() does
+PREPROCESSING = "clip-2"                                # part of the key: to be changed when open_photo or preprocess does
 
 
 def digest_of(path):
@@ -55,8 +55,8 @@ class PhotoFeatures:
             # The photos of this run: a temporary table on the disk, since the names of a million fill the memory.
             self.database.execute("create temporary table photo (name blob primary key, key blob)")
         except (sqlite3.Error, OSError) as error:
-            raise UserError(f"{cache}: the cache of photo features cannot be used ({error}); delete it, and it is "
-                            "made again, or name another folder with the environment variable EIVEN_CACHE") from None
+            raise UserError(f"{cache}: the cache of photo features cannot be used ({error}); if the disk is not full, delete "
+                            "it, and it is made again, or name another folder with the environment variable EIVEN_CACHE") from None
         self.read_one = lru_cache(maxsize=4096)(self._read_one)     # of ViT-B/16 50 MB at most
 
     def prepare(self, names):
@@ -77,7 +77,7 @@ class PhotoFeatures:
                 known = self.database.execute("select 1 from photo where name = ?", (os.fsencode(name),)).fetchone()
                 if known or name in absent:
                     continue
-                if not name or not (self.images / name).is_file():
+                if not name or not os.path.isfile(self.images / name):       # False also for a name that no file can have
                     absent[name] = True
                     continue
                 # Once one is absent there will be an error, and the others are only counted.

@@ -1,25 +1,72 @@
 """What a run shows: confusion matrices (figure 6) and a page with the scores and examples (figure 5)."""
 
 import base64
+import hashlib
 import html
 import io
 import itertools
+import sys
+from collections import Counter, defaultdict
 
 from PIL import Image, ImageDraw, ImageFont
 
-OTHER = "(other)"                                       # an answer that is no product's value
+from base.console import UserError, whole_file, write_text
+from base.photo import open_photo
+from base.tsv import write_tsv
+
+MOST_VALUES = 60                                        # in a confusion matrix that can be read on a screen
 EXAMPLES = 12                                           # of each kind on the page
+
+
+def draw_results(folder, title, products, answers, metrics, images=None, losses=()):
+    """Write a confusion matrix for each attribute, and report.html.
+
+    Drawing needs fonts and photos, and the scores are worth more: what cannot be drawn is a note on stderr.
+    """
+    counts = defaultdict(Counter)                       # attribute -> how often each (gold value, answer)
+    for p, a in zip(products, answers):
+        counts[p.attribute][p.value, a.value] += 1
+    for attribute, name in confusion_files(counts).items():
+        try:
+            with whole_file(folder / name) as partial:
+                confusion_png(f"{short(attribute)}: {title}", counts[attribute]).save(partial, format="png")
+            if len({gold for gold, _ in counts[attribute]}) > MOST_VALUES:
+                write_tsv((folder / name).with_suffix(".tsv"),
+                          ((gold, answer, n) for (gold, answer), n in sorted(counts[attribute].items())),
+                          ["gold", "answer", "count"])
+        except OSError:                                 # a full disk is no matter of drawing
+            raise
+        except Exception as error:
+            print(f"note: {folder / name} was not drawn: {error!r}", file=sys.stderr)
+    write_text(folder / "report.html", report_html(title, products, answers, metrics, images, losses))
 
 
 def confusion_png(title, counts):
     """The confusion matrix as an image: rows are gold values, columns predictions, cells counts and shares of a row.
 
     counts  {(gold, prediction): number}
+    Of more than MOST_VALUES values only the most confused ones are drawn: those in the most mistakes, as the right or as
+    the given answer.  The last column, "(other)", counts the answers that are none of the values in the picture.
     """
-    golds = sorted({gold for gold, _ in counts})
-    columns = golds + ([OTHER] if any(p not in golds for _, p in counts) else [])
+    total, mistakes = Counter(), Counter()
+    for (gold, answer), n in counts.items():
+        total[gold] += n
+        if gold != answer:
+            mistakes.update({gold: n, answer: n})
+    golds = sorted(sorted(sorted(total), key=lambda value: -mistakes[value])[:MOST_VALUES])
+    shown, cells = set(golds), Counter()
+    for (gold, answer), n in counts.items():
+        if gold in shown:
+            cells[gold, answer if answer in shown else None] += n
+    columns = golds + ([None] if any(answer is None for _, answer in cells) else [])
+    names = {value: "(other)" if value is None else short(value) for value in columns}
+    note = f"rows: gold value, columns: answer, n = {sum(total.values()):,}"
+    if len(golds) < len(total):
+        note += (f"; the {len(golds)} most confused of {len(total):,} values, n = {sum(cells.values()):,}; the TSV file of the "
+                 "same name has all of them")
+
     cell, font, small = 44, ImageFont.load_default(14), ImageFont.load_default(12)
-    margin = 24 + int(max(font.getlength(value) for value in columns))
+    margin = 24 + int(max(font.getlength(name) for name in names.values()))
     top = margin + 40
     width = max(margin + cell * len(columns) + 24, 24 + int(font.getlength(title)))
     image = Image.new("RGB", (width, top + cell * len(golds) + 44), "white")
@@ -27,17 +74,15 @@ def confusion_png(title, counts):
     draw.text((12, 12), title, fill="black", font=font)
     for j, value in enumerate(columns):                 # column names stand upright
         name = Image.new("L", (margin - 16, 20), 0)
-        ImageDraw.Draw(name).text((0, 1), value, fill=255, font=font)
+        ImageDraw.Draw(name).text((0, 1), names[value], fill=255, font=font)
         name = name.rotate(90, expand=True)
         image.paste("black", (margin + cell * j + 12, top - 8 - name.height), name)
     for i, gold in enumerate(golds):
         y = top + cell * i
-        draw.text((margin - 10, y + cell // 2), gold, fill="black", font=font, anchor="rm")
-        row = sum(n for (g, _), n in counts.items() if g == gold)
+        draw.text((margin - 10, y + cell // 2), names[gold], fill="black", font=font, anchor="rm")
         for j, value in enumerate(columns):
-            n = sum(n for (g, p), n in counts.items()
-                    if g == gold and (p == value or value == OTHER and p not in golds))
-            share = n / row
+            n = cells[gold, value]
+            share = n / total[gold]
             x = margin + cell * j
             # white to blue along the row's share
             shade = tuple(round(255 + (full - 255) * share) for full in (20, 70, 150))
@@ -45,21 +90,36 @@ def confusion_png(title, counts):
             if n:
                 draw.text((x + cell // 2, y + cell // 2), str(n), font=small, anchor="mm",
                           fill="white" if share > 0.5 else "black")
-    draw.text((12, image.height - 26), f"rows: gold value, columns: answer, n = {sum(counts.values())}",
-              fill=(90, 90, 90), font=small)
+    draw.text((12, image.height - 26), note, fill=(90, 90, 90), font=small)
     return image
+
+
+def short(text, most=40):
+    """A text that fits into a picture."""
+    return text if len(text) <= most else text[:most - 1] + "…"
+
+
+def confusion_files(attributes):
+    """{attribute: the file name of its confusion matrix}: readable, each different, and never too long for a file system."""
+    readable = {a: "".join(c if c.isalnum() else "-" for c in a.lower()) for a in attributes}
+    uses = Counter(readable.values())
+    names = {}
+    for attribute, name in readable.items():
+        if uses[name] > 1 or len(name.encode()) > 100:
+            name = f"{name[:25]}-{hashlib.sha256(attribute.encode()).hexdigest()[:8]}"
+        names[attribute] = f"confusion-{name}.png"
+    return names
 
 
 def thumbnail(path):
     """An <img> with a small copy of the photo inside it, so that the page needs no other file."""
     try:
-        with Image.open(path) as photo:
-            photo = photo.convert("RGB")
-            photo.thumbnail((160, 160))
-            data = io.BytesIO()
-            photo.save(data, "JPEG", quality=80)
-    except OSError:
+        photo = open_photo(path)
+    except (UserError, OSError):
         return "<div class='none'>no photo</div>"
+    photo.thumbnail((160, 160))
+    data = io.BytesIO()
+    photo.save(data, "JPEG", quality=80)
     return f"<img alt='' src='data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}'>"
 
 
@@ -114,7 +174,7 @@ def report_html(title, products, answers, metrics, images=None, losses=()):
     weakest = (f" Weakest attribute: {html.escape(weakest)} ({metrics['attributes'][weakest]['micro_f1']:.0f} %)."
                if len(metrics["attributes"]) > 1 else "")
     matrices = "".join(f"<img class='matrix' alt='confusion matrix: {html.escape(attribute)}' "
-                       f"src='{confusion_file(attribute)}'>" for attribute in metrics["attributes"])
+                       f"src='{name}'>" for attribute, name in confusion_files(metrics["attributes"]).items())
     curve = learning_curve(list(losses))
     how = (f"temperature {metrics['temperature']}, top-p {metrics['top_p']}"
            + (", only known values allowed" if metrics["constrained"] else "")
@@ -150,8 +210,3 @@ border-radius: 6px; font-size: .85rem; overflow-wrap: anywhere; break-inside: av
 {"<h2>Training loss</h2>" + curve if curve else ""}
 </body></html>
 """
-
-
-def confusion_file(attribute):
-    """The file name of an attribute's confusion matrix."""
-    return f"confusion-{''.join(c if c.isalnum() else '-' for c in attribute.lower())}.png"

@@ -18,8 +18,8 @@ except ImportError:                                     # not on Windows: there 
 
 import torch
 
-from base.checkpoint import check_fields, not_finite, read_json, restore, sample_digest, shard_files
-from base.console import UserError, first_line, whole_file, write_text
+from base.checkpoint import check_fields, not_finite, read_json, restore, sample_digest, shard_files, tensor_file
+from base.console import UserError, first_line, naming, write_text
 from support.config import FIELDS, PROJECT, Config
 from vit import weight_file
 
@@ -134,8 +134,9 @@ class TrainingState:
 
     def record(self, step, last, **line):
         """Log a finished step; save the state every SAVE_EVERY seconds and after the last step."""
-        self.log.write(json.dumps({"step": step, **line, "seconds": round(time.monotonic() - self.start, 2)}) + "\n")
-        self.log.flush()
+        with naming(self.log_path):
+            self.log.write(json.dumps({"step": step, **line, "seconds": round(time.monotonic() - self.start, 2)}) + "\n")
+            self.log.flush()
         if time.monotonic() - self.saved > SAVE_EVERY or last:
             os.fsync(self.log.fileno())
             self.save(step)
@@ -143,7 +144,7 @@ class TrainingState:
 
     def save(self, step):
         trained = {name: p.detach() for name, p in self.model.trainable_parameters().items()}
-        with whole_file(self.path) as partial:
+        with tensor_file(self.path) as partial:
             torch.save({"trained": trained, "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
                         "step": step}, partial)
 

@@ -127,12 +127,12 @@ class Outcome(NamedTuple):
 def command(script, arguments, folder, limit_s=20, before=None, env=None):
     """Run `python SCRIPT ARGUMENTS` ("train.py", or "-m dataset") in a forked child, which has torch imported already.
 
-    folder  where the child's stdout and stderr are kept
+    folder  where the child's stdout and stderr are kept; the child itself writes to pipes, which no file-size limit touches
     limit_s the child is killed after this many seconds (signal 9 in the Outcome)
     before  called in the child first, e.g. to set a limit of file sizes
     env     {name: value} added to the child's environment
     """
-    start, out, err = time.monotonic(), folder / "stdout.txt", folder / "stderr.txt"
+    start, pipes = time.monotonic(), [os.pipe(), os.pipe()]
     resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -140,9 +140,10 @@ def command(script, arguments, folder, limit_s=20, before=None, env=None):
     if child == 0:
         code = 1
         try:
-            for descriptor, path in ((1, out), (2, err)):
-                os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
-            sys.stdout, sys.stderr = (open(fd, "w", encoding="utf-8", closefd=False) for fd in (1, 2))
+            for descriptor, (_, end) in zip((1, 2), pipes):
+                os.dup2(end, descriptor)
+            sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
+            sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)      # as Python's own
             os.environ.update(env or {})
             project = Path(__file__).resolve().parent.parent
             sys.argv = [str(project / script) if script.endswith(".py") else script, *arguments]
@@ -159,11 +160,28 @@ def command(script, arguments, folder, limit_s=20, before=None, env=None):
         except BaseException:
             traceback.print_exc()
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
+            for stream in (sys.stdout, sys.stderr):
+                try:
+                    stream.flush()
+                except OSError:                         # as when Python itself ends
+                    code = 120
             os._exit(code)
+    said = [bytearray(), bytearray()]
+    for end, write_end in pipes:
+        os.close(write_end)
+        os.set_blocking(end, False)
+
+    def read_pipes():
+        for (end, _), text in zip(pipes, said):
+            try:
+                while part := os.read(end, 1 << 16):
+                    text += part
+            except BlockingIOError:
+                pass
+
     status = usage = None
     while status is None:
+        read_pipes()
         done, ended, usage = os.wait4(child, os.WNOHANG)
         if done:
             status = ended
@@ -172,7 +190,11 @@ def command(script, arguments, folder, limit_s=20, before=None, env=None):
             _, status, usage = os.wait4(child, 0)
         else:
             time.sleep(0.005)
-    read = [path.read_text(encoding="utf-8", errors="replace") for path in (out, err)]
+    read_pipes()
+    for (end, _), name, text in zip(pipes, ("stdout.txt", "stderr.txt"), said):
+        os.close(end)
+        (folder / name).write_bytes(text)
+    read = [text.decode("utf-8", errors="replace") for text in said]
     return Outcome(os.waitstatus_to_exitcode(status) if os.WIFEXITED(status) else 1,
                    os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0, *read, time.monotonic() - start,
                    max(0, usage.ru_maxrss * 1024 - resident) / 1e6)

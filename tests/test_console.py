@@ -1,5 +1,6 @@
 """Files are never half written, progress is one line on a terminal and plain lines in a log."""
 
+import errno
 import os
 import pty
 import subprocess
@@ -21,6 +22,50 @@ def test_a_file_is_whole_or_absent(tmp_path):
         raise RuntimeError
     assert path.read_text() == "one\n"
     assert [p.name for p in path.parent.iterdir()] == ["file.txt"]
+
+
+def test_a_folder_is_whole_or_absent(tmp_path):
+    with pytest.raises(RuntimeError), whole_file(tmp_path / "folder") as partial:
+        partial.mkdir()
+        (partial / "a").write_text("half")
+        raise RuntimeError
+    assert not list(tmp_path.iterdir())
+    with whole_file(tmp_path / "folder") as partial:
+        partial.mkdir()
+        (partial / "a").write_text("whole")
+    assert [p.name for p in tmp_path.rglob("*")] == ["folder", "a"]
+
+
+def test_what_cannot_be_replaced_is_written_to(tmp_path):
+    (tmp_path / "target").write_text("old")
+    (tmp_path / "link").symlink_to("target")
+    (tmp_path / "null").symlink_to("/dev/null")
+    write_text(tmp_path / "link", "new")
+    write_text(tmp_path / "null", "new")
+    assert (tmp_path / "target").read_text() == "new" and (tmp_path / "link").is_symlink()
+    assert os.readlink(tmp_path / "null") == "/dev/null" and Path("/dev/null").is_char_device()
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_full_disk_names_the_file(tmp_path):
+    """The error of a write knows no file name, and the temporary name is of no use."""
+    path = tmp_path / "a.txt"
+    with pytest.raises(OSError, match="No space left") as caught, whole_file(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert caught.value.filename == str(path)
+    with pytest.raises(OSError, match="No space left") as caught, whole_file(path) as partial:
+        raise OSError(errno.ENOSPC, "No space left on device", str(partial))
+    assert caught.value.filename == str(path)
+
+
+def test_what_killed_processes_left_is_removed_and_no_more(tmp_path):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    names = [f".a.txt.{gone.pid}.partial", f".a.txt.b.{gone.pid}.partial", f".a.txt.{os.getppid()}.partial", ".a.txt.1.partial"]
+    for name in names:
+        (tmp_path / name).write_text("half")
+    write_text(tmp_path / "a.txt", "whole")
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*names[1:], "a.txt"])
 
 
 @pytest.mark.parametrize("seconds, text", [(0, "0 s"), (59.4, "59 s"), (60, "1 min 00 s"), (185, "3 min 05 s"),

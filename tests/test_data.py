@@ -1,5 +1,6 @@
 """Products, few labels, and the texts of figure 3, letter for letter."""
 
+import csv
 import tracemalloc
 from collections import Counter
 
@@ -7,6 +8,7 @@ import pytest
 from conftest import train_tokenizer
 
 from base.console import UserError
+from base.tsv import Reader, write_tsv
 from data import (
     Example,
     Epoch,
@@ -219,6 +221,38 @@ def test_memory_holds_no_texts(tmp_path):
     _, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert path.stat().st_size > 20e6 and most < 4e6
+
+
+@pytest.mark.parametrize("cell", ["a\rb", "a\nb", "a\tb", 'a "quoted" word', '"', "", " a", "=1+1", "\0", "\u2028"])
+def test_every_cell_is_read_back_as_it_was_written(tmp_path, cell):
+    """By our reader, and by Python's csv module."""
+    write_tsv(tmp_path / "x.tsv", [[cell, 7, cell]], ["a", "b", "c"])
+    with open(tmp_path / "x.tsv", "rb") as file:
+        assert list(Reader(file, "x.tsv").cells) == [["a", "b", "c"], [cell, "7", cell]]
+    with open(tmp_path / "x.tsv", encoding="utf-8", newline="") as file:
+        assert list(csv.reader(file, dialect="excel-tab")) == [["a", "b", "c"], [cell, "7", cell]]
+
+
+@pytest.mark.parametrize("text, said", [
+    ("x" * (1 << 24) + "\n", "line 3: has more than 16,777,216 bytes; is this a TSV file, with one product on a line"),
+    ('"' + "x\n" * (1 << 23) + "\n", "a quote that is never closed makes one cell of all that follows"),
+])
+def test_a_cell_of_many_megabytes_is_named(tmp_path, text, said):
+    with pytest.raises(UserError, match=said) as caught:
+        Products(tsv(tmp_path, HEADER + LINE + text))
+    assert "must be quoted" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["../x.jpg", "a/../../x.jpg", "..", "/etc/x.jpg", "a\\..\\..\\x.jpg"])
+def test_a_photo_outside_of_its_folder_is_named(tmp_path, name):
+    with pytest.raises(UserError, match="line 3: images is .*, but must name a file inside ROOT/images/"):
+        Products(tsv(tmp_path, HEADER + LINE + f"B2\t{name}\tShoes\t[Title] x\tBoot Style\tChelsea\n"))
+
+
+@pytest.mark.parametrize("name", ["a/b.jpg", "..a.jpg", "a..jpg", "./a.jpg", ""])
+def test_a_photo_inside_its_folder_is_fine(tmp_path, name):
+    products = Products(tsv(tmp_path, HEADER + f"B2\t{name}\tShoes\t[Title] x\tBoot Style\tChelsea\n"))
+    assert products[0].image == name
 
 
 @pytest.mark.parametrize("text, said", [

@@ -3,14 +3,16 @@
 import csv
 import json
 import re
+import time
 
 import pytest
 from PIL import Image
 
 from data import Product
 from evaluate import exact_match, micro_f1, score, table, write_results
+from support import report
 from support.answering import Answer
-from support.report import confusion_png, report_html
+from support.report import confusion_files, confusion_png, report_html
 
 
 @pytest.mark.parametrize("prediction, right", [
@@ -86,6 +88,67 @@ def test_a_confusion_matrix_shows_counts_where_they_belong():
     assert corner[0, 2] == corner[1, 0] == corner[1, 1] == (255, 255, 255)
     assert corner[1, 2] == (20, 70, 150)                # all of B under (other)
     assert corner[1, 2][0] < corner[0, 0][0] < corner[0, 1][0] < 255
+
+
+def test_a_large_matrix_shows_the_most_confused_values(tmp_path):
+    """100 values with 10 products each, all right, but for v000: 9 of its answers are v099, and 1 is no value.
+
+    v000 and v099 are in the most mistakes and so in the picture; the 58 others are the first by name.
+    """
+    values = [f"v{i:03}" for i in range(100)]
+    counts = {(v, v): 10 for v in values[1:]} | {("v000", "v099"): 9, ("v000", "no value"): 1}
+    image = confusion_png("t", counts)
+    cell = 44
+    left, top = image.width - 24 - 61 * cell, image.height - 44 - 60 * cell
+
+    def shade(i, j):
+        return image.getpixel((left + j * cell + 4, top + i * cell + 4))
+
+    assert shade(0, 0) == (255, 255, 255) and shade(1, 1) == shade(58, 58) == shade(59, 59) == (20, 70, 150)
+    assert shade(0, 59) == (44, 88, 160)                # v099: 9 of 10, 0.9 of the way from white to blue
+    assert shade(0, 60) == (232, 236, 244)              # (other): 1 of 10
+    products = [Product(str(i), "", "", "t", "A", gold) for i, (gold, _) in enumerate(counts)]
+    answers = [Answer(answer, 1.0) for _, answer in counts]
+    metrics = score(products, [a.value for a in answers])
+    metrics.update(sources="test", temperature=0.1, top_p=0.75, constrained=False, merged=False, seconds=1.0)
+    write_results(tmp_path, "a title", products, answers, metrics)
+    with open(tmp_path / "confusion-a.tsv", newline="") as file:
+        lines = [(line["gold"], line["answer"], int(line["count"])) for line in csv.DictReader(file, dialect="excel-tab")]
+    assert sorted(lines) == sorted((gold, answer, 1) for gold, answer in counts)
+
+
+def test_a_matrix_of_thousands_of_values_is_quick():
+    counts = {(f"value {i}", f"value {i * 7 % 5000}"): 1 + i % 3 for i in range(5000)}
+    start = time.process_time()
+    image = confusion_png("t", counts)
+    assert time.process_time() - start < 2 and max(image.size) < 4000
+
+
+def test_a_value_may_be_long_or_called_other():
+    image = confusion_png("t", {("x" * 5000, "(other)"): 1, ("(other)", "(other)"): 1, ("a", "b"): 1})
+    assert max(image.size) < 1000                       # 3 values and a column for b
+    assert image.width - 24 - 4 * 44 == image.height - 44 - 3 * 44 - 40
+
+
+def test_each_attribute_has_a_file_of_its_own():
+    assert confusion_files(["Boot Style", "Ärmel 2"]) == {"Boot Style": "confusion-boot-style.png", "Ärmel 2": "confusion-ärmel-2.png"}
+    alike = ["A/B", "A-B", "a b", "x" * 300, "x" * 299 + "y", "质" * 100, "..", "/", ""]
+    names = confusion_files(alike).values()
+    assert len(set(names)) == len(alike)
+    assert all(len(name.encode()) < 200 and "/" not in name and name.startswith("confusion-") for name in names)
+
+
+def test_what_cannot_be_drawn_costs_no_scores(tmp_path, monkeypatch, capsys):
+    def broken(*arguments):
+        raise ValueError("no font")
+
+    monkeypatch.setattr(report, "confusion_png", broken)
+    products, answers = products_and_answers()
+    metrics = score(products, [a.value for a in answers])
+    metrics.update(sources="test", temperature=0.1, top_p=0.75, constrained=False, merged=False, seconds=1.0)
+    write_results(tmp_path, "a title", products, answers, metrics)
+    assert {p.name for p in tmp_path.iterdir()} == {"metrics.json", "predictions.tsv", "report.html"}
+    assert "confusion-heel-height.png was not drawn: ValueError('no font')" in capsys.readouterr().err
 
 
 def test_the_report_shows_the_most_confident_mistake_first_and_the_learning_curve():

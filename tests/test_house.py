@@ -92,6 +92,14 @@ def test_there_is_no_circle():
         visit(name)
 
 
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_pictures_are_opened_in_one_place(module):
+    """Image.open reads many formats, some of them with the help of other programs."""
+    for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
+        opens = isinstance(node, ast.Attribute) and node.attr == "open" and getattr(node.value, "id", "") == "Image"
+        assert not opens or module == "base.photo", f"{module}, line {node.lineno}: open_photo of base/photo.py opens pictures"
+
+
 def test_tests_hold_no_tools():
     for path in (PROJECT / "tests").glob("*.py"):
         assert path.name == "conftest.py" or path.name.startswith("test_"), f"{path.name} belongs to experiments/"

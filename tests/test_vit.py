@@ -209,8 +209,54 @@ def test_preprocessing_is_clips(tmp_path):
     processor = Processor()
     levels = torch.tensor(CLIP_STD)[:, None, None] * 255
     for path in photos(tmp_path):
-        theirs = torch.as_tensor(np.asarray(processor(Image.open(path).convert("RGB"))["pixel_values"][0]))
+        theirs = torch.as_tensor(np.asarray(processor(Image.open(path))["pixel_values"][0]))
         assert ((preprocess(open_photo(path)) - theirs) * levels).abs().max() < 1e-3, path      # of one grey level
+
+
+def test_transparent_and_turned_photos_as_transformers_sees_them(tmp_path):
+    """transformers turns a photo upright when it opens the file itself, and lays it on white when it is given a picture."""
+    transformers = pytest.importorskip("transformers")
+    processor = transformers.CLIPImageProcessorPil()
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 61, 4), dtype=np.uint8), "RGBA")
+    exif = Image.Exif()
+    for orientation in range(1, 9):
+        exif[0x0112] = orientation
+        path = tmp_path / f"{orientation}.jpg"
+        noise.convert("RGB").save(path, exif=exif)
+        theirs = torch.as_tensor(np.asarray(processor(str(path))["pixel_values"][0]))
+        torch.testing.assert_close(preprocess(open_photo(path)), theirs, rtol=0, atol=1e-5)
+    for name, picture in (("rgba", noise), ("la", noise.convert("LA")), ("p", noise.quantize(64))):
+        path = tmp_path / f"{name}.png"
+        picture.save(path)
+        with Image.open(path) as opened:
+            theirs = torch.as_tensor(np.asarray(processor(opened)["pixel_values"][0]))
+        torch.testing.assert_close(preprocess(open_photo(path)), theirs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("depth", [16, 32])
+def test_grey_photos_of_more_than_8_bits(tmp_path, depth):
+    """16 bits by hand: 0x12FF is 0x12 of 255.  32 bits do not say which value is white."""
+    if depth == 16:
+        for name in ("x.png", "x.tif"):
+            Image.fromarray(np.array([[0, 0x00FF, 0x12FF, 0xFFFF]], dtype=np.uint16)).save(tmp_path / name)
+            assert np.asarray(open_photo(tmp_path / name))[0].tolist() == [[0] * 3, [0] * 3, [0x12] * 3, [255] * 3]
+    else:
+        for mode in ("I", "F"):
+            Image.new(mode, (4, 4), 1).save(tmp_path / "x.tif")
+            with pytest.raises(UserError, match="32 bits a pixel, and nothing says which value is white"):
+                open_photo(tmp_path / "x.tif")
+
+
+def test_unreadable_exif_does_not_cost_the_photo(tmp_path):
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "x.jpg", exif=b"Exif\0\0no TIFF header at all")
+    assert open_photo(tmp_path / "x.jpg").size == (40, 40)
+
+
+@pytest.mark.parametrize("size", [(1, 101), (1010, 10), (7072, 7072)])
+def test_strips_and_giants_are_refused(tmp_path, size):
+    Image.new("1", size).save(tmp_path / "x.png")
+    with pytest.raises(UserError, match="pixels; at most 50,000,000 are read, and sides of at most 1 : 100"):
+        open_photo(tmp_path / "x.png")
 
 
 def test_preprocessing_by_hand():
