@@ -47,6 +47,9 @@ def run(main):
         print(f"{name}: error: {message}", file=sys.stderr)
         raise SystemExit(2) from None
 
+    odd = [argument for argument in sys.argv[1:] if argument.startswith("--") and argument.endswith("=--")]
+    if odd:                                     # Python 3.11's argparse makes an empty list of it
+        fail(f"{odd[0]}: `--` is not a value")
     try:
         main()
     except UserError as error:
