@@ -10,7 +10,6 @@ The attacks are drawn from a seed.  An ordinary run of the tests takes a sample 
 import hashlib
 import itertools
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -19,7 +18,7 @@ import time
 
 import pytest
 import torch
-from conftest import command, held
+from conftest import at_once, command, held
 from safetensors.torch import load_file, save_file
 
 import train
@@ -296,11 +295,11 @@ def nan_cases(world):
             save_file(tensors, folder / file)
         return breaks
 
-    for file, command in (("llama/model-00001-of-00002.safetensors", "train"), ("llama/model-00002-of-00002.safetensors", "train"),
-                          ("vit/model.safetensors", "train"), ("run/adapter.safetensors", "answer")):
-        for name in load_file(world / file):
+    for file, name in (("llama/model-00001-of-00002.safetensors", "train"), ("llama/model-00002-of-00002.safetensors", "train"),
+                       ("vit/model.safetensors", "train"), ("run/adapter.safetensors", "answer")):
+        for tensor in load_file(world / file):
             for value in (float("nan"), float("inf"), 3e38):
-                yield f"{file}, {name} has {value}", breaks(file, name, value), command
+                yield f"{file}, {tensor} has {value}", breaks(file, tensor, value), name
 
 
 def test_weights_that_are_not_finite(world, tmp_path):
@@ -354,25 +353,6 @@ def test_arguments(world, tmp_path):
 # ------------------------------------------------------------------------------------------------ two at once
 
 
-def one_of_two(gate, results, number, call):
-    """In a process of its own: wait for the other one, then run a command."""
-    gate.wait(30)
-    results.put((number, call()))
-
-
-def both(calls):
-    """The outcomes of two calls that start at the same time."""
-    context = multiprocessing.get_context("fork")
-    gate, results = context.Barrier(len(calls)), context.Queue()
-    processes = [context.Process(target=one_of_two, args=(gate, results, n, call)) for n, call in enumerate(calls)]
-    for process in processes:
-        process.start()
-    found = dict(results.get(timeout=60) for _ in calls)
-    for process in processes:
-        process.join()
-    return [found[n] for n in range(len(calls))]
-
-
 def test_two_processes_at_once(world, tmp_path):
     """In one --out folder one trains, with the result of training alone; a cache and an --output file that both write are whole."""
     expected = (world / "run" / "adapter.safetensors").read_bytes()
@@ -391,7 +371,7 @@ def test_two_processes_at_once(world, tmp_path):
         else:
             calls = [lambda n=n, out=out: command("train.py", [*sources(folder), *FLAGS, "--out", str(out)], folder / f"say{n}", 40,
                                                   own_cache(folder)) for n, out in zip((1, 2), outs)]
-        outcomes = both(calls)
+        outcomes = at_once(calls)
         wrong = [w for w in map(held, outcomes) if w]
         if sorted(o.code for o in outcomes) != ([0, 2] if what == "out" else [0, 0]):
             wrong.append(f"exit codes {[o.code for o in outcomes]}: {[o.err[-150:] for o in outcomes]}")

@@ -1,7 +1,6 @@
 """A run folder: config, state and log are checked before they are used, and one process at a time works in it."""
 
 import json
-import multiprocessing
 import os
 import shutil
 import sys
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import command, held
+from conftest import at_once, command, held
 from safetensors.torch import load_file, save_file
 
 import evaluate
@@ -152,27 +151,14 @@ def test_a_folder_name_that_is_no_utf8_is_read_back(flags, data_root, tmp_path):
 # ------------------------------------------------------------------------------------------------ the lock
 
 
-def start(arguments, gate, folder):
-    """In a process of its own: wait for the others, then train."""
-    sys.stdout = open(folder / "out.txt", "w")
-    sys.stderr = open(folder / "err.txt", "w")
-    sys.argv = ["train.py", *arguments]
-    gate.wait(30)
-    console.run(train.main)
-
-
 def together(tmp_path, *arguments):
     """Two trainings that start at the same time: their exit codes, and what they say on stderr."""
-    context = multiprocessing.get_context("fork")
-    gate, folders = context.Barrier(2), [tmp_path / "first", tmp_path / "second"]
+    folders = [tmp_path / "first", tmp_path / "second"]
     for folder in folders:
         folder.mkdir()
-    processes = [context.Process(target=start, args=(arguments, gate, folder)) for folder in folders]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-    return [process.exitcode for process in processes], [(folder / "err.txt").read_text() for folder in folders]
+    outcomes = at_once([lambda folder=folder: command("train.py", arguments, folder, limit_s=60) for folder in folders])
+    assert [held(outcome) for outcome in outcomes] == [None, None]
+    return [outcome.code for outcome in outcomes], [outcome.err for outcome in outcomes]
 
 
 def test_of_two_that_start_in_one_folder_one_trains(flags, tmp_path, finished):
