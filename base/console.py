@@ -30,7 +30,8 @@ def end_at_once(*_):
     os._exit(130)
 
 
-if Path(getattr(sys.modules["__main__"], "__file__", None) or "").resolve().parent == PROJECT:  # train.py or evaluate.py
+started = Path(getattr(sys.modules["__main__"], "__file__", None) or "").resolve()
+if started.parent == PROJECT and signal.getsignal(signal.SIGINT) is signal.default_int_handler:     # train.py, evaluate.py
     signal.signal(signal.SIGINT, end_at_once)
 
 
