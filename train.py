@@ -120,7 +120,9 @@ def make_optimizer(model):
 
 def parse(argv=None):
     """(Config, run folder or None for a new one) from the command line."""
-    parser = argparse.ArgumentParser(description="Train EIVEN, then score it on the test split.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="Train EIVEN, then score it on the test split.", allow_abbrev=False,
+                                     epilog="The environment variable EIVEN_CACHE names another folder than cache/ for "
+                                            "photo features and the demo world.")
     parser.add_argument("--resume", metavar="RUN", nargs="?", const=True,
                         help="continue the run in this folder (or in --out), exactly as if it had never stopped")
     add_flags(parser)

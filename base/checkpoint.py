@@ -73,14 +73,14 @@ def read_json(path, kind):
 def check_fields(record, table, where):
     """{name: value} of the fields in `table`, from a JSON object.  Other fields of the object are ignored.
 
-    table   {name: (type, allowed, default)}.  allowed: (least, greatest) of a number, a tuple of values for other types,
-            or None for any value.  A field without a default must be there; null counts as absent.
+    table   {name: (type, allowed, default)}.  allowed: (least, greatest) of a number, a tuple of values for other types
+            (none: only null), or None for any value.  A field without a default must be there; null counts as absent.
     where   the start of an error: the file
     Errors  UserError for the first field that is absent, of another type, or not allowed
     """
     found = {}
     for name, (kind, allowed, *default) in table.items():
-        value, number = record.get(name), kind in (int, float)
+        value, number = record.get(name), allowed and kind in (int, float)
         if value is None:
             if not default:
                 raise UserError(f"{where}: has no {name!r}, which must be there")
@@ -221,7 +221,7 @@ def not_finite(tensors):
 
 
 def check_frozen(module, where):
-    """UserError if a weight of `module` is NaN or infinite: called once a loss or logits are, to name the reason."""
-    broken = not_finite(dict(module.named_parameters()))
+    """UserError if a frozen weight of `module` is NaN or infinite: called once a loss or logits are, to name the reason."""
+    broken = not_finite({name: p for name, p in module.named_parameters() if not p.requires_grad})
     if broken:
         raise UserError(f"{where}: the weights are damaged: {broken} holds NaN or infinity. {BROKEN}")

@@ -33,7 +33,8 @@ def end_at_once(*_):
     os._exit(130)
 
 
-if Path(getattr(sys.modules["__main__"], "__file__", None) or "").resolve().parent == PROJECT:  # train.py or evaluate.py
+started = Path(getattr(sys.modules["__main__"], "__file__", None) or "").resolve()
+if started.parent == PROJECT and signal.getsignal(signal.SIGINT) is signal.default_int_handler:     # train.py, evaluate.py
     signal.signal(signal.SIGINT, end_at_once)
 
 
@@ -48,6 +49,9 @@ def run(main):
     def fail(message):
         stop(2, f"{name}: error: {message}")
 
+    odd = [argument for argument in sys.argv[1:] if argument.startswith("--") and argument.endswith("=--")]
+    if odd:                                     # Python 3.11's argparse makes an empty list of it
+        fail(f"{odd[0]}: `--` is not a value")
     try:
         main()
         sys.stdout.flush()

@@ -13,7 +13,6 @@ the interval does not contain 0.  Errors are also counted apart: inside a family
 
 import argparse
 import csv
-import json
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -21,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from base import console
+from base.checkpoint import check_fields, read_json
 from base.console import UserError
 from demo import world
 
@@ -106,7 +106,7 @@ def main():
         found = re.fullmatch(r"(.+)-(\d+|all)-(" + "|".join(ARMS) + r")-seed(\d+)", path.parent.name)
         if found:
             name, labels, arm, seed = found.groups()
-            if json.loads(path.read_text(encoding="utf-8"))["answered"]:
+            if check_fields(read_json(path, "a run's scores"), {"answered": (int, (0, 10 ** 12))}, path)["answered"]:
                 groups[name, labels][arm][int(seed)] = path.parent
     if not groups:
         raise UserError(f"{runs}: holds no finished run of experiments.paper_tables with one of the rows {', '.join(ARMS)}")

@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from base import console
+from base.checkpoint import check_fields, read_json
 from base.console import Progress, UserError, write_text
 from eiven import TEMPERATURE, TOP_P
 
@@ -114,13 +115,22 @@ def same_flags(runs, flags):
     write_text(path, json.dumps(flags) + "\n")
 
 
+METRICS = {"micro_f1": (float, (0, 100)), "n": (int, (1, 10 ** 12)), "sources": (str, None, ""), "merged": (bool, (False, True)),
+           "constrained": (bool, (False, True)), "temperature": (float, (0, 1000)), "top_p": (float, (0, 1))}
+
+
+def read_metrics(path):
+    """{field of METRICS: value} of a run's metrics.json."""
+    return check_fields(read_json(path, "a run's scores"), METRICS, path)
+
+
 def scores(runs, dataset, row, labels, seeds, split="test"):
     """(micro-F1 of the runs that are done, products scored)."""
     found, n = [], 0
     for seed in seeds:
         path = run_folder(runs, dataset, row, labels, seed) / ("val" if split == "val" else "") / "metrics.json"
         if path.exists():
-            metrics = json.loads(path.read_text(encoding="utf-8"))
+            metrics = read_metrics(path)
             if metrics["merged"] or metrics["constrained"] or (metrics["temperature"], metrics["top_p"]) != (TEMPERATURE, TOP_P):
                 raise UserError(f"{path}: was scored again with other settings; score it as it was: python evaluate.py "
                                 f"{path.parent}")
@@ -140,7 +150,7 @@ def cell(found):
 def markdown(runs, dataset, labels, seeds, split="test"):
     """The tables as far as the runs are done."""
     n = max((scores(runs, dataset, row, count, seeds, split)[1] for row in ROWS for count in labels), default=0)
-    sources = {json.loads(p.read_text(encoding="utf-8"))["sources"] for p in sorted(runs.glob(f"{dataset}-*/metrics.json"))}
+    sources = {read_metrics(p)["sources"] for p in sorted(runs.glob(f"{dataset}-*/metrics.json"))}
     seen = {s for s in sources if "; no photos." not in s}          # rows without photos name no ViT
     source = max(seen or sources, default="")
     if len(seen) > 1 or any(s.split("; no photos.")[0] not in source for s in sources - seen):

@@ -24,12 +24,12 @@ def note_doubles(splits):
     for split, (keys, _, _) in hashes.items():
         _, first = np.unique(keys, return_index=True)
         again = np.setdiff1d(np.arange(len(keys)), first)
-        note(f"{split} has {len(again):,} products again, with an id and attribute that it had before", again, splits[split])
+        note(f"{len(again):,} of {len(keys):,} products of {split} repeat the id and attribute of another", again, splits[split])
     names = list(splits)
     for a, b in ((a, b) for k, a in enumerate(names) for b in names[k + 1:]):
         for row, what in ((1, "the id"), (2, "the title and photo")):
             shared = np.flatnonzero(np.isin(hashes[b][row], hashes[a][row]))
-            note(f"{len(shared):,} products of {b} have {what} of a product of {a}", shared, splits[b])
+            note(f"{len(shared):,} of {len(splits[b]):,} products of {b} have {what} of a product of {a}", shared, splits[b])
 
 
 def note(text, places, products):

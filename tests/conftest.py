@@ -1,6 +1,7 @@
 """What the tests share: tiny models in the official layouts, with a tokenizer of their own; nothing is downloaded."""
 
 import io
+import multiprocessing
 import os
 import random
 import resource
@@ -198,6 +199,24 @@ def command(script, arguments, folder, limit_s=20, before=None, env=None):
     return Outcome(os.waitstatus_to_exitcode(status) if os.WIFEXITED(status) else 1,
                    os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0, *read, time.monotonic() - start,
                    max(0, usage.ru_maxrss * 1024 - resident) / 1e6)
+
+
+def at_once(calls):
+    """The results of calls that start at the same time, each in a forked process of its own."""
+    context = multiprocessing.get_context("fork")
+    gate, results = context.Barrier(len(calls)), context.Queue()
+
+    def one(number, call):
+        gate.wait(60)
+        results.put((number, call()))
+
+    processes = [context.Process(target=one, args=pair) for pair in enumerate(calls)]
+    for process in processes:
+        process.start()
+    found = dict(results.get(timeout=120) for _ in calls)
+    for process in processes:
+        process.join()
+    return [found[number] for number in range(len(calls))]
 
 
 def held(outcome, limit_mb=1000):

@@ -6,8 +6,9 @@ import json
 import numpy as np
 import pytest
 
+from base.console import UserError
 from base.tsv import COLUMNS, write_tsv
-from experiments import comparing
+from experiments import comparing, paper_tables
 
 
 def write_run(folder, predictions, steps):
@@ -60,3 +61,16 @@ def test_arms_are_compared_by_seed_and_product(tmp_path):
     assert "| judge_last - no comparisons, as many steps | 2 | +0.0 (+0.0 to +0.0), not decided" in page
     rows = list(csv.reader(page.splitlines(), delimiter="|"))
     assert any(cell.strip().startswith("+50.0") for row in rows for cell in row)
+
+
+@pytest.mark.parametrize("more, said", [({"micro_f1": "95"}, "micro_f1 is '95', but must be a number from 0 to 100"),
+                                        ({"merged": None}, "has no 'merged'"), ({"n": -1}, "n is -1, but must be")])
+def test_scores_that_were_edited_are_refused(tmp_path, more, said):
+    metrics = {"micro_f1": 95, "n": 10, "sources": "", "merged": False, "constrained": False, "temperature": 0.1, "top_p": 0.75}
+    path = paper_tables.run_folder(tmp_path, "general", "full", "10", 0) / "metrics.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(metrics))
+    assert paper_tables.scores(tmp_path, "general", "full", "10", [0, 1]) == ([95], 10)
+    path.write_text(json.dumps(metrics | more))
+    with pytest.raises(UserError, match=said):
+        paper_tables.scores(tmp_path, "general", "full", "10", [0])

@@ -111,3 +111,19 @@ def test_mistakes_and_interrupts_have_their_exit_codes():
     for body in ("raise MemoryError", "raise RuntimeError('CUDA out of memory. Tried')", "__import__('torch').empty(1 << 60)"):
         assert code(body)[0] == 2 and "--micro-batch-size" in code(body)[1]
     assert code("raise KeyboardInterrupt")[0] == 130
+
+
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
+def test_ctrl_c_during_the_imports_ends_in_one_line(script, tmp_path):
+    """A torch of our own presses Ctrl-C while it is imported."""
+    (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n")
+    done = subprocess.run([sys.executable, PROJECT / script, "--help"], capture_output=True, text=True, check=False,
+                          env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert (done.returncode, done.stderr.strip(), done.stdout) == (130, f"{script}: interrupted", "")
+
+
+def test_text_that_is_no_utf8_is_one_line():
+    done = subprocess.run([sys.executable, "-c", "from base import console\ndef main():\n    'caf\\udce9'.encode()\nconsole.run(main)"],
+                          cwd=PROJECT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, "-c: error: 'caf\\udce9' is not UTF-8 text; rename the file, or leave those "
+                                                 "characters out\n")

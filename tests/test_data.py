@@ -24,6 +24,7 @@ from data import (
     values_of,
 )
 from llama import Tokenizer
+from support.doubles import note_doubles
 
 SHORT = Product("A1", "a1.jpg", "Shirts", "Jersey Tee", "Sleeve Style", "Short Sleeve")
 LONG = Product("A2", "a2.jpg", "Dresses", "Evening Gown", "Sleeve Style", "Long Sleeve")
@@ -257,6 +258,7 @@ def test_a_photo_inside_its_folder_is_fine(tmp_path, name):
 
 @pytest.mark.parametrize("text, said", [
     ("id\timages\n", "line 1: the header lacks category, texts, attribute_names, attribute_values"),
+    (HEADER.replace("category", "id").replace("texts", "texts\ttexts\tcategory"), "line 1: the header names id, texts more than once"),
     ("", "an empty file"),
     (HEADER, "has a header but no products"),
     (HEADER + LINE + "B2\tB2.jpg\tShoes\n", "line 3: has 3 columns, the header 6"),
@@ -298,3 +300,42 @@ def test_prompt_and_answer_are_tokenised_apart():
 
     [encoded], _ = encode_examples([Example((), "abc", "de")], Pairs())
     assert encoded.prompt == Pairs().encode("abc") and encoded.answer == [*Pairs().encode("de"), 2]
+
+
+# ------------------------------------------------------------------------------------------------ doubles
+
+
+def test_doubles_are_counted_and_said_once(capsys):
+    """By hand: B1 twice in train with one attribute; val has B2 and the title and photo of B3; test has nothing of them."""
+    def product(number, attribute="Boot Style", like=None):
+        return Product(f"B{number}", f"{like or number}.jpg", "Shoes", f"title {like or number}", attribute, "Chelsea")
+
+    note_doubles({"train": [product(1), product(2), product(3), product(1), product(1, "Heel Height")],
+                  "val": [product(2), product(7, like=3)], "test": [product(8), product(9)]})
+    assert capsys.readouterr().err.splitlines() == [
+        "note: 1 of 5 products of train repeat the id and attribute of another, e.g. 'B1'",
+        "note: 1 of 2 products of val have the id of a product of train, e.g. 'B2'",
+        "note: 2 of 2 products of val have the title and photo of a product of train, e.g. 'B2'"]
+
+
+def test_doubles_take_little_memory(capsys):
+    """100,000 products a split, made as they are read: hashes of 8 bytes are kept, no texts."""
+    class Many:
+        def __init__(self, first):
+            self.first = first
+
+        def __len__(self):
+            return 100_000
+
+        def __iter__(self):
+            return (self[i] for i in range(len(self)))
+
+        def __getitem__(self, i):
+            return Product(f"B{self.first + i}", f"{self.first + i}.jpg", "", "a long title " * 50, "Boot Style", "Chelsea")
+
+    tracemalloc.start()
+    note_doubles({"train": Many(0), "test": Many(90_000)})
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 20e6
+    assert "note: 10,000 of 100,000 products of test have the id of a product of train, e.g. 'B90000'" in capsys.readouterr().err

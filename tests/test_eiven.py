@@ -10,6 +10,7 @@ from conftest import randomize
 from safetensors.torch import load_file, save_file
 
 import eiven
+from base.checkpoint import check_frozen
 from base.console import UserError
 from base.packing import pack
 from data import Encoded
@@ -263,6 +264,14 @@ def test_logits_that_are_not_finite_are_an_error(model, batch):
         model.generate(examples, cls_tokens)
     with pytest.raises(FloatingPointError, match="not finite"):
         model.score(examples, [[e.answer] for e in examples], cls_tokens)
+
+
+def test_frozen_weights_are_the_reason_only_where_they_are_not_finite(model):
+    model.llama.layers[1].adapter.up_bias.data[3] = float("inf")        # a learning rate that is too high does this
+    check_frozen(model.llama, "folder")
+    model.llama.layers[2].mlp.up_proj.weight.data[3, 4] = float("-inf")
+    with pytest.raises(UserError, match="folder: the weights are damaged: layers.2.mlp.up_proj.weight holds NaN or infinity"):
+        check_frozen(model.llama, "folder")
 
 
 def test_scores_are_those_of_each_answer_alone(model, batch):

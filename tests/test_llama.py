@@ -185,6 +185,7 @@ def test_config_is_honoured(tmp_path, tiny_config):
     ({"hidden_act": "gelu"}, "hidden_act is 'gelu', but only 'silu' is supported"),
     ({"mlp_bias": True}, "mlp_bias is True, but only False is supported"),
     ({"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}, but only null is supported"),
+    ({"sliding_window": 4096}, "sliding_window is 4096, but only null is supported"),
     ({"hidden_size": "big"}, "hidden_size is 'big', but must be a whole number"),
     ({"rope_scaling": "linear"}, "rope_scaling is 'linear', but must be an object"),
     ({"num_attention_heads": 0, "head_dim": None}, "num_attention_heads is 0, but must be a whole number"),
