@@ -115,9 +115,8 @@ def explain(run, product, temperature=TEMPERATURE, top_p=TOP_P):
     model = run.model
     e = Explanation(product, describe(run.config, run.sources), temperature, top_p, width=model.llama.config.hidden_size,
                     vocab=model.llama.config.vocab_size)
-    prepare_photos(run, [product])
     if run.photo_features is not None:
-        record_vit(e, run.photo_features, product.image)
+        record_vit(e, run, product)
     logits, ids = [], []
     with recorded_llama(e, model, ids), recorded_draws(logits):
         [e.answer] = answers(run, [product], temperature=temperature, top_p=top_p)
@@ -150,18 +149,20 @@ def keep_output(kept, name):
     return hook
 
 
-def record_vit(e, photo_features, image):
-    """Fill pixels and cls_attention.  I itself comes from the cache of features, so the ViT reads this photo once more."""
-    vit, e.vit_layers = photo_features.vit, photo_features.cls_layers
-    e.patch_size = vit.config.patch_size
-    e.pixels = preprocess(open_photo(photo_features.images / image), vit.config.image_size)
-    kept = {}
+def record_vit(e, run, product):
+    """Compute the photo's features, and fill pixels and cls_attention.  If the features are in the cache already, the ViT has
+    to read the photo once more."""
+    photo_features, kept = run.photo_features, {}
+    vit, e.vit_layers, e.patch_size = photo_features.vit, photo_features.cls_layers, photo_features.vit.config.patch_size
     with hooks() as handles, torch.no_grad():
         for depth in e.vit_layers:
             attention = vit.layers[depth - 1].self_attn
             for projection in ("q_proj", "k_proj"):
                 handles.append(getattr(attention, projection).register_forward_hook(keep_output(kept, (depth, projection))))
-        vit(e.pixels[None].to(photo_features.device), e.vit_layers)
+        prepare_photos(run, [product])
+        e.pixels = preprocess(open_photo(photo_features.images / product.image), vit.config.image_size)
+        if not kept:
+            vit(e.pixels[None].to(photo_features.device), e.vit_layers)
     heads = vit.config.num_attention_heads
     e.cls_attention = [attention_weights(kept[depth, "q_proj"][0, 0].unflatten(-1, (heads, -1)),        # token 0 is [cls]
                                          kept[depth, "k_proj"][0].unflatten(-1, (heads, -1))).cpu() for depth in e.vit_layers]
@@ -287,7 +288,7 @@ def steps(e):
                  f"The ViT reads it as {side} × {side} patches of {e.patch_size} × {e.patch_size} pixels: one token each "
                  "(section 4.1)."),
             Step(2, f"Where [cls] looks in layer{'s' * (K > 1)} {layers} of the ViT", "attention inside the image encoder",
-                 f"{K} × ({heads} heads, 1 + {tokens - 1} patches)", ("vit.py: Attention.forward",),
+                 f"{K} layer{'s' * (K > 1)} × ({heads} heads, 1 + {tokens - 1} patches)", ("vit.py: Attention.forward",),
                  "The ViT has one more token, [cls]. In every layer it collects information from the patches. "
                  "The more orange a patch, the more attention [cls] gives to it (mean over the heads). "
                  + ("Early layers know edges and textures, late ones parts and objects; so [cls] is taken after several "
@@ -306,12 +307,12 @@ def steps(e):
              "(title and category). A token is often only a piece of a word; ▁ stands for a space, ↵ for a new line "
              "(section 2.2)."),
         Step(5, "What the answering position reads, layer by layer", "h, h′",
-             f"{len(e.attention)} × ({len(e.attention[0])} heads, {len(e.tokens)})",
+             f"{len(e.attention)} layers × ({len(e.attention[0])} heads, {len(e.tokens)} tokens)",
              ("llama.py: Attention.forward", "adapters.py: Adapter.forward"),
              "The last position of X predicts the first token of the answer. The bar shows to which part of X it gives its "
              "attention (mean over the heads). Attention shows where a layer reads, not what it makes of it. "
-             "The adapter changes the input h of the attention to h′; its size is |h′ − h| / |h| (section 2.2)."),
-        Step(6, "The answer, token after token", "p(R_t | X, R_<t)", f"{len(e.answer_tokens)} × ({e.vocab:,},)",
+             "The adapter changes the input h of the attention to h′; the column “adapter” is |h′−h|/|h| (section 2.2)."),
+        Step(6, "The answer, token after token", "p(R_t | X, R_<t)", f"{len(e.answer_tokens)} tokens × {e.vocab:,} logits",
              ("llama.py: LLaMA.logits", "eiven.py: nucleus"),
              f"LLaMA gives every token a probability. The nucleus holds the likeliest tokens that together reach "
              f"{e.top_p:g} at temperature {e.temperature:g}. A random number between 0 and 1 chooses one of them (section 4.1)."

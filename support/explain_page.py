@@ -42,18 +42,20 @@ gap: .3rem .8rem; align-items: center; font-size: .875rem } .strips .n { text-al
 .stack { display: flex; height: 1.15rem; border-radius: 3px; overflow: hidden; background: var(--box) }
 .stack i { display: block; border-right: 1px solid var(--paper) }
 .n { font-variant-numeric: tabular-nums; white-space: nowrap }
-.box { overflow-x: auto; margin: .8rem 0 } table { border-collapse: collapse; font-size: .875rem }
+.box { overflow-x: auto; margin: .8rem 0 } table { border-collapse: collapse; font-size: .875rem;
+overflow-wrap: normal }
 td, th { padding: .15rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap }
 td:first-child, th:first-child { text-align: left; padding-left: 0 } .card table { width: 100% }
 .card { border: 1px solid var(--line); border-radius: 6px; padding: .7rem .8rem; break-inside: avoid; min-width: 0 }
-.card td:nth-child(2) { text-align: left; font-family: ui-monospace, monospace; white-space: pre-wrap }
+.card td:nth-child(2) { text-align: left; font-family: ui-monospace, monospace; white-space: pre }
 .inside { font-weight: 600 } .inside td:first-child { border-left: 4px solid #E69F00; padding-left: .4rem }
-.chosen td { background: var(--box) } .p { width: 34%; padding-right: 0 } .p i { display: block; height: .8rem;
+.chosen td { background: var(--box) } .p { width: 30%; padding-right: 0 } .p i { display: block; height: .8rem;
 background: var(--bar); border-radius: 2px } .draw { position: relative; height: 1.7rem; margin: .3rem 0 .9rem }
 .draw .stack { height: 1.2rem; background: #BBB } .draw .stack i { background: #E69F00; color: #000; font: .75rem/1.6
 ui-monospace, monospace; overflow: hidden; text-align: center; white-space: nowrap } .draw b { position: absolute; top: -.2rem;
 height: 1.7rem; width: 3px; background: var(--ink); outline: 1px solid var(--paper) } .draw small { position: absolute;
 top: 1.25rem; white-space: nowrap }
+@media (max-width: 30rem) { .box td, .box th { padding: .15rem .3rem; font-size: .78rem } }
 @media print { body { font-size: 10.5pt; max-width: none; padding: 0 } h2 { break-after: avoid } .facts { break-after: avoid }
 .box { overflow: visible } }
 """
@@ -101,21 +103,22 @@ def cls_picture(e):
     figures = []
     for layer, weights in zip(e.vit_layers, e.cls_attention):
         mean = weights.mean(0).numpy()                                                  # (1 + patches,)
-        alpha = (mean[1:] / mean[1:].max()).reshape(side, side)
+        low, high = mean[1:].min(), mean[1:].max()
+        alpha = ((mean[1:] - low) / max(high - low, 1e-12)).reshape(side, side)
         heat = np.empty((side, side, 4), np.uint8)
         heat[..., :3], heat[..., 3] = ORANGE, (235 * alpha).round()
         figures.append(
             f"<figure><svg viewBox='0 0 {size} {size}' role='img' aria-label='attention of [cls] in layer {layer}'>"
             f"<use href='#photo' style='filter: grayscale(1) brightness(.75)'/>"
             f"<image width='{size}' height='{size}' preserveAspectRatio='none' style='image-rendering: pixelated' "
-            f"href='{data_uri(Image.fromarray(heat))}'/></svg><figcaption><b>layer {layer}</b>: strongest patch "
-            f"{mean[1:].max():.1%} (equal shares: {1 / len(mean):.1%}); [cls] itself {mean[0]:.1%}</figcaption></figure>")
+            f"href='{data_uri(Image.fromarray(heat))}'/></svg><figcaption><b>layer {layer}</b>: a patch gets "
+            f"{low:.1%} to {high:.1%} (equal shares: {1 / len(mean):.1%}); [cls] itself {mean[0]:.1%}</figcaption></figure>")
     return f"<div class='row'>{''.join(figures)}</div>"
 
 
 def embedding_picture(e):
     def strips(name, rows):
-        largest = rows.abs().flatten().quantile(0.98).item()
+        largest = 2 * rows.square().mean().sqrt().item()
         lines = "".join(f"<span>layer {layer}</span><span class='n'>norm {row.norm():.2f}</span><img class='strip' alt='' "
                         f"style='image-rendering: {'pixelated' if len(row) < 300 else 'auto'}' "
                         f"src='{data_uri(heat_strip(row, largest))}'>" for layer, row in zip(e.vit_layers, rows))
