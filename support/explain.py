@@ -120,7 +120,7 @@ def explain(run, product, temperature=TEMPERATURE, top_p=TOP_P):
     logits, ids = [], []
     with recorded_llama(e, model, ids), recorded_draws(logits):
         [e.answer] = answers(run, [product], temperature=temperature, top_p=top_p)
-    e.tokens = label_tokens(ids[0], e, model.tokenizer, base_question(product, run.config.text))
+    e.tokens = label_tokens(ids, e, model.tokenizer, base_question(product, run.config.text))
     e.answer_tokens = [answer_token(*drawn, temperature, top_p, model.tokenizer) for drawn in logits]
     return e
 
@@ -171,29 +171,28 @@ def record_vit(e, run, product):
 @contextmanager
 def recorded_llama(e, model, ids):
     """Meanwhile, the first forward pass, which reads the prompt of one example, fills I, I_projected, attention and changes
-    of `e`, and puts X as ids into `ids`."""
+    of `e`, and puts X into `ids`.  After this pass the hooks are removed, since the next ones read tokens of the answer."""
     e.attention, e.changes = [], []
 
     def projected(module, inputs, output):
         e.I, e.I_projected = inputs[0][0].cpu(), output[0].cpu()
 
     def read(module, inputs):
-        if not ids:
-            ids.append(inputs[1].ids.tolist())
+        ids.extend(inputs[1].ids.tolist())
 
     def adapted(module, inputs, output):
-        if len(e.changes) < len(model.llama.layers):
-            h, changed = inputs[0].float(), output.float()
-            e.changes.append(((changed - h).norm() / h.norm()).item() if isinstance(module, Adapter) else None)
+        h, changed = inputs[0].float(), output.float()
+        e.changes.append(((changed - h).norm() / h.norm()).item() if isinstance(module, Adapter) else None)
 
     def attended(kept):
         def hook(attention, inputs, output):
-            if len(e.attention) == len(model.llama.layers):
-                return                                  # the prompt has been read; these are tokens of the answer
             tokens = inputs[1]
             q, k = (kept[name].unflatten(-1, (-1, attention.head_dim)) for name in ("q", "k"))
             q = apply_rotary(q[-1:], tokens.cos[-1:], tokens.sin[-1:])                  # (1, H, d)   the last position of X
             e.attention.append(attention_weights(q[0], apply_rotary(k, tokens.cos, tokens.sin)).cpu())
+            if len(e.attention) == len(model.llama.layers):
+                for handle in handles:
+                    handle.remove()
         return hook
 
     with hooks() as handles:
@@ -258,17 +257,17 @@ def answer_token(logits, uniform, chosen, temperature, top_p, tokenizer):
     """The AnswerToken of a draw: logits (vocab,), the uniform number, and the id that eiven.nucleus chose from it."""
     probability = logits.softmax(-1)
     order = logits.sort(descending=True, stable=True).indices
-    shares = {int(order[0]): (0.0, 1.0)}                # temperature 0, and wherever the likeliest token is the whole nucleus
+    shares = {int(order[0]): (0.0, 1.0)}                # temperature 0: no draw
     if temperature > 0:
         falling, tokens = (logits / temperature).softmax(-1).sort(descending=True, stable=True)
         inside = int((falling.cumsum(-1) - falling < top_p).sum())                      # as in eiven.nucleus
         ends = (falling[:inside].cumsum(-1) / falling[:inside].sum()).tolist()
         shares = dict(zip(tokens[:inside].tolist(), zip([0.0, *ends], ends)))
-    ranked = order[:LIKELIEST].tolist()
-    if chosen not in ranked:
-        ranked.append(chosen)
-    choices = [Choice(token_text(token, tokenizer), int((order == token).nonzero()) + 1, probability[token].item(),
-                      shares.get(token), token == chosen) for token in ranked]
+    ranked = list(enumerate(order[:LIKELIEST].tolist(), start=1))
+    if chosen not in dict(ranked).values():
+        ranked.append((int((order == chosen).nonzero()) + 1, chosen))
+    choices = [Choice(token_text(token, tokenizer), rank, probability[token].item(), shares.get(token), token == chosen)
+               for rank, token in ranked]
     return AnswerToken(choices, len(shares), uniform)
 
 
@@ -314,8 +313,9 @@ def steps(e):
              "The adapter changes the input h of the attention to h′; the column “adapter” is |h′−h|/|h| (section 2.2)."),
         Step(6, "The answer, token after token", "p(R_t | X, R_<t)", f"{len(e.answer_tokens)} tokens × {e.vocab:,} logits",
              ("llama.py: LLaMA.logits", "eiven.py: nucleus"),
-             f"LLaMA gives every token a probability. The nucleus holds the likeliest tokens that together reach "
-             f"{e.top_p:g} at temperature {e.temperature:g}. A random number between 0 and 1 chooses one of them (section 4.1)."
+             f"LLaMA gives every token a probability. For the draw, its logits are divided by the temperature, {e.temperature:g}. "
+             f"The nucleus is the smallest set of likeliest tokens that then reach {e.top_p:g} together. A random number "
+             "between 0 and 1 chooses one of them (section 4.1)."
              if e.temperature > 0 else
              "LLaMA gives every token a probability. At temperature 0 the likeliest token is taken, without a draw."),
         Step(7, "The answer", "R", "text", ("eiven.py: EIVEN.generate", "evaluate.py: exact_match"),

@@ -36,8 +36,8 @@ ui-monospace, monospace; color: #000; white-space: pre-wrap }
 .mark { background: #CC79A7 }
 .key { display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; font-size: .875rem; margin: .5rem 0 }
 .key i { display: inline-block; width: .9em; height: .9em; border-radius: 2px; margin-right: .4em; vertical-align: -.08em }
-.strip { height: 1.1rem; width: 100%; display: block } .strips { display: grid; grid-template-columns: auto auto 1fr;
-gap: .3rem .8rem; align-items: center; font-size: .875rem } .strips .n { text-align: right }
+.rows { display: grid; grid-template-columns: auto auto 1fr; gap: 0 .8rem; font-size: .875rem; margin-bottom: 1rem }
+.rows img { grid-column: 3; width: 100%; height: 0; min-height: 100% } .rows .n { grid-column: 2; text-align: right }
 .layers { display: grid; grid-template-columns: auto 1fr auto; gap: .25rem .7rem; align-items: center; font-size: .875rem }
 .stack { display: flex; height: 1.15rem; border-radius: 3px; overflow: hidden; background: var(--box) }
 .stack i { display: block; border-right: 1px solid var(--paper) }
@@ -78,11 +78,11 @@ def shown_photo(pixels):
     return Image.fromarray((values * 255).round().clip(0, 255).astype(np.uint8))
 
 
-def heat_strip(vector, largest):
-    """One row of pixels, one for each number: blue below 0, white at 0, vermillion above; full colour at `largest`."""
-    share = (vector.float().numpy() / max(largest, 1e-12)).clip(-1, 1)[:, None]         # (width, 1)
+def heat_map(matrix, largest):
+    """A pixel for each number of (rows, columns): blue below 0, white at 0, vermillion above; full colour at `largest`."""
+    share = (matrix.float().numpy() / max(largest, 1e-12)).clip(-1, 1)[..., None]       # (rows, columns, 1)
     ends = np.where(share < 0, np.float32(BLUE), np.float32(VERMILLION))
-    return Image.fromarray((255 + (ends - 255) * abs(share)).round().astype(np.uint8)[None])
+    return Image.fromarray((255 + (ends - 255) * abs(share)).round().astype(np.uint8))
 
 
 # ------------------------------------------------------------------------------------------------ a picture of each step
@@ -117,15 +117,20 @@ def cls_picture(e):
 
 
 def embedding_picture(e):
-    def strips(name, rows):
-        largest = 2 * rows.square().mean().sqrt().item()
-        lines = "".join(f"<span>layer {layer}</span><span class='n'>norm {row.norm():.2f}</span><img class='strip' alt='' "
-                        f"style='image-rendering: {'pixelated' if len(row) < 300 else 'auto'}' "
-                        f"src='{data_uri(heat_strip(row, largest))}'>" for layer, row in zip(e.vit_layers, rows))
-        return f"<h3>{name} ({rows.shape[0]}, {rows.shape[1]})</h3><div class='strips'>{lines}</div><br>"
+    def embedding(name, rows):
+        K, width = rows.shape
+        picture = heat_map(rows, 2 * rows.square().mean().sqrt().item())
+        # Each row many pixels high: a browser that makes the picture narrower must not mix the rows.
+        picture = picture.resize((max(1, 300 // width) * width, 20 * K), Image.Resampling.NEAREST)
+        labels = "".join(f"<span style='grid-row: {k}'>{name}{k}, layer {layer}</span>"
+                         f"<span class='n' style='grid-row: {k}'>{row.norm():.2f}</span>"
+                         for k, (layer, row) in enumerate(zip(e.vit_layers, rows), start=1))
+        return (f"<h3>{name} ({K}, {width})</h3><div class='rows'>{labels}<img alt='heat map of {name}' "
+                f"style='grid-row: 1 / {K + 1}' src='{data_uri(picture)}'></div>")
 
-    return (strips("I", e.I) + strips("I′", e.I_projected)
-            + "<p><small>One stripe a number: blue is below 0, white is 0, red-orange is above.</small></p>")
+    return (embedding("I", e.I) + embedding("I′", e.I_projected)
+            + "<p><small>A row is a token, with its norm; a stripe is one number: blue below 0, white at 0, red-orange above. "
+            "The colour is full at twice the root mean square.</small></p>")
 
 
 def part_class(part):
@@ -179,7 +184,7 @@ def draws_picture(e):
                     "</small></div>")
         return f"<div class='card'><h3>{t}. {escape(chosen.text)}</h3>{draw}<table>{rows}</table></div>"
 
-    return ("<p><small>Rank, token, probability. An orange edge and bold type mark the nucleus; a shaded row is the chosen "
+    return ("<p><small>Rank, token, probability (at temperature 1). An orange edge and bold type mark the nucleus; a shaded row is the chosen "
             "token. The orange bar is the nucleus, from 0 to 1; the line on it is the draw.</small></p><div class='row wide'>"
             + "".join(card(t, token) for t, token in enumerate(e.answer_tokens, start=1)) + "</div>")
 
