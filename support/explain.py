@@ -115,13 +115,12 @@ def explain(run, product, temperature=TEMPERATURE, top_p=TOP_P):
     model = run.model
     e = Explanation(product, describe(run.config, run.sources), temperature, top_p, width=model.llama.config.hidden_size,
                     vocab=model.llama.config.vocab_size)
-    prepare_photos(run, [product])
     if run.photo_features is not None:
-        record_vit(e, run.photo_features, product.image)
+        record_vit(e, run, product)
     logits, ids = [], []
     with recorded_llama(e, model, ids), recorded_draws(logits):
         [e.answer] = answers(run, [product], temperature=temperature, top_p=top_p)
-    e.tokens = label_tokens(ids[0], e, model.tokenizer, base_question(product, run.config.text))
+    e.tokens = label_tokens(ids, e, model.tokenizer, base_question(product, run.config.text))
     e.answer_tokens = [answer_token(*drawn, temperature, top_p, model.tokenizer) for drawn in logits]
     return e
 
@@ -150,18 +149,20 @@ def keep_output(kept, name):
     return hook
 
 
-def record_vit(e, photo_features, image):
-    """Fill pixels and cls_attention.  I itself comes from the cache of features, so the ViT reads this photo once more."""
-    vit, e.vit_layers = photo_features.vit, photo_features.cls_layers
-    e.patch_size = vit.config.patch_size
-    e.pixels = preprocess(open_photo(photo_features.images / image), vit.config.image_size)
-    kept = {}
+def record_vit(e, run, product):
+    """Compute the photo's features, and fill pixels and cls_attention.  If the features are in the cache already, the ViT has
+    to read the photo once more."""
+    photo_features, kept = run.photo_features, {}
+    vit, e.vit_layers, e.patch_size = photo_features.vit, photo_features.cls_layers, photo_features.vit.config.patch_size
     with hooks() as handles, torch.no_grad():
         for depth in e.vit_layers:
             attention = vit.layers[depth - 1].self_attn
             for projection in ("q_proj", "k_proj"):
                 handles.append(getattr(attention, projection).register_forward_hook(keep_output(kept, (depth, projection))))
-        vit(e.pixels[None].to(photo_features.device), e.vit_layers)
+        prepare_photos(run, [product])
+        e.pixels = preprocess(open_photo(photo_features.images / product.image), vit.config.image_size)
+        if not kept:
+            vit(e.pixels[None].to(photo_features.device), e.vit_layers)
     heads = vit.config.num_attention_heads
     e.cls_attention = [attention_weights(kept[depth, "q_proj"][0, 0].unflatten(-1, (heads, -1)),        # token 0 is [cls]
                                          kept[depth, "k_proj"][0].unflatten(-1, (heads, -1))).cpu() for depth in e.vit_layers]
@@ -170,29 +171,28 @@ def record_vit(e, photo_features, image):
 @contextmanager
 def recorded_llama(e, model, ids):
     """Meanwhile, the first forward pass, which reads the prompt of one example, fills I, I_projected, attention and changes
-    of `e`, and puts X as ids into `ids`."""
+    of `e`, and puts X into `ids`.  After this pass the hooks are removed, since the next ones read tokens of the answer."""
     e.attention, e.changes = [], []
 
     def projected(module, inputs, output):
         e.I, e.I_projected = inputs[0][0].cpu(), output[0].cpu()
 
     def read(module, inputs):
-        if not ids:
-            ids.append(inputs[1].ids.tolist())
+        ids.extend(inputs[1].ids.tolist())
 
     def adapted(module, inputs, output):
-        if len(e.changes) < len(model.llama.layers):
-            h, changed = inputs[0].float(), output.float()
-            e.changes.append(((changed - h).norm() / h.norm()).item() if isinstance(module, Adapter) else None)
+        h, changed = inputs[0].float(), output.float()
+        e.changes.append(((changed - h).norm() / h.norm()).item() if isinstance(module, Adapter) else None)
 
     def attended(kept):
         def hook(attention, inputs, output):
-            if len(e.attention) == len(model.llama.layers):
-                return                                  # the prompt has been read; these are tokens of the answer
             tokens = inputs[1]
             q, k = (kept[name].unflatten(-1, (-1, attention.head_dim)) for name in ("q", "k"))
             q = apply_rotary(q[-1:], tokens.cos[-1:], tokens.sin[-1:])                  # (1, H, d)   the last position of X
             e.attention.append(attention_weights(q[0], apply_rotary(k, tokens.cos, tokens.sin)).cpu())
+            if len(e.attention) == len(model.llama.layers):
+                for handle in handles:
+                    handle.remove()
         return hook
 
     with hooks() as handles:
@@ -257,17 +257,17 @@ def answer_token(logits, uniform, chosen, temperature, top_p, tokenizer):
     """The AnswerToken of a draw: logits (vocab,), the uniform number, and the id that eiven.nucleus chose from it."""
     probability = logits.softmax(-1)
     order = logits.sort(descending=True, stable=True).indices
-    shares = {int(order[0]): (0.0, 1.0)}                # temperature 0, and wherever the likeliest token is the whole nucleus
+    shares = {int(order[0]): (0.0, 1.0)}                # temperature 0: no draw
     if temperature > 0:
         falling, tokens = (logits / temperature).softmax(-1).sort(descending=True, stable=True)
         inside = int((falling.cumsum(-1) - falling < top_p).sum())                      # as in eiven.nucleus
         ends = (falling[:inside].cumsum(-1) / falling[:inside].sum()).tolist()
         shares = dict(zip(tokens[:inside].tolist(), zip([0.0, *ends], ends)))
-    ranked = order[:LIKELIEST].tolist()
-    if chosen not in ranked:
-        ranked.append(chosen)
-    choices = [Choice(token_text(token, tokenizer), int((order == token).nonzero()) + 1, probability[token].item(),
-                      shares.get(token), token == chosen) for token in ranked]
+    ranked = list(enumerate(order[:LIKELIEST].tolist(), start=1))
+    if chosen not in dict(ranked).values():
+        ranked.append((int((order == chosen).nonzero()) + 1, chosen))
+    choices = [Choice(token_text(token, tokenizer), rank, probability[token].item(), shares.get(token), token == chosen)
+               for rank, token in ranked]
     return AnswerToken(choices, len(shares), uniform)
 
 
@@ -287,7 +287,7 @@ def steps(e):
                  f"The ViT reads it as {side} × {side} patches of {e.patch_size} × {e.patch_size} pixels: one token each "
                  "(section 4.1)."),
             Step(2, f"Where [cls] looks in layer{'s' * (K > 1)} {layers} of the ViT", "attention inside the image encoder",
-                 f"{K} × ({heads} heads, 1 + {tokens - 1} patches)", ("vit.py: Attention.forward",),
+                 f"{K} layer{'s' * (K > 1)} × ({heads} heads, 1 + {tokens - 1} patches)", ("vit.py: Attention.forward",),
                  "The ViT has one more token, [cls]. In every layer it collects information from the patches. "
                  "The more orange a patch, the more attention [cls] gives to it (mean over the heads). "
                  + ("Early layers know edges and textures, late ones parts and objects; so [cls] is taken after several "
@@ -306,15 +306,16 @@ def steps(e):
              "(title and category). A token is often only a piece of a word; ▁ stands for a space, ↵ for a new line "
              "(section 2.2)."),
         Step(5, "What the answering position reads, layer by layer", "h, h′",
-             f"{len(e.attention)} × ({len(e.attention[0])} heads, {len(e.tokens)})",
+             f"{len(e.attention)} layers × ({len(e.attention[0])} heads, {len(e.tokens)} tokens)",
              ("llama.py: Attention.forward", "adapters.py: Adapter.forward"),
              "The last position of X predicts the first token of the answer. The bar shows to which part of X it gives its "
              "attention (mean over the heads). Attention shows where a layer reads, not what it makes of it. "
-             "The adapter changes the input h of the attention to h′; its size is |h′ − h| / |h| (section 2.2)."),
-        Step(6, "The answer, token after token", "p(R_t | X, R_<t)", f"{len(e.answer_tokens)} × ({e.vocab:,},)",
+             "The adapter changes the input h of the attention to h′; the column “adapter” is |h′−h|/|h| (section 2.2)."),
+        Step(6, "The answer, token after token", "p(R_t | X, R_<t)", f"{len(e.answer_tokens)} tokens × {e.vocab:,} logits",
              ("llama.py: LLaMA.logits", "eiven.py: nucleus"),
-             f"LLaMA gives every token a probability. The nucleus holds the likeliest tokens that together reach "
-             f"{e.top_p:g} at temperature {e.temperature:g}. A random number between 0 and 1 chooses one of them (section 4.1)."
+             f"LLaMA gives every token a probability. For the draw, its logits are divided by the temperature, {e.temperature:g}. "
+             f"The nucleus is the smallest set of likeliest tokens that then reach {e.top_p:g} together. A random number "
+             "between 0 and 1 chooses one of them (section 4.1)."
              if e.temperature > 0 else
              "LLaMA gives every token a probability. At temperature 0 the likeliest token is taken, without a draw."),
         Step(7, "The answer", "R", "text", ("eiven.py: EIVEN.generate", "evaluate.py: exact_match"),

@@ -36,24 +36,26 @@ ui-monospace, monospace; color: #000; white-space: pre-wrap }
 .mark { background: #CC79A7 }
 .key { display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; font-size: .875rem; margin: .5rem 0 }
 .key i { display: inline-block; width: .9em; height: .9em; border-radius: 2px; margin-right: .4em; vertical-align: -.08em }
-.strip { height: 1.1rem; width: 100%; display: block } .strips { display: grid; grid-template-columns: auto auto 1fr;
-gap: .3rem .8rem; align-items: center; font-size: .875rem } .strips .n { text-align: right }
+.rows { display: grid; grid-template-columns: auto auto 1fr; gap: 0 .8rem; font-size: .875rem; margin-bottom: 1rem }
+.rows img { grid-column: 3; width: 100%; height: 0; min-height: 100% } .rows .n { grid-column: 2; text-align: right }
 .layers { display: grid; grid-template-columns: auto 1fr auto; gap: .25rem .7rem; align-items: center; font-size: .875rem }
 .stack { display: flex; height: 1.15rem; border-radius: 3px; overflow: hidden; background: var(--box) }
 .stack i { display: block; border-right: 1px solid var(--paper) }
 .n { font-variant-numeric: tabular-nums; white-space: nowrap }
-.box { overflow-x: auto; margin: .8rem 0 } table { border-collapse: collapse; font-size: .875rem }
+.box { overflow-x: auto; margin: .8rem 0 } table { border-collapse: collapse; font-size: .875rem;
+overflow-wrap: normal }
 td, th { padding: .15rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap }
 td:first-child, th:first-child { text-align: left; padding-left: 0 } .card table { width: 100% }
 .card { border: 1px solid var(--line); border-radius: 6px; padding: .7rem .8rem; break-inside: avoid; min-width: 0 }
-.card td:nth-child(2) { text-align: left; font-family: ui-monospace, monospace; white-space: pre-wrap }
+.card td:nth-child(2) { text-align: left; font-family: ui-monospace, monospace; white-space: pre }
 .inside { font-weight: 600 } .inside td:first-child { border-left: 4px solid #E69F00; padding-left: .4rem }
-.chosen td { background: var(--box) } .p { width: 34%; padding-right: 0 } .p i { display: block; height: .8rem;
+.chosen td { background: var(--box) } .p { width: 30%; padding-right: 0 } .p i { display: block; height: .8rem;
 background: var(--bar); border-radius: 2px } .draw { position: relative; height: 1.7rem; margin: .3rem 0 .9rem }
 .draw .stack { height: 1.2rem; background: #BBB } .draw .stack i { background: #E69F00; color: #000; font: .75rem/1.6
 ui-monospace, monospace; overflow: hidden; text-align: center; white-space: nowrap } .draw b { position: absolute; top: -.2rem;
 height: 1.7rem; width: 3px; background: var(--ink); outline: 1px solid var(--paper) } .draw small { position: absolute;
 top: 1.25rem; white-space: nowrap }
+@media (max-width: 30rem) { .box td, .box th { padding: .15rem .3rem; font-size: .78rem } }
 @media print { body { font-size: 10.5pt; max-width: none; padding: 0 } h2 { break-after: avoid } .facts { break-after: avoid }
 .box { overflow: visible } }
 """
@@ -76,11 +78,11 @@ def shown_photo(pixels):
     return Image.fromarray((values * 255).round().clip(0, 255).astype(np.uint8))
 
 
-def heat_strip(vector, largest):
-    """One row of pixels, one for each number: blue below 0, white at 0, vermillion above; full colour at `largest`."""
-    share = (vector.float().numpy() / max(largest, 1e-12)).clip(-1, 1)[:, None]         # (width, 1)
+def heat_map(matrix, largest):
+    """A pixel for each number of (rows, columns): blue below 0, white at 0, vermillion above; full colour at `largest`."""
+    share = (matrix.float().numpy() / max(largest, 1e-12)).clip(-1, 1)[..., None]       # (rows, columns, 1)
     ends = np.where(share < 0, np.float32(BLUE), np.float32(VERMILLION))
-    return Image.fromarray((255 + (ends - 255) * abs(share)).round().astype(np.uint8)[None])
+    return Image.fromarray((255 + (ends - 255) * abs(share)).round().astype(np.uint8))
 
 
 # ------------------------------------------------------------------------------------------------ a picture of each step
@@ -101,28 +103,34 @@ def cls_picture(e):
     figures = []
     for layer, weights in zip(e.vit_layers, e.cls_attention):
         mean = weights.mean(0).numpy()                                                  # (1 + patches,)
-        alpha = (mean[1:] / mean[1:].max()).reshape(side, side)
+        low, high = mean[1:].min(), mean[1:].max()
+        alpha = ((mean[1:] - low) / max(high - low, 1e-12)).reshape(side, side)
         heat = np.empty((side, side, 4), np.uint8)
         heat[..., :3], heat[..., 3] = ORANGE, (235 * alpha).round()
         figures.append(
             f"<figure><svg viewBox='0 0 {size} {size}' role='img' aria-label='attention of [cls] in layer {layer}'>"
             f"<use href='#photo' style='filter: grayscale(1) brightness(.75)'/>"
             f"<image width='{size}' height='{size}' preserveAspectRatio='none' style='image-rendering: pixelated' "
-            f"href='{data_uri(Image.fromarray(heat))}'/></svg><figcaption><b>layer {layer}</b>: strongest patch "
-            f"{mean[1:].max():.1%} (equal shares: {1 / len(mean):.1%}); [cls] itself {mean[0]:.1%}</figcaption></figure>")
+            f"href='{data_uri(Image.fromarray(heat))}'/></svg><figcaption><b>layer {layer}</b>: a patch gets "
+            f"{low:.1%} to {high:.1%} (equal shares: {1 / len(mean):.1%}); [cls] itself {mean[0]:.1%}</figcaption></figure>")
     return f"<div class='row'>{''.join(figures)}</div>"
 
 
 def embedding_picture(e):
-    def strips(name, rows):
-        largest = rows.abs().flatten().quantile(0.98).item()
-        lines = "".join(f"<span>layer {layer}</span><span class='n'>norm {row.norm():.2f}</span><img class='strip' alt='' "
-                        f"style='image-rendering: {'pixelated' if len(row) < 300 else 'auto'}' "
-                        f"src='{data_uri(heat_strip(row, largest))}'>" for layer, row in zip(e.vit_layers, rows))
-        return f"<h3>{name} ({rows.shape[0]}, {rows.shape[1]})</h3><div class='strips'>{lines}</div><br>"
+    def embedding(name, rows):
+        K, width = rows.shape
+        picture = heat_map(rows, 2 * rows.square().mean().sqrt().item())
+        # Each row many pixels high: a browser that makes the picture narrower must not mix the rows.
+        picture = picture.resize((max(1, 300 // width) * width, 20 * K), Image.Resampling.NEAREST)
+        labels = "".join(f"<span style='grid-row: {k}'>{name}{k}, layer {layer}</span>"
+                         f"<span class='n' style='grid-row: {k}'>{row.norm():.2f}</span>"
+                         for k, (layer, row) in enumerate(zip(e.vit_layers, rows), start=1))
+        return (f"<h3>{name} ({K}, {width})</h3><div class='rows'>{labels}<img alt='heat map of {name}' "
+                f"style='grid-row: 1 / {K + 1}' src='{data_uri(picture)}'></div>")
 
-    return (strips("I", e.I) + strips("I′", e.I_projected)
-            + "<p><small>One stripe a number: blue is below 0, white is 0, red-orange is above.</small></p>")
+    return (embedding("I", e.I) + embedding("I′", e.I_projected)
+            + "<p><small>A row is a token, with its norm; a stripe is one number: blue below 0, white at 0, red-orange above. "
+            "The colour is full at twice the root mean square.</small></p>")
 
 
 def part_class(part):
@@ -176,7 +184,7 @@ def draws_picture(e):
                     "</small></div>")
         return f"<div class='card'><h3>{t}. {escape(chosen.text)}</h3>{draw}<table>{rows}</table></div>"
 
-    return ("<p><small>Rank, token, probability. An orange edge and bold type mark the nucleus; a shaded row is the chosen "
+    return ("<p><small>Rank, token, probability (at temperature 1). An orange edge and bold type mark the nucleus; a shaded row is the chosen "
             "token. The orange bar is the nucleus, from 0 to 1; the line on it is the draw.</small></p><div class='row wide'>"
             + "".join(card(t, token) for t, token in enumerate(e.answer_tokens, start=1)) + "</div>")
 

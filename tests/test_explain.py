@@ -20,7 +20,7 @@ from experiments.random_weights import VARIANTS
 from llama import Tokenizer
 from support import config, explain
 from support.explain import answer_token, attention_weights, find_product, label_tokens, page_name, steps, summary
-from support.explain_page import escape, heat_strip, page_html, shown_photo
+from support.explain_page import escape, heat_map, page_html, shown_photo
 from vit import CLIP_MEAN, CLIP_STD
 
 
@@ -240,9 +240,9 @@ def test_the_photo_is_shown_as_it_was():
     assert shown_photo(pixels).getpixel((1, 2)) == tuple(values[:, 2, 1].tolist())
 
 
-def test_a_heat_strip_goes_from_blue_over_white_to_vermillion():
-    strip = heat_strip(torch.tensor([-2.0, -9.0, 0.0, 1.0, 2.0]), largest=2.0)
-    assert [strip.getpixel((i, 0)) for i in range(5)] == [
+def test_a_heat_map_goes_from_blue_over_white_to_vermillion():
+    picture = heat_map(torch.tensor([[0.0] * 5, [-2.0, -9.0, 0.0, 1.0, 2.0]]), largest=2.0)
+    assert [picture.getpixel((i, 1)) for i in range(5)] == [
         (0, 114, 178), (0, 114, 178), (255, 255, 255), (234, 174, 128), (213, 94, 0)]
 
 
