@@ -44,12 +44,12 @@ def read_files(folder):
     return size
 
 
-def compare_products():
-    """One bf16 matrix of the feed-forward and 64 tokens: the ways to multiply them on this processor, median of 9."""
+def compare_matmuls():
+    """One bf16 matrix of the feed-forward times 64 tokens, in four ways: median of 9."""
     weight, x = torch.randn(11008, 4096).bfloat16(), torch.randn(64, 4096)
     wide = weight.float()
-    ways = {"in bf16": lambda: x.bfloat16() @ weight.T, "widening the whole matrix": lambda: x @ weight.float().T,
-            "widening strips": lambda: frozen_linear(x, weight), "with fp32 weights": lambda: x @ wide.T}
+    ways = {"in bf16": lambda: x.bfloat16() @ weight.T, "casting the whole matrix": lambda: x @ weight.float().T,
+            "casting strips": lambda: frozen_linear(x, weight), "with fp32 weights": lambda: x @ wide.T}
     for do in ways.values():
         do()
     took = {name: statistics.median(seconds(do)[1] for _ in range(9)) for name, do in ways.items()}
@@ -60,7 +60,7 @@ def main():
     parser = argparse.ArgumentParser(description="Seconds and gigabytes at LLaMA-7B's size.")
     parser.add_argument("llama", type=Path, help="folder of a LLaMA")
     args = parser.parse_args()
-    compare_products()
+    compare_matmuls()
     size, once = seconds(lambda: read_files(args.llama))
     _, again = seconds(lambda: read_files(args.llama))
     (llama, tokenizer), load = seconds(lambda: load_llama(args.llama))

@@ -1,15 +1,15 @@
-"""Speed and memory, each against the usual way of doing the same work, in the same run:
+"""Speed and memory against transformers, doing the same work in the same run:
 
     pip install transformers==5.23.0                    the only extra package, for this file alone
     python -m experiments.speed                                     the demo's model, and random weights of LLaMA-7B's width
     python -m experiments.speed --llama SMOLLM2 --data ROOT --dataset footwear --vit VIT --weights-7b DIR        everything
 
-The usual way ("peer") is transformers' LlamaForCausalLM with adapters by forward hooks, rows padded to the longest of
-their batch (or, as LaVIN does, to 512), logits for every token; for answers, its `generate` on left-padded batches.
-Both sides hold the same weights, get the same rows in the same order, and must agree: the loss and every trained
-gradient to 1e-4 of its size, the answers token for token.  Answering in order of length is ours; the peer's batches are
-in the data's order.  The two take turns, and a figure is the median over the
-turns of the ratio of their seconds, with its least and greatest.  Seconds are one machine's at one hour; ratios travel.
+The peer is transformers' LlamaForCausalLM with adapters as forward hooks.  Its sequences are padded to the longest of the
+batch (or, as LaVIN does, to 512), and it computes logits for every token; answers come from its `generate` on left-padded
+batches.  Both sides have the same weights and the same sequences, and must agree: the loss and every trained gradient to
+1e-4 of its size, the answers token for token.  Only the order differs: we answer in order of length, the peer in the order
+of the data.  The two sides take turns.  A figure is the median ratio of their seconds, with its minimum and maximum: seconds
+depend on the machine and the hour, ratios much less.
 """
 
 import argparse
@@ -194,16 +194,16 @@ def bench_train(subject, report, rounds):
         agree(f"{subject.name}: gradient of {name}", a.grad, b.grad)
     lengths = [len(x) + len(example.answer) - 1 for x, example in zip(X, batch)]
     computed = len(pack([x + example.answer[:-1] for x, example in zip(X, batch)]).ids)
-    products = product_times(model, computed, sum(len(example.answer) for example in batch))
-    took = turns(rounds, ours=ours, usual=usual, products=lambda: limits.append(products()))
+    matmuls = matmul_times(model, computed, sum(len(example.answer) for example in batch))
+    took = turns(rounds, ours=ours, usual=usual, matmuls=lambda: limits.append(matmuls()))
     note = f"{len(batch)} rows: {computed:,} tokens computed, {sum(lengths):,} real, {len(batch) * max(lengths):,} padded"
     report.ratio("train", f"{subject.name}: step, peer / ours", took["usual"], took["ours"], at_least=subject.goals["train"],
                  note=note)
 
-    report.ratio("train", f"{subject.name}: share of the products' limit, tokens computed", [100 * s for s in limits],
+    report.ratio("train", f"{subject.name}: share of the matmul limit, computed tokens", [100 * s for s in limits],
                  took["ours"], "%", at_least=subject.goals.get("limit"))
-    report.ratio("train", f"{subject.name}: the same, real tokens", [100 * s * sum(lengths) / computed for s in limits],
-                 took["ours"], "%", note="shared beginnings count for every row that has them")
+    report.ratio("train", f"{subject.name}: the same, all tokens", [100 * s * sum(lengths) / computed for s in limits],
+                 took["ours"], "%", note="a shared prefix counts for every sequence that has it")
 
     if "limit" not in subject.goals:                    # at the 7B's width a row of 512 takes half a minute
         few, short = batch[:8], X[:8]
@@ -213,10 +213,10 @@ def bench_train(subject, report, rounds):
                      took["ours"], at_least=10)
 
 
-def product_times(model, tokens, answer_tokens):
-    """A function that measures how many seconds the products with frozen matrices alone would take at this machine's
-    rate: forward, and the gradient of their inputs; in the last layer keys and values for all tokens, the rest for those
-    of answers alone.  Attention, norms and all else are not counted."""
+def matmul_times(model, tokens, answer_tokens):
+    """A function that measures the seconds of the matmuls with frozen weights alone: forward, and the gradient of the input.
+    In the last layer, keys and values are for all tokens, the rest for answer tokens only.  Attention, norms and all other
+    operations are not counted."""
     config, block = model.llama.config, model.llama.layers[0]
     attention, mlp = block.self_attn, block.mlp
     for_all = [attention.k_proj, attention.v_proj]
@@ -227,7 +227,7 @@ def product_times(model, tokens, answer_tokens):
         took = 0
         for weight in [layer.weight for layer in layers]:
             x, y = torch.randn(tokens, weight.shape[1]), torch.randn(tokens, weight.shape[0])
-            torch.mm(x, weight.T, out=y)                # memory that is there already, as a reused one would be
+            torch.mm(x, weight.T, out=y)                # the output has its memory already
             start = time.perf_counter()
             torch.mm(x, weight.T, out=y)
             torch.mm(y, weight, out=x)
