@@ -18,21 +18,21 @@ EACH = 6                                                # products of each way
 
 
 def sheet(products, found):
-    """One row for each way: its first products in the order of the test split, with gold value and answer.
+    """A row for each way, of its first products in the order of the test split; then a row of the first wrong answers.
 
     found  {(id, attribute): answer}
     """
+    wrong = [p for p in products if found[p.id, p.attribute] != p.value]
+    rows = [[p for p in products if world.describe(p.id)[2] == way] for way in WAYS]
     cards = []
-    for way, said in WAYS.items():
-        for p in [p for p in products if world.describe(p.id)[2] == way][:EACH]:
-            answer = found[p.id, p.attribute]
-            right = answer == p.value
-            cards.append(card(p, world.photo_of(p.id), [
-                (f"{p.attribute}: {p.value}", "black"), (f"known from {said}", GREY),
-                (f"answer: {answer or '(none)'}{'' if right else ' (wrong)'}", BLUE if right else ORANGE)], width=250))
-    wrong = sum(found[p.id, p.attribute] != p.value for p in products)
-    return side_by_side(cards, f"The demo world: the first test products of each way, with their gold value and the run's answer. "
-                               f"Of all {len(products)} test products, {wrong} are answered wrongly.", columns=EACH)
+    for p in [p for row in [*rows, wrong] for p in row[:EACH]]:
+        answer = found[p.id, p.attribute]
+        right = answer == p.value
+        cards.append(card(p, world.photo_of(p.id), [
+            (f"{p.attribute}: {p.value}", "black"), (f"known from {WAYS[world.describe(p.id)[2]]}", GREY),
+            (f"answer: {answer or '(none)'}{'' if right else ' (wrong)'}", BLUE if right else ORANGE)], width=250))
+    return side_by_side(cards, f"The demo world: the first {EACH} test products of each way, with their gold value and the run's "
+                               f"answer. Last row: the first {EACH} of {len(wrong)} wrong answers (n = {len(products)}).", columns=EACH)
 
 
 def main():
