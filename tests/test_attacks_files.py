@@ -313,9 +313,10 @@ class World:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory, data_root, llama_dir, vit_dir):
-    folder = tmp_path_factory.mktemp("world")
+    folder, before = tmp_path_factory.mktemp("world"), config.FEATURE_CACHE
     config.FEATURE_CACHE = folder / "features.sqlite"
-    return World(folder, data_root, llama_dir, vit_dir)
+    yield World(folder, data_root, llama_dir, vit_dir)
+    config.FEATURE_CACHE = before
 
 
 def files_in(folder):
