@@ -33,7 +33,7 @@ def open_picture(file):
 def open_photo(path):
     """The photo at `path` as an RGB image: upright, and what is transparent in it on white.
 
-    This is what transformers' CLIP processor is given and does: see docs/weights.md.
+    The pixels are those that transformers' CLIP processor sees (docs/weights.md).
     Errors  UserError that says what the file really is
     """
     # Imported here, because it needs torch, and the data set builder does not.

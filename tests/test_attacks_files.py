@@ -70,6 +70,11 @@ def attack(tally, kind, judge, always=(), more=(), sample=0):
     assert not broken, f"{len(broken)} of {len(cases)} did not hold:\n" + "\n".join(f"{n}: {w}" for n, w in broken.items())
 
 
+def judged(done, right, wrong="not as it should be"):
+    """None if a command (its Outcome) kept the rule and left the right result."""
+    return held(done) or (None if right else f"{wrong}: exit {done.code}: {done.err or done.out}")
+
+
 # ------------------------------------------------------------------------------------------------ pictures
 
 
@@ -121,10 +126,12 @@ KINDS = {f"png {colour} {depth} bits{' transparent' * transparent}": (png, depth
 KINDS |= {f"{kind} {mode} {' '.join(f'{k}={v}' for k, v in how.items())}": (saved, kind, mode, how) for kind, mode, how in (
     [("JPEG", mode, {}) for mode in ("L", "RGB", "CMYK")] + [("JPEG", "RGB", {"progressive": True})]
     + [("GIF", mode, {}) for mode in ("1", "L", "P")] + [("GIF", "P", {"transparency": 3}), ("GIF", "P", {"save_all": True})]
-    + [("WEBP", mode, {"lossless": True}) for mode in ("RGB", "RGBA")] + [("WEBP", "RGBA", {}), ("WEBP", "RGB", {"save_all": True})]
+    + [("WEBP", mode, {"lossless": True}) for mode in ("RGB", "RGBA")]
+    + [("WEBP", "RGBA", {}), ("WEBP", "RGB", {"save_all": True})]
     + [("BMP", mode, {}) for mode in ("1", "L", "P", "RGB", "RGBA")]
     + [("TIFF", mode, {}) for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "I;16", "I", "F")]
-    + [("TIFF", mode, {"compression": c}) for mode in ("L", "RGB", "RGBA") for c in ("tiff_lzw", "tiff_adobe_deflate", "packbits")])}
+    + [("TIFF", mode, {"compression": how}) for mode in ("L", "RGB", "RGBA")
+       for how in ("tiff_lzw", "tiff_adobe_deflate", "packbits")])}
 REFUSED = ("I", "F")                                    # modes that Pillow turns into nonsense
 
 
@@ -263,7 +270,8 @@ def sized(kind, width, height):
         data = zlib.compress(bytes(1000))
         return head + struct.pack(">I", len(data)) + b"IDAT" + data + struct.pack(">I", zlib.crc32(b"IDAT" + data))
     if kind == "GIF":
-        return b"GIF89a" + struct.pack("<HHBBB", width, height, 0x80, 0, 0) + bytes(6) + b"," + struct.pack("<HHHHB", 0, 0, width, height, 0) + b"\2\1D\0;"
+        head = b"GIF89a" + struct.pack("<HHBBB", width, height, 0x80, 0, 0) + bytes(6)
+        return head + b"," + struct.pack("<HHHHB", 0, 0, width, height, 0) + b"\2\1D\0;"
     if kind == "BMP":
         return b"BM" + struct.pack("<IIIIiiHHIIiiII", 100, 0, 54, 40, width, height, 1, 24, 0, 0, 0, 0, 0, 0)
     return Image.new("L", (width, height)).tobytes() and saved((width, height), kind, "L")
@@ -273,7 +281,7 @@ def test_pictures_that_cost_too_much(tally, world, tmp_path):
     def judge(content):
         path = tmp_path / "photo.jpg"
         path.write_bytes(content)
-        done = command("evaluate.py", [*map(str, (world.run, "--image", path)), "--text", "x", "--attribute", "Boot Style"], tmp_path)
+        done = command("evaluate.py", world.one_product(path), tmp_path)
         if done.code != 2 or "Warning" in done.err:
             return f"exit {done.code}: {done.err[-200:]}"
         return held(done)
@@ -299,17 +307,22 @@ class World:
         return ["--data", str(data or self.data), "--dataset", "shoes", *self.weights, "--labels", "1", "--epochs", "2",
                 "--batch-size", "8", "--out", str(out)]
 
+    def one_product(self, photo):
+        return [str(self.run), "--image", str(photo), "--text", "x", "--attribute", "Boot Style"]
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory, data_root, llama_dir, vit_dir):
-    folder = tmp_path_factory.mktemp("world")
+    folder, before = tmp_path_factory.mktemp("world"), config.FEATURE_CACHE
     config.FEATURE_CACHE = folder / "features.sqlite"
-    return World(folder, data_root, llama_dir, vit_dir)
+    yield World(folder, data_root, llama_dir, vit_dir)
+    config.FEATURE_CACHE = before
 
 
 def files_in(folder):
     """{relative path: digest} of all files below a folder."""
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in Path(folder).rglob("*") if p.is_file()}
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+            for p in Path(folder).rglob("*") if p.is_file()}
 
 
 def rows_of(path):
@@ -321,11 +334,12 @@ def rows_of(path):
 
 
 NASTY = ["../x", "../../etc/passwd", "..", ".", "/etc/passwd", "a/b", "a//b/", "C:\\x", "..\\x", "%00", "\\0", "\0", "a\0b",
-         '"', '""', '"open', "'", "<b>&amp;</b>", "<script>alert(1)</script>", "' onload='x", "\u202eabc\u202c", "\u200f", "a" * 300,
-         "a" * 250, "质" * 100, "👟" * 70, "e\u0301", "=1+1", "+1", "-1", "@x", "  ", "\u00a0", "\u2028", "{}", "{attribute}", "%s", "$HOME",
-         "`id`", "a\tb", "a\nb", "a\r\nb", "a\rb", "\ufeff", "\x1b[31m", "\x07", "NUL", "con", "~", "--help", "*", "?", "(other)",
-         "First: x; Second: y; No.", "…", ".hidden", "-", "train.tsv", "a.tsv/../b"]
-ALIKE = ["A/B", "A-B", "a b", "a-b", "A B", "a/b", "A\\B", "Ä/B", "a" * 299 + "b", "a" * 299 + "c", "质" * 99 + "地", "质" * 99 + "量"]
+         '"', '""', '"open', "'", "<b>&amp;</b>", "<script>alert(1)</script>", "' onload='x", "\u202eabc\u202c", "\u200f",
+         "a" * 300, "a" * 250, "质" * 100, "👟" * 70, "e\u0301", "=1+1", "+1", "-1", "@x", "  ", "\u00a0", "\u2028", "{}",
+         "{attribute}", "%s", "$HOME", "`id`", "a\tb", "a\nb", "a\r\nb", "a\rb", "\ufeff", "\x1b[31m", "\x07", "NUL", "con",
+         "~", "--help", "*", "?", "(other)", "First: x; Second: y; No.", "…", ".hidden", "-", "train.tsv", "a.tsv/../b"]
+ALIKE = ["A/B", "A-B", "a b", "a-b", "A B", "a/b", "A\\B", "Ä/B", "a" * 299 + "b", "a" * 299 + "c", "质" * 99 + "地",
+         "质" * 99 + "量"]
 
 
 def write_data(root, world, rows):
@@ -381,17 +395,16 @@ def test_photos_that_leave_their_folder(tally, world, tmp_path_factory):
             write_data(source / "data" / "training_data" / "texts", world, rows)
             (source / "data" / "training_data" / "texts" / "shoes").rename(source / "data" / "training_data" / "texts" / "Shoes")
             done = command("-m dataset", ["import", str(source), "--data", str(folder / "root")], folder)
-            left = [p for p in (folder / "root").rglob("*.jpg")]
-            return held(done) or (None if f"{name!r}" in done.out and "line 2" in done.out and not left else done.out)
+            return judged(done, f"{name!r}" in done.out and "line 2" in done.out and not list((folder / "root").rglob("*.jpg")))
         root = write_data(folder / "data", world, rows)
         (folder / "secret.jpg").write_bytes((world.data / "images" / "B0001.jpg").read_bytes())
         if script == "stats":
             done = command("-m dataset", ["stats", "--data", str(root)], folder)
-            return held(done) or (None if f"{name!r}" in done.out and "line 2" in done.out else done.out)
+            return judged(done, f"{name!r}" in done.out and "line 2" in done.out)
         arguments = world.flags(folder / "out", root) if script == "train.py" else [
             str(world.run), "--input", str(root / "shoes" / "test.tsv"), "--output", str(folder / "out.tsv")]
         done = command(script, arguments, folder)
-        return held(done) or (None if done.code == 2 and ".tsv, line 2: images is " in done.err else f"exit {done.code}: {done.err}")
+        return judged(done, done.code == 2 and ".tsv, line 2: images is " in done.err)
 
     secret = "../../secret.jpg"
     cases = [(f"{name} in {script}", name, script) for name in
@@ -490,7 +503,7 @@ def test_output_to_a_pipe_and_to_our_own_stdout(tally, world, tmp_path):
         reader.start()
         done = command("evaluate.py", [str(world.run), "--input", str(given), "--output", str(tmp_path / "fifo")], tmp_path)
         reader.join(5)
-        return held(done) or (None if read == [right] and (tmp_path / "fifo").is_fifo() else "the reader did not get the answers")
+        return judged(done, read == [right] and (tmp_path / "fifo").is_fifo(), "the reader did not get the answers")
 
     def file():
         """As `> out.tsv` does, and --output /dev/stdout: the file is the same one, and holds the answers alone."""
@@ -500,32 +513,32 @@ def test_output_to_a_pipe_and_to_our_own_stdout(tally, world, tmp_path):
                        before=lambda: os.dup2(target, 1))
         same = os.fstat(target).st_ino == (tmp_path / "out.tsv").stat().st_ino
         os.close(target)
-        return held(done) or (None if same and (tmp_path / "out.tsv").read_bytes() == right else "out.tsv is not the answers alone")
+        return judged(done, same and (tmp_path / "out.tsv").read_bytes() == right, "out.tsv does not hold the answers alone")
 
     def full(arguments):
         target = os.open("/dev/full", os.O_WRONLY)
         done = command(arguments[0], arguments[1:], tmp_path, before=lambda: os.dup2(target, 1))
         os.close(target)
-        return held(done) or (None if done.code == 2 else f"exit {done.code}")
+        return judged(done, done.code == 2)
 
     def given_itself(path):
         before = given.read_bytes()
         done = command("evaluate.py", [str(world.run), "--input", str(given), "--output", str(path)], tmp_path)
-        return held(done) or (None if done.code == 2 and given.read_bytes() == before else "the input was written over")
+        return judged(done, done.code == 2 and given.read_bytes() == before)
 
     def not_a_file(flag):
         if not (tmp_path / "pipe").exists():
             os.mkfifo(tmp_path / "pipe")
-        more = ["--output", str(tmp_path / "x.tsv")] if flag == "--input" else ["--text", "x", "--attribute", "Boot Style"]
-        done = command("evaluate.py", [str(world.run), flag, str(tmp_path / "pipe"), *more], tmp_path)
-        return held(done) or (None if done.code == 2 and "pipe or a device" in done.err else done.err)
+        arguments = world.one_product(tmp_path / "pipe") if flag == "--image" else [
+            str(world.run), "--input", str(tmp_path / "pipe"), "--output", str(tmp_path / "x.tsv")]
+        done = command("evaluate.py", arguments, tmp_path)
+        return judged(done, done.code == 2 and "pipe or a device" in done.err)
 
     (tmp_path / "input.tsv").symlink_to(given)
     run = str(world.run)
     attack(tally, "pipes, stdout, the input", lambda do, *a: do(*a), [
         ("a pipe", fifo), ("stdout in a file", file), ("scores to /dev/full", full, ["evaluate.py", run]),
-        ("an answer to /dev/full", full, ["evaluate.py", run, "--image", str(world.data / "images" / "B0001.jpg"), "--text", "x",
-                                          "--attribute", "Boot Style"]),
+        ("an answer to /dev/full", full, ["evaluate.py", *world.one_product(world.data / "images" / "B0001.jpg")]),
         ("the input", given_itself, given), ("a link to the input", given_itself, tmp_path / "input.tsv"),
         ("a pipe as --input", not_a_file, "--input"), ("a pipe as --image", not_a_file, "--image")])
 
@@ -538,11 +551,12 @@ def test_an_export_goes_to_a_new_folder(tally, world, tmp_path):
     def judge(path, code):
         done = command("evaluate.py", [str(world.run), "--export", str(path)], tmp_path)
         left = [p.name for p in tmp_path.rglob("*.partial")]
-        return held(done) or (None if done.code == code and not left else f"exit {done.code}, left {left}: {done.err}")
+        return judged(done, done.code == code and not left, f"left {left}")
 
-    attack(tally, "exports", judge, [("a file", tmp_path / "file", 2), ("a pipe", tmp_path / "fifo", 2), ("new", tmp_path / "a" / "b", 0),
-                                     ("in a file", tmp_path / "file" / "x", 2), ("/proc", Path("/proc/x"), 2), ("nothing", "", 2),
-                                     ("a link to nothing yet", tmp_path / "link", 0), ("long", tmp_path / ("a" * 300), 2)])
+    attack(tally, "exports", judge, [
+        ("a file", tmp_path / "file", 2), ("a pipe", tmp_path / "fifo", 2), ("new", tmp_path / "a" / "b", 0),
+        ("in a file", tmp_path / "file" / "x", 2), ("/proc", Path("/proc/x"), 2), ("nothing", "", 2),
+        ("a link to nothing yet", tmp_path / "link", 0), ("long", tmp_path / ("a" * 300), 2)])
 
 
 def test_what_a_killed_process_left_is_removed(world, tmp_path):
@@ -666,11 +680,11 @@ def test_no_space_in_an_evaluation_and_an_export(tally, world, tmp_path_factory)
         (here / "out.tsv").write_text("old")
         done = command("evaluate.py", [str(world.run), "--input", str(world.data / "shoes" / "test.tsv"), "--output",
                                        str(here / "out.tsv")], here, before=no_space(0, limit))
-        return held(done) or (None if done.code == 2 and str(here / "out.tsv") in done.err and (here / "out.tsv").read_text() == "old"
-                              else f"exit {done.code}: {done.err}")
+        return judged(done, done.code == 2 and str(here / "out.tsv") in done.err and (here / "out.tsv").read_text() == "old")
 
     cases = [(f"scores, after {n} files, {limit} bytes", score, n, limit) for n in range(scoring) for limit in (16, 1000)]
-    cases += [(f"export, after {n} files, {limit} bytes", export, n, limit) for n in range(exporting) for limit in (16, 1000, 50_000)]
+    cases += [(f"export, after {n} files, {limit} bytes", export, n, limit)
+              for n in range(exporting) for limit in (16, 1000, 50_000)]
     cases += [(f"--output, {limit} bytes", output, limit) for limit in (0, 16, 1000)]
     attack(tally, "no space in an evaluation or export", lambda do, *a: do(*a),
            [case for case in cases if case[2:] in ((0, 16), (0,), (0, 50_000))], cases, 5)

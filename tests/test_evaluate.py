@@ -131,7 +131,7 @@ def test_a_value_may_be_long_or_called_other():
 
 
 def test_each_attribute_has_a_file_of_its_own():
-    assert confusion_files(["Boot Style", "Ärmel 2"]) == {"Boot Style": "confusion-boot-style.png", "Ärmel 2": "confusion-ärmel-2.png"}
+    assert list(confusion_files(["Boot Style", "Ärmel 2"]).values()) == ["confusion-boot-style.png", "confusion-ärmel-2.png"]
     alike = ["A/B", "A-B", "a b", "x" * 300, "x" * 299 + "y", "质" * 100, "..", "/", ""]
     names = confusion_files(alike).values()
     assert len(set(names)) == len(alike)
