@@ -25,7 +25,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from base.checkpoint import check_fields, check_file, load_strict, map_safetensors, read_json, shard_files
-from base.console import UserError
+from base.console import UserError, first_line
 from base.frozen_ops import frozen_linear, rms_norm, swiglu
 from base.packing import KVCache, next_tokens, pack
 
@@ -105,12 +105,13 @@ class Tokenizer:
         check_file(path, "a SentencePiece model (tokenizer.model)")
         try:
             self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (RuntimeError, OSError) as error:
-            raise UserError(f"{path}: is not a SentencePiece model ({str(error)[:80]}); "
+            self.vocab_size = self.pieces.vocab_size()
+            self.pieces.id_to_piece(list(range(self.vocab_size)))       # each must be UTF-8
+            self.adds_space = self.pieces.encode("a", out_type=str)[0].startswith("\u2581")
+        except (RuntimeError, OSError, ValueError, IndexError) as error:
+            raise UserError(f"{path}: is not a SentencePiece model ({first_line(error)}); "
                             "LLaMA's tokenizer.model is needed, not tokenizer.json") from None
-        self.vocab_size = self.pieces.vocab_size()
         self.bos_id, self.eos_id = self.pieces.bos_id(), self.pieces.eos_id()
-        self.adds_space = self.pieces.encode("a", out_type=str)[0].startswith("\u2581")
         if self.bos_id < 0 or self.eos_id < 0:
             raise UserError(f"{path}: has no BOS or no EOS token; a LLaMA's tokenizer has both")
 

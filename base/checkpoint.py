@@ -224,4 +224,4 @@ def check_frozen(module, where):
     """UserError if a frozen weight of `module` is NaN or infinite: called once a loss or logits are, to name the reason."""
     broken = not_finite({name: p for name, p in module.named_parameters() if not p.requires_grad})
     if broken:
-        raise UserError(f"{where}: the weights are damaged: {broken} holds NaN or infinity. {BROKEN}")
+        raise UserError(f"{where}: the weights are damaged: {broken} holds NaN or infinity; download them again, or take others")

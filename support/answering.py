@@ -167,8 +167,8 @@ def answers(run, products, values=None, temperature=TEMPERATURE, top_p=TOP_P, wh
                         batch_answers = [likeliest(v, lp) for v, lp in zip(known, log_p)]
                 except FloatingPointError as error:
                     check_frozen(run.model.llama, run.sources.llama)
-                    raise UserError(f"{error}, in a batch with product {some[chosen[0]].id!r}; start again with --dtype fp32, "
-                                    "whose numbers do not overflow so early") from None
+                    raise UserError(f"{error}, in the batch that begins with product {some[chosen[0]].id!r}; start again with "
+                                    "--dtype fp32, whose numbers do not overflow so early") from None
                 for i, answer in zip(chosen, batch_answers):
                     found[i] = answer
                 progress.step(len(chosen))

@@ -226,6 +226,14 @@ def test_a_file_that_is_no_tokenizer_is_refused(tmp_path):
         Tokenizer(tmp_path / "tokenizer.model")
 
 
+def test_a_tokenizer_with_a_piece_that_is_no_text_is_refused(tmp_path, tokenizer_file):
+    data = tokenizer_file.read_bytes()
+    place = data.index(b"Boot")
+    (tmp_path / "tokenizer.model").write_bytes(data[:place] + b"\xff" + data[place + 1:])
+    with pytest.raises(UserError, match="is not a SentencePiece model"):
+        Tokenizer(tmp_path / "tokenizer.model")
+
+
 def test_new_words_begin_with_a_space(tokenizer_file):
     tokenizer = Tokenizer(tokenizer_file)               # this one puts the space in front by itself, as LLaMA's does
     assert tokenizer.adds_space

@@ -213,7 +213,7 @@ def damaged(llama_dir, folder, name, value):
 
 def test_a_frozen_weight_that_is_not_finite_is_named(flags, finished, llama_dir, tmp_path, monkeypatch):
     bad = damaged(llama_dir, tmp_path / "llama", "model.layers.1.mlp.up_proj.weight", float("nan"))
-    said = "llama: the weights are damaged: layers.1.mlp.up_proj.weight holds NaN or infinity. Download it again"
+    said = "llama: the weights are damaged: layers.1.mlp.up_proj.weight holds NaN or infinity; download them again"
     with pytest.raises(UserError, match=said) as error:
         train.main([*flags, "--llama", str(bad), "--out", str(tmp_path / "run")])
     assert "--lr" not in str(error.value)
