@@ -11,9 +11,12 @@ class UserError(Exception):
     """A mistake that the user can correct.  The message says what was given, where, what is allowed, and what to do next."""
 
 
-def run(main):
-    """Run main() as a command: a UserError is printed as one line, and the exit code is 2."""
-    name = Path(sys.argv[0]).name
+def run(main, name=None):
+    """Run main() as a command: a UserError is printed as one line, and the exit code is 2.
+
+    name  of the command in these lines; default: its file's
+    """
+    name = name or Path(sys.argv[0]).name
     try:
         main()
     except UserError as error:

@@ -40,7 +40,8 @@ def arguments():
 
     each = command("build", "Build Clothing, Footwear and General from MAVE's labels and Amazon's metadata.")
     each.add_argument("--labels", required=True, type=Path, help="mave_positives_labels.jsonl, plain or gzip")
-    each.add_argument("--metadata", required=True, type=Path, help="All_Amazon_Meta.json, plain or gzip")
+    each.add_argument("--metadata", required=True, nargs="+", type=Path,
+                      help="All_Amazon_Meta.json, plain or gzip; or several such files, as those by category")
     each.add_argument("--dataset", nargs="+", choices=list(ATTRIBUTES), default=list(ATTRIBUTES), help="which to build")
     each.add_argument("--values", type=Path, default=VALUES, help="the table of raw and canonical values")
     each.add_argument("--more-than", type=at_least(0), default=100, help="a value needs more products than this")
@@ -82,4 +83,4 @@ def run_command(given):
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, "python -m dataset")

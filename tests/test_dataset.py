@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -78,10 +79,10 @@ def test_titles_are_cleaned():
 
 def test_the_table_reads_and_holds_only_values_of_the_paper_s_attributes():
     table, _ = read_values(VALUES)
-    assert {dataset_: {a for d, a in table if d == dataset_} for dataset_, _ in table} == {
+    assert {dataset_: {a for d, a, _ in table if d == dataset_} for dataset_, *_ in table} == {
         name: set(attributes) for name, attributes in ATTRIBUTES.items()}
-    assert table["clothing", "Sleeve Style"][folded("short sleeved")] == "Short Sleeve"
-    assert table["clothing", "Sleeve Style"][folded("Short-Sleeves")] == "Short Sleeve"
+    assert table["clothing", "Sleeve Style", "Dresses"][folded("short sleeved")] == "Short Sleeve"
+    assert table["clothing", "Sleeve Style", "Dresses"][folded("Short-Sleeves")] == "Short Sleeve"
 
 
 @real
@@ -528,8 +529,9 @@ def test_numbers_in_headers():
 def test_back_off_doubles_and_obeys_the_server(monkeypatch, tmp_path):
     waits = []
     monkeypatch.setattr(threading.Event, "wait", lambda self, seconds: waits.append(seconds))
+    monkeypatch.setattr(photos, "time", types.SimpleNamespace(monotonic=lambda: sum(waits)))
     monkeypatch.setattr(photos, "fetch", lambda *_: (_ for _ in ()).throw(photos.NoPhoto("busy", again=True, after=3)))
-    photos.one_photo("X", ["http://x/"], tmp_path, 1, 1, tries=4, pause=1, stop=threading.Event())
+    photos.one_photo("X", ["http://x/"], tmp_path, 1, 1, 4, 1, threading.Event(), {"x": photos.Host("x")})
     assert waits == [3, 3, 4]
 
 
@@ -632,8 +634,12 @@ def test_import_of_the_authors_layout(tmp_path, capsys):
     before = contents(ours)
     release.import_release(theirs, ours, [tmp_path / "drive"])
     assert contents(ours) == before
+    with pytest.raises(UserError, match="--with-photos-only leaves no row in general/val: "):
+        release.import_release(theirs, ours, [tmp_path / "drive"], with_photos_only=True)
+    assert contents(ours) == before                     # nothing is written of a data set that nobody could train on
+    (tmp_path / "drive/B000000006.jpg").write_bytes(GOOD)
     release.import_release(theirs, ours, [tmp_path / "drive"], with_photos_only=True)
-    assert len(stats.read_tsv(ours / "general/train.tsv")[0]) == 4 and not stats.read_tsv(ours / "general/val.tsv")[0]
+    assert len(stats.read_tsv(ours / "general/train.tsv")[0]) == 4 and len(stats.read_tsv(ours / "general/val.tsv")[0]) == 1
 
 
 def test_import_never_leaves_the_images_folder(tmp_path, capsys):
