@@ -1,6 +1,7 @@
 """Score a run, or answer with it.
 
     python evaluate.py RUN                                       score the test split again
+    python evaluate.py RUN --without-duplicates                  leave out products that stand in train, too
     python evaluate.py RUN --image shoe.jpg --text "…" --attribute "Boot Style"
     python evaluate.py RUN --input products.tsv --output predictions.tsv
 """
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from base import console
 from base.console import UserError, whole_file, write_text
+from base.duplicates import not_in
 from data import Products, fingerprint, read_split, sample_labels
 from eiven import TEMPERATURE, TOP_P
 from support.answering import answers, check_lengths, load, prepare_photos, write_predictions
@@ -123,6 +125,8 @@ def main():
     parser.add_argument("--merge", action="store_true", help="merge the adapters into LLaMA's weights first")
     parser.add_argument("--temperature", type=float, default=TEMPERATURE, help="0: the likeliest token (default: %(default)s)")
     parser.add_argument("--top-p", type=float, default=TOP_P, help="of nucleus sampling (default: %(default)s)")
+    parser.add_argument("--without-duplicates", action="store_true",
+                        help="score only products whose title words and photo bytes are not in train")
     parser.add_argument("--constrain", action="store_true", help="answer only with values known from training")
     parser.add_argument("--image", metavar="FILE", help="photo of one product")
     parser.add_argument("--text", metavar="TEXT", help="title of one product, best with its category: \"title, category\"")
@@ -145,6 +149,8 @@ def main():
         parser.error("for one product, give --attribute and --image or --text, without --input")
     if args.export and (one or args.input):
         parser.error("--export does not answer: leave --input, --image, --text and --attribute out")
+    if args.without_duplicates and (one or args.input or args.export or args.split == "train"):
+        parser.error("--without-duplicates scores the test or val split")
     if args.image and not Path(args.image).is_file():
         raise UserError(f"--image {args.image}: there is no such file")
 
@@ -178,9 +184,15 @@ def main():
             raise UserError(f"{run.sources.data}: the {args.split} split is not the one that this run was started with; --data "
                             "ROOT names another folder, and --input answers any file")
         known_values(run, products, args.constrain, f"--split {args.split}")
+        split, folder = args.split, args.run if args.split == "test" else args.run / args.split
+        if args.without_duplicates:
+            split, folder, n = f"{split} (without duplicates of train)", folder / "without-duplicates", len(products)
+            products = not_in(read_split(run.sources.data, run.config.dataset, "train"), products, run.sources.data / "images")
+            print(f"{n - len(products):,} of {n:,} products left out: their title words or photo bytes are in train")
+            if not products:
+                raise UserError(f"--without-duplicates leaves no product of {args.split}: all of them are in train, too")
         prepare_photos(run, products)
-        evaluate(run, products, args.split, args.run if args.split == "test" else args.run / args.split,
-                 args.constrain, args.merge, args.temperature, args.top_p)
+        evaluate(run, products, split, folder, args.constrain, args.merge, args.temperature, args.top_p)
 
 
 if __name__ == "__main__":

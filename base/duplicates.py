@@ -16,7 +16,7 @@ from base.console import Progress
 
 SIDE = 32                       # pixels: an average hash has SIDE * SIDE bits
 # Bits in which the hashes of two photos of one thing may differ.  Chosen on 758 different photos of ImplicitAVE: of the 100
-# closest pairs (16 to 53 bits), looked at one by one, the first that shows two different products differs in 28 bits.
+# closest pairs (16 to 53 bits), looked at one by one, the first that shows two different products differs in 27 bits.
 MOST_DIFFERENT = 20
 
 

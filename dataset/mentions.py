@@ -21,7 +21,8 @@ def plain(text):
     """`text` in the characters of a plain keyboard where there is a choice: full width, ligatures, fractions, invisibles."""
     text = text.encode("utf-8", "ignore").decode()      # JSON may hold half a surrogate pair
     if not text.isascii():
-        text = re.sub("[¼-¾⅐-⅞]", lambda fraction: f" {fraction[0]} ", text).replace("™", " ")      # not 13/4, not NikeTM
+        text = re.sub("[¼-¾⅐-⅞]", lambda fraction: f" {fraction[0]} ", text)      # "1¾" is not 13/4,
+        text = re.sub("[™℠]", " ", text)                # nor "Nike™" NikeTM
         text = unicodedata.normalize("NFKC", text).replace("⁄", "/")
         text = INVISIBLE.sub("", text)
     if not text.isprintable():                          # soft hyphens and the like
@@ -43,10 +44,7 @@ def clean(text):
 
 
 def stem(word):
-    """What the forms of a lower-case word have in common: its possessive, its plural, its -ed.
-
-    boot's, boots -> boot; galaxies -> galaxy; canvases -> canva, as canvas; striped -> stripe; dotted -> dot; cape -> cape
-    """
+    """A lower-case word without its possessive, its plural or its -ed: stiletto's, galaxies -> galaxy, dotted -> dot."""
     word = word.removesuffix("'s")
     if len(word) > 4 and word.endswith("ies"):
         word = word[:-3] + "y"
@@ -65,8 +63,17 @@ def stem(word):
         return word[:-2] + "y"                          # bootie, booties, booty
     if len(word) > 2 and word[-1] == word[-2] and word[-1] not in "aeiou":
         return word[:-1]                                # dott(ed) -> dot; dress and press likewise
-    if re.search("[^aeiouy]{2}e$|[aeiouy].*[aeiouy][^aeiouy]+e$", word):
-        word = word[:-1]                                # fring(ed), camouflag(ed); a short word keeps it: cape is not cap
+    return word
+
+
+def joined(stems):
+    """Stems as one word.  Its last e goes where -ed and -es leave it open: camouflag(ed), fring(ed), canvas(es).
+
+    A short word keeps it: a cape is no cap.
+    """
+    word = "".join(stems)
+    if re.search("[^aeiouy]{2}e$|[aeiouy][^aeiouy]+[aeiouy]+[^aeiouy]+e$", word):
+        word = word[:-1]
         return word[:-1] if word.endswith("s") and not word.endswith("ss") else word         # canvases as canvas
     return word
 
@@ -79,7 +86,7 @@ def words(text):
 @lru_cache(100_000)
 def folded(raw):
     """What raw spellings of one value have in common: Short-Sleeves, "short sleeved", shortsleeve -> shortsleeve."""
-    return "".join(stem(word) for word in words(raw))
+    return joined(stem(word) for word in words(raw))
 
 
 @lru_cache(20_000)
@@ -98,15 +105,13 @@ def find(text, wanted):
     tokens = [(word.start(), word.end(), stem(word[0])) for word in WORD.finditer(text)]
     i = 0
     while i < len(tokens):
-        joined, last = "", None
+        stems, last = [], None
         for j in range(i, len(tokens)):
-            if j > i and tokens[j][0] - tokens[j - 1][1] > GAP:
+            if j > i and tokens[j][0] - tokens[j - 1][1] > GAP or sum(map(len, stems)) > longest + 1:
                 break
-            joined += tokens[j][2]
-            if joined in wanted:
+            stems.append(tokens[j][2])
+            if joined(stems) in wanted:
                 last = j
-            if len(joined) >= longest:
-                break
         if last is None:
             i += 1
         else:
