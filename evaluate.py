@@ -1,6 +1,7 @@
 """Score a run, or answer with it.
 
     python evaluate.py RUN                                       score the test split again
+    python evaluate.py RUN --without-duplicates                  leave out products that stand in train, too
     python evaluate.py RUN --image shoe.jpg --text "…" --attribute "Boot Style"
     python evaluate.py RUN --input products.tsv --output predictions.tsv
     python evaluate.py RUN --explain ID                          follow one product from photo to answer
@@ -16,6 +17,7 @@ from pathlib import Path
 from base import console
 from base.checkpoint import check_file
 from base.console import UserError, replaceable, write_text
+from base.duplicates import not_in
 from data import Products, fingerprint, read_split, sample_labels
 from eiven import TEMPERATURE, TOP_P
 from support.answering import answers, check_image, check_lengths, load, prepare_photos, write_predictions
@@ -120,6 +122,8 @@ def main():
     parser.add_argument("--temperature", type=number(float, 0, 1000), default=TEMPERATURE,
                         help="0: the likeliest token (default: %(default)s)")
     parser.add_argument("--top-p", type=number(float, 1e-6, 1), default=TOP_P, help="of nucleus sampling (default: %(default)s)")
+    parser.add_argument("--without-duplicates", action="store_true",
+                        help="score only products whose title words and photo bytes are not in train")
     parser.add_argument("--constrain", action="store_true", help="answer only with values known from training")
     parser.add_argument("--image", metavar="FILE", help="photo of one product")
     parser.add_argument("--text", metavar="TEXT", type=utf8_text,
@@ -147,6 +151,8 @@ def main():
         parser.error("for one product, give --attribute and --image or --text, without --input")
     if args.export and (one or args.input):
         parser.error("--export does not answer: leave --input, --image, --text and --attribute out")
+    if args.without_duplicates and (one or args.input or args.export or args.split == "train"):
+        parser.error("--without-duplicates scores the test or val split")
     if args.image is not None:
         check_image(args.image)
 
@@ -188,10 +194,16 @@ def main():
             product = find_product(whole, " ".join(args.explain.split()), args.attribute, whole.path)
             return show(run, product, args.temperature, args.top_p)
         known_values(run, products, args.constrain, f"--split {args.split}")
+        split, folder = args.split, args.run if args.split == "test" else args.run / args.split
+        if args.without_duplicates:
+            split, folder, n = f"{split} (without duplicates of train)", folder / "without-duplicates", len(products)
+            products = not_in(read_split(run.sources.data, run.config.dataset, "train"), products, run.sources.data / "images")
+            print(f"{n - len(products):,} of {n:,} products left out: their title words or photo bytes are in train")
+            if not products:
+                raise UserError(f"--without-duplicates leaves no product of {args.split}: all of them are in train, too")
         prepare_photos(run, products)
         check_lengths(run, products, constrain=args.constrain)
-        evaluate(run, products, args.split, args.run if args.split == "test" else args.run / args.split,
-                 args.constrain, args.merge, args.temperature, args.top_p)
+        evaluate(run, products, split, folder, args.constrain, args.merge, args.temperature, args.top_p)
 
 
 if __name__ == "__main__":

@@ -38,9 +38,12 @@ if started.parent == PROJECT and signal.getsignal(signal.SIGINT) is signal.defau
     signal.signal(signal.SIGINT, end_at_once)
 
 
-def run(main):
-    """Run main() as a command: a UserError is printed as one line, and the exit code is 2."""
-    name = Path(sys.argv[0]).name
+def run(main, name=None):
+    """Run main() as a command: a UserError is printed as one line, and the exit code is 2.
+
+    name  of the command in these lines; default: its file's
+    """
+    name = name or Path(sys.argv[0]).name
     if signal.getsignal(signal.SIGINT) is end_at_once:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):             # where the terminal has no such letter, its number is printed

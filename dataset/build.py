@@ -1,7 +1,7 @@
 """Build the three data sets from their public sources, MAVE's labels and Amazon's metadata (section 3 of the paper).
 
 What the paper leaves open is settled here, and said where it is done: a product has one row in a data set; where it has
-two values of one attribute, it has no row for that attribute.
+two values of one attribute, it has no row for that attribute; products that are nearly the same are in one split.
 """
 
 import contextlib
@@ -22,8 +22,9 @@ except ImportError:
     resource = None
 
 from base.console import Progress, UserError, write_text
+from base.duplicates import groups
 from base.tsv import COLUMNS, write_tsv
-from dataset.mentions import folded, mentions, without, words
+from dataset.mentions import folded, mentions, without
 from dataset.sources import FORMAT, one_pass, open_source, parse_labels, parse_metadata, store_labels, store_metadata
 from dataset.stats import SPLITS, print_table, remove_splits
 from dataset.values import ATTRIBUTES, OTHER_KEYS, VALUES, read_values
@@ -56,7 +57,7 @@ def map_values(db, table):
 
     def flush():
         db.executemany("INSERT INTO valued VALUES (?, ?, ?, ?)", valued)
-        db.executemany("INSERT INTO unmapped VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE SET n = n + excluded.n",
+        db.executemany("INSERT INTO unmapped VALUES (?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET n = n + excluded.n",
                        [(*key, n) for key, n in unmapped.items()])
         valued.clear()
         unmapped.clear()
@@ -67,11 +68,13 @@ def map_values(db, table):
         db.execute("CREATE TABLE valued (dataset, attribute, value, id, PRIMARY KEY (dataset, attribute, value, id)) "
                    "WITHOUT ROWID")
         db.execute("DROP TABLE IF EXISTS unmapped")
-        db.execute("CREATE TABLE unmapped (dataset, attribute, raw, n, PRIMARY KEY (dataset, attribute, raw)) WITHOUT ROWID")
-        for asin, dataset, attribute, evidences in db.execute("SELECT id, dataset, attribute, evidences FROM label"):
-            fold, raws = table.get((dataset, attribute), {}), json.loads(evidences)
+        db.execute("CREATE TABLE unmapped (dataset, attribute, category, raw, n, "
+                   "PRIMARY KEY (dataset, attribute, category, raw)) WITHOUT ROWID")
+        for asin, dataset, attribute, category, evidences in db.execute(
+                "SELECT id, dataset, attribute, category, evidences FROM label"):
+            fold, raws = table.get((dataset, attribute, category), {}), json.loads(evidences)
             values = {fold[folded(raw)] for raw in raws if folded(raw) in fold}
-            unmapped.update((dataset, attribute, raw) for raw in raws if folded(raw) not in fold)
+            unmapped.update((dataset, attribute, category, raw) for raw in raws if folded(raw) not in fold)
             counts["with one value" if len(values) == 1 else "with several values, left out" if values
                    else "with no value in the table, left out"] += 1
             if len(values) == 1:
@@ -118,26 +121,38 @@ def table_rows(db, dataset, chosen, names):
             "SELECT category, evidences, title, urls FROM label JOIN product USING (id) "
             "WHERE dataset = ? AND id = ? AND attribute = ?", [dataset, asin, attribute]).fetchone()
         said = (value, *json.loads(evidences), *names[dataset, attribute, value])
-        pattern = mentions(tuple(sorted({" ".join(words(name)) for name in said})))
-        title = without(title, pattern)
+        wanted = mentions(tuple(sorted(set(said))))
+        title = without(title, wanted)
         if title:
-            row = [asin, f"{asin}.jpg", without(category, pattern), f"[Title] {title}", attribute, value]
+            row = [asin, f"{asin}.jpg", without(category, wanted), f"[Title] {title}", attribute, value]
             rows.append((row, json.loads(urls)))
     return rows
 
 
-def split(rows, seed, dataset):
-    """{split: rows}: each value's products 0.75 : 0.15 : 0.15, in an order drawn for (seed, product)."""
-    by_value, parts = defaultdict(list), {name: [] for name in SPLITS}
-    for row in rows:
-        by_value[row[4], row[5]].append(row)
+def split(rows, group, seed, dataset):
+    """{split: rows}: each value's products 0.75 : 0.15 : 0.15, in an order drawn for (seed, product).
+
+    group  a number for each row; rows of one group go to one split, so that the test does not ask what training has shown.
+           val takes the first groups that fit into its share of each value, test the next, and train has the rest.
+    A group of more than 20 rows and more than a tenth of all comes from a photo or a title that says nothing, such as "photo
+    not available"; its rows are drawn one by one.
+    """
+    size = Counter(group)
+    together = defaultdict(list)
+    for number, row in zip(group, rows):
+        alone = size[number] > max(20, len(rows) // 10)
+        together[number, row[0] if alone else ""].append(row)
     share = SPLITS["val"] / sum(SPLITS.values())
-    for same in by_value.values():
-        same.sort(key=lambda row: draw(seed, dataset, "split", row[0]))
-        n = round(len(same) * share)
-        parts["val"] += same[:n]
-        parts["test"] += same[n: 2 * n]
-        parts["train"] += same[2 * n:]
+    room = {part: {value: round(n * share) for value, n in Counter((row[4], row[5]) for row in rows).items()}
+            for part in ("val", "test")}
+    parts = {name: [] for name in SPLITS}
+    for same in sorted(together.values(), key=lambda same: draw(seed, dataset, "split", min(row[0] for row in same))):
+        needed = Counter((row[4], row[5]) for row in same)
+        part = next((part for part, free in room.items() if all(n <= free[value] for value, n in needed.items())), "train")
+        parts[part] += same
+        if part != "train":
+            for value, n in needed.items():
+                room[part][value] -= n
     for part in parts.values():
         part.sort(key=lambda row: draw(seed, dataset, "order", row[0]))
     return parts
@@ -164,17 +179,19 @@ def build(labels, metadata, root, values=VALUES, datasets=tuple(ATTRIBUTES), see
           at_most=1000, photos=True, jobs=None, **web):
     """Build `datasets` in `root` from MAVE's labels and Amazon's metadata; section 3 of the paper.
 
-    web  connections, timeout, deadline, tries, pause of photos.download
+    metadata  one file or several, read one after the other
+    web       connections, timeout, deadline, tries, pause of photos.download
     What is read goes to root/.build; a start after a kill, or with another seed or table, goes on from there.
     """
     root = Path(root)
+    metadata = [metadata] if isinstance(metadata, str | os.PathLike) else list(metadata)
     table, names = read_values(values)
     wanted = defaultdict(list)
     for dataset, attributes in ATTRIBUTES.items():
         for attribute, categories in attributes.items():
             for category, key in product(categories, (attribute, *OTHER_KEYS.get(attribute, ()))):
                 wanted[category, key].append((dataset, attribute))
-    for path in (labels, metadata):             # before hours of work, not after
+    for path in (labels, *metadata):            # before hours of work, not after
         open_source(path)[1].close()
     ours = root / ".build" / "written.json"             # the data sets that were built here
     built = json.loads(ours.read_text()) if ours.exists() else []
@@ -182,7 +199,7 @@ def build(labels, metadata, root, values=VALUES, datasets=tuple(ATTRIBUTES), see
     if foreign:
         raise UserError(f"{', '.join(foreign)}: there already, and not built here. Move it away, or give another --data.")
     label_mark = json.dumps([FORMAT, size_and_time(labels), sorted(wanted.items())])
-    metadata_mark = json.dumps([size_and_time(metadata), label_mark])
+    metadata_mark = json.dumps([*map(size_and_time, metadata), label_mark])
     jobs = jobs or min(2, os.cpu_count() or 1)
     work = root / ".build"
     with only_one(work), contextlib.closing(sqlite3.connect(work / "sources.sqlite", timeout=60)) as db:
@@ -192,15 +209,16 @@ def build(labels, metadata, root, values=VALUES, datasets=tuple(ATTRIBUTES), see
         for folder in (root, *(root / name for name in datasets)):
             for litter in folder.glob(".*.partial"):    # of a start that was killed
                 litter.unlink()
-        for name, path, mark, parse, store in (
-                ("labels", labels, label_mark, partial(parse_labels, dict(wanted)), store_labels),
-                ("metadata", metadata, metadata_mark, partial(parse_metadata, str(work / "sources.sqlite")), store_metadata)):
-            print_counts(name, one_pass(db, name, path, mark, parse, store, jobs))
+        passes = [("labels", 1, labels, label_mark, partial(parse_labels, dict(wanted)), store_labels)]
+        passes += [("metadata", number, path, metadata_mark, partial(parse_metadata, str(work / "sources.sqlite")), store_metadata)
+                   for number, path in enumerate(metadata, 1)]
+        for name, *how in passes:
+            print_counts(name, one_pass(db, name, *how, jobs))
         print_counts("labels", map_values(db, table))
         write_tsv(root / "unmapped.tsv", db.execute(
-            "SELECT dataset, attribute, raw, n FROM (SELECT *, row_number() OVER (PARTITION BY dataset, attribute "
-            "ORDER BY n DESC, raw) AS place FROM unmapped) WHERE place <= 200 ORDER BY dataset, attribute, place"),
-            ["dataset", "attribute", "raw", "products"])
+            "SELECT dataset, attribute, raw, category, n FROM (SELECT *, row_number() OVER (PARTITION BY dataset, attribute "
+            "ORDER BY n DESC, raw, category) AS place FROM unmapped) WHERE place <= 200 ORDER BY dataset, attribute, place"),
+            ["dataset", "attribute", "raw", "category", "products"])
         print(f"raw values that {Path(values).name} does not map, the commonest first: {root / 'unmapped.tsv'}")
         chosen = {}
         for dataset in datasets:
@@ -223,8 +241,13 @@ def build(labels, metadata, root, values=VALUES, datasets=tuple(ATTRIBUTES), see
           "so " + " : ".join(f"{share / total:.4f}" for share in SPLITS.values()))
     write_text(ours, json.dumps(sorted({*built, *datasets})))
     for dataset, rows in chosen.items():
+        rows = [row for row, _ in rows if row[0] not in failed]
+        group = groups([row[3].removeprefix("[Title]") for row in rows],
+                       [root / "images" / row[1] for row in rows] if photos else None)
+        print(f"{dataset}: {sum(n for n in Counter(group).values() if n > 1):,} products are nearly the same as others, and "
+              "in one split with them")
         remove_splits(root / dataset)
-        parts = split([row for row, _ in rows if row[0] not in failed], seed, dataset)
+        parts = split(rows, group, seed, dataset)
         for name, part in parts.items():
             write_tsv(root / dataset / f"{name}.tsv", part)
         print_table(dataset, {name: [dict(zip(COLUMNS, row)) for row in part] for name, part in parts.items()})

@@ -1,6 +1,7 @@
 """Values in words: raw spellings of one value, and its explicit mentions in a text.
 
 Section 3 of the paper removes "all explicit attribute value mentions from the product text"; this is what counts as one.
+One rule decides both: a raw value means v, and a piece of a title mentions v, if `folded` makes it equal to a spelling of v.
 """
 
 import html
@@ -9,74 +10,121 @@ import unicodedata
 from functools import lru_cache
 
 JOINING = r"\s\-‐-―−/_"         # blanks and the hyphens and slashes that join words, for a regular expression's [...]
+GAP = 3                         # characters, at most, between two words of one mention: "polka - dot"
+WORD = re.compile(r"[^\W_]+(?:'s(?![^\W_]))?")          # letters and digits, and a possessive 's
+# Letters that a reader does not see, or takes for another character: they would hide a mention.
+INVISIBLE = re.compile("[\u034f\u115f\u1160\u180b-\u180d\ufe00-\ufe0f]")
+APOSTROPHES = re.compile("[’‘ʼ′`´]")
+
+
+def plain(text):
+    """`text` in the characters of a plain keyboard where there is a choice: full width, ligatures, fractions, invisibles."""
+    text = text.encode("utf-8", "ignore").decode()      # JSON may hold half a surrogate pair
+    if not text.isascii():
+        text = re.sub("[¼-¾⅐-⅞]", lambda fraction: f" {fraction[0]} ", text)      # "1¾" is not 13/4,
+        text = re.sub("[™℠]", " ", text)                # nor "Nike™" NikeTM
+        text = unicodedata.normalize("NFKC", text).replace("⁄", "/")
+        text = INVISIBLE.sub("", text)
+    if not text.isprintable():                          # soft hyphens and the like
+        text = "".join(" " if c.isspace() else c for c in text if c.isspace() or unicodedata.category(c)[0] != "C")
+    return text
 
 
 def clean(text):
     """A raw title or value as plain text: no HTML, control or invisible characters, one blank between words."""
-    if "<" in text or "&" in text:
-        text = html.unescape(text)
+    before = None
+    while text != before:                               # again: shops escape twice, "A&amp;amp;B"
+        before, text = text, plain(text)
+        if "&" in text:
+            text = html.unescape(text)
+    if "<" in text:
         text = re.sub(r"(?is)<(script|style)\b.*?</\1\s*>", " ", text)
         text = re.sub(r"<[a-zA-Z/!][^<>]*>", " ", text)
-    text = unicodedata.normalize("NFC", text.encode("utf-8", "ignore").decode())    # JSON may hold half a surrogate pair
-    if not text.isprintable():                  # soft hyphens and the like would hide a mention
-        text = "".join(" " if c.isspace() else c for c in text if c.isspace() or unicodedata.category(c)[0] != "C")
-    return " ".join(text.replace("¾", " 3/4 ").split())
+    return " ".join(text.split())
 
 
 def stem(word):
-    """A lower-case word without its plural s or its -ed: boots -> boot, striped -> stripe, dotted -> dot."""
-    if len(word) > 1 and word.endswith("s"):
-        if word.endswith(("sses", "shes", "ches", "xes")):
-            return word[:-2]
-        return word if word.endswith("ss") else word[:-1]       # tennis -> tenni: both sides of a comparison say so
-    if len(word) > 4 and word.endswith("ed"):
-        base = word[:-2]
-        if base[-1] == base[-2] and base[-1] not in "sl":
-            return base[:-1]                    # dotted
-        short = re.fullmatch(r"[^aeiou]*[aeiou][^aeiouwxy]", base)
-        return base + "e" if short or base[-1] == "v" else base     # striped, sleeved; pointed, buttoned
+    """A lower-case word without its possessive, its plural or its -ed: stiletto's, galaxies -> galaxy, dotted -> dot."""
+    word = word.removesuffix("'s")
+    if len(word) > 4 and word.endswith("ies"):
+        word = word[:-3] + "y"
+    elif len(word) > 3 and word.endswith(("sses", "shes", "ches", "xes")):
+        word = word[:-2]
+    elif len(word) > 1 and word.endswith("s") and not word.endswith("ss"):
+        word = word[:-1]                                # tennis -> tenni: both sides of a comparison say so
+    elif len(word) > 4 and word.endswith("ed"):
+        word = word[:-2]
+        short = re.fullmatch(r"(?:[^aeiou]|qu)*[aeiou][^aeiouwxy]", word)       # striped, flared, squared
+        if short or word.endswith(("v", "c")):          # sleeved, fleeced; but pointed, buttoned
+            word += "e"
+    elif word.endswith("oed"):
+        word = word[:-1]                                # toed
+    if len(word) > 3 and word.endswith("ie"):
+        return word[:-2] + "y"                          # bootie, booties, booty
+    if len(word) > 2 and word[-1] == word[-2] and word[-1] not in "aeiou":
+        return word[:-1]                                # dott(ed) -> dot; dress and press likewise
+    return word
+
+
+def joined(stems):
+    """Stems as one word.  Its last e goes where -ed and -es leave it open: camouflag(ed), fring(ed), canvas(es).
+
+    A short word keeps it: a cape is no cap.
+    """
+    word = "".join(stems)
+    if re.search("[^aeiouy]{2}e$|[aeiouy][^aeiouy]+[aeiouy]+[^aeiouy]+e$", word):
+        word = word[:-1]
+        return word[:-1] if word.endswith("s") and not word.endswith("ss") else word         # canvases as canvas
     return word
 
 
 def words(text):
     """The words of a value, lower-case: letters and digits, whatever stands between them."""
-    return re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", text).casefold())
+    return WORD.findall(APOSTROPHES.sub("'", plain(text).lower()))
 
 
 @lru_cache(100_000)
 def folded(raw):
     """What raw spellings of one value have in common: Short-Sleeves, "short sleeved", shortsleeve -> shortsleeve."""
-    return "".join(stem(word) for word in words(raw))
+    return joined(stem(word) for word in words(raw))
 
 
 @lru_cache(20_000)
 def mentions(names):
-    """A pattern for every explicit mention of a value that has these names (a tuple), or None where they hold no word.
+    """What `find` looks for: the folded spellings of a value that has these names (a tuple)."""
+    return frozenset(folded(name) for name in names) - {""}
 
-    Any case; words plain, in the plural, with 's or with -ed; up to three blanks, hyphens and the like between them.
-    Whole words only: Round is found in "round-toe" and "rounded", not in "Surround".
+
+def find(text, wanted):
+    """[(start, end)] of every explicit mention in a clean text.  wanted: of `mentions`.
+
+    Whole words only: Round is found in "round-toe" and "rounded", not in "Surround".  The longest mention at a place wins.
     """
-    alternatives = set()
-    for name in names:
-        forms = []
-        for word in words(name):
-            root = stem(word)
-            ending = ("" if root.isdigit() else "(?:['’]?s)?" if len(root) < 2 else
-                      "(?:['’]?s|es|ed" + ("|d)?" if root[-1] == "e" else f"|{root[-1]}ed)?"))
-            more = f"|{word[:-1]}ies" if len(word) > 2 and word[-1] == "y" else ""      # galaxies; canvases by -es
-            forms.append(f"(?:{root}{ending}|{word}(?:es)?{more})")         # a word holds letters and digits alone
-        if forms:
-            alternatives.add(r"[\W_]{0,3}".join(forms))
-    if not alternatives:
-        return None
-    longest_first = "|".join(sorted(alternatives, key=lambda text: (-len(text), text)))
-    return re.compile(rf"(?<![^\W_])(?:{longest_first})(?![^\W_])", re.IGNORECASE)
+    text = APOSTROPHES.sub("'", text.lower())
+    found, longest = [], max(map(len, wanted), default=0)
+    tokens = [(word.start(), word.end(), stem(word[0])) for word in WORD.finditer(text)]
+    i = 0
+    while i < len(tokens):
+        stems, last = [], None
+        for j in range(i, len(tokens)):
+            if j > i and tokens[j][0] - tokens[j - 1][1] > GAP or sum(map(len, stems)) > longest + 1:
+                break
+            stems.append(tokens[j][2])
+            if joined(stems) in wanted:
+                last = j
+        if last is None:
+            i += 1
+        else:
+            found.append((tokens[i][0], tokens[last][1]))
+            i = last + 1
+    return found
 
 
-def without(text, pattern):
-    """`text` without what `pattern` finds, and without what that leaves behind: blanks, hyphens, empty brackets."""
-    while pattern is not None and pattern.search(text):     # again: "Short Short Sleeve Sleeve" hides one in another
-        text = pattern.sub("\0", text)          # clean texts hold no such character
+def without(text, wanted):
+    """A clean `text` without its mentions of what is `wanted`, and without what they leave: blanks, hyphens, empty brackets."""
+    while places := find(text, wanted):                 # again: "Short Short Sleeve Sleeve" hides one in another
+        for start, end in reversed(places):
+            text = text[:start] + "\0" + text[end:]     # clean texts hold no such character
         text = re.sub(rf"[{JOINING}]*\0[{JOINING}\0]*", " ", text)         # round-toe-shoe -> shoe, not --shoe
         text = re.sub(r"\(\s*\)|\[\s*\]|\{\s*\}|\"\s*\"", " ", text)
         text = re.sub(r"\s+([,;:)\]])", r"\1", text)

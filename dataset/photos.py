@@ -1,10 +1,13 @@
 """Product photos: fetched politely from the web, checked to be photos, and never half written.
 
+Photos that are gone are left out.  A network that is gone is waited for: a data set without half of its photos is another one.
+
 Section 3 of the paper takes the photos of Amazon Reviews 2018 by their URLs.  Whatever a URL or a server does, the
 only thing this module writes is FOLDER/ID.jpg, and only after the bytes have been decoded as a picture.
 """
 
 import contextlib
+import email.utils
 import http.client
 import io
 import os
@@ -15,19 +18,23 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from urllib.parse import urljoin, urlsplit
 
 from PIL import Image
 
-from base.console import Progress, UserError, whole_file
+from base.console import Progress, UserError, duration, whole_file
 from base.photo import open_picture
 
 MOST_BYTES = 10_000_000         # of one photo's file; Amazon's largest are about 2 MB
 MOST_PIXELS = 16_000_000        # of one photo; Amazon's largest have 7 million.  Only one is decoded at a time
 LEAST_SIDE = 10                 # pixels; a removed photo is often answered with a picture of 1 x 1
-RETRIED = {408, 425, 429, 500, 502, 503, 504}       # HTTP answers that may be better next time
+RETRIED = {403, 407, 408, 425, 429, 500, 502, 503, 504}        # HTTP answers that may be better next time
+PAUSES = 10, 20, 40, 80, 160, 320       # seconds before a server that has stopped answering is asked again
+LONGEST_WAIT = 600              # seconds; a server that asks for a longer wait is given up for this start
+MOST_LOST = 0.05                # of all photos, on servers that never answered
 ENOUGH_FAILURES = 50            # with no photo before: the network is down, and waiting for 70,000 more would not help
 _decoding = threading.Lock()
 
@@ -64,7 +71,9 @@ def checked(file):
             raise NoPhoto(error.strerror) from None
         with contextlib.nullcontext(file) if hasattr(file, "seek") else open(file, "rb") as opened:
             opened.seek(0)
-            raise NoPhoto(what_is(opened.read(64))) from None
+            said = what_is(opened.read(64))
+        # of a hotel's network or of a check for robots, perhaps; then every photo is one
+        raise NoPhoto(said, again=said.startswith("a web page")) from None
     width, height = picture.size
     if min(width, height) < LEAST_SIDE or width * height > MOST_PIXELS:
         picture.close()
@@ -179,9 +188,8 @@ def fetch(url, timeout=20, deadline=60, most_bytes=MOST_BYTES):
             return bytes(content)
     except urllib.error.HTTPError as error:
         error.close()
-        after = error.headers.get("Retry-After") or ""
         raise NoPhoto(f"HTTP {error.code}", again=error.code in RETRIED,
-                      after=min(int(after), 60) if plain_number(after) else 0) from None
+                      after=retry_after(error.headers.get("Retry-After") or "")) from None
     except (OSError, http.client.HTTPException, ValueError) as error:      # URLError, time-outs, TLS, blanks in a URL
         cause = getattr(error, "reason", error)
         if time.monotonic() > end:
@@ -199,24 +207,120 @@ def plain_number(text):
     return text.isascii() and text.isdigit() and len(text) < 16
 
 
-def one_photo(name, urls, folder, timeout, deadline, tries, pause, stop):
-    """Write FOLDER/NAME.jpg from the first of `urls` that gives a photo; returns [(url, reason)] if none does, else []."""
+def retry_after(text):
+    """The seconds that a Retry-After header asks to wait: a number, or the time until a date; 0 for anything else."""
+    if plain_number(text):
+        return int(text)
+    try:
+        date = email.utils.parsedate_to_datetime(text)
+    except ValueError:
+        return 0
+    now = datetime.now(UTC)
+    return max(0, (date.replace(tzinfo=date.tzinfo or UTC) - now).total_seconds())
+
+
+class Host:
+    """What all threads know of one server."""
+
+    def __init__(self, name):
+        self.name = name
+        self.good = None                        # a URL that gave a photo, in this start or an earlier one
+        self.answers = 0                        # how often it answered for good: with a photo, or that there is none
+        self.failures = 0                       # photos that failed although they were tried again
+        self.not_before = 0.0                   # time.monotonic() until which it has asked not to be asked
+        self.gone = None                        # why it is given up
+        self.note = None                        # what it is waited for
+        self.checking = threading.Lock()
+
+    def wait(self, stop):
+        while not stop.is_set() and (left := self.not_before - time.monotonic()) > 0:
+            stop.wait(left)
+
+    def failed(self, error):
+        """Note a failure: a wait that the server asks for holds for all threads."""
+        self.not_before = max(self.not_before, time.monotonic() + min(error.after, LONGEST_WAIT))
+        if error.after > LONGEST_WAIT:
+            self.gone = f"{error}: it asks to wait {duration(error.after)}"
+        if not error.again:
+            self.answers += 1
+
+    def was_down(self, answers, timeout, deadline, stop):
+        """Whether the server, not the photo, was the reason for a failure.  Returns when it answers again or is given up.
+
+        It is asked for a photo that it gave before: at once, then after longer and longer pauses, by one thread alone.
+        answers  .answers at the failure
+        """
+        with self.checking:
+            for pause in (0, *PAUSES):
+                if self.answers != answers or self.good is None or self.gone or stop.is_set():
+                    return False
+                if pause:
+                    self.note = f"{self.name} does not answer, asked again in {duration(pause)}"
+                    stop.wait(pause)
+                    self.wait(stop)
+                try:
+                    as_jpeg(fetch(self.good, timeout, deadline))
+                except NoPhoto as error:
+                    reason = error
+                    self.failed(error)
+                    if error.again:
+                        continue
+                self.answers += 1
+                self.note = None
+                return pause > 0
+            self.gone = self.gone or f"{reason}; asked again for {duration(sum(PAUSES))}"
+            return False
+
+
+def host_name(url):
+    try:
+        return urlsplit(url).netloc
+    except ValueError:                          # a broken URL, which is never asked for
+        return ""
+
+
+def from_url(url, host, timeout, deadline, tries, pause, stop):
+    """The photo at `url` as the bytes of a JPEG file; NoPhoto when it has failed `tries` times while its server answers."""
+    attempt = 1
+    while True:
+        host.wait(stop)
+        if host.gone:
+            raise NoPhoto(f"{host.name} does not answer ({host.gone})")
+        if stop.is_set():
+            raise NoPhoto("interrupted")
+        try:
+            content = as_jpeg(fetch(url, timeout, deadline))
+            host.good, host.answers = url, host.answers + 1
+            return content
+        except NoPhoto as error:
+            host.failed(error)
+            answers = host.answers
+            if not error.again or attempt == tries:
+                host.failures += error.again
+                if error.again and host.failures >= 3 and not host.answers and not host.good:
+                    host.gone = host.gone or str(error)         # it has never answered: no reason to wait for it
+                raise NoPhoto(str(error) + (f" ({attempt} times)" if attempt > 1 else "")) from None
+            stop.wait(max(min(error.after, LONGEST_WAIT), pause * 2 ** (attempt - 1)))      # 1 s, 2 s, ...: it is busy
+        attempt += 1
+        if attempt == tries and host.was_down(answers, timeout, deadline, stop):
+            attempt = 1
+
+
+def one_photo(name, urls, folder, timeout, deadline, tries, pause, stop, hosts):
+    """Write FOLDER/NAME.jpg from the first of `urls` that gives a photo; returns [(url, reason)] if none does, else [].
+
+    hosts  {host name: Host} of all URLs
+    """
     failures = []
     for url in urls:
-        for attempt in range(1, tries + 1):
-            if stop.is_set():
-                return [(url, "interrupted")]
-            try:
-                content = as_jpeg(fetch(url, timeout, deadline))
-            except NoPhoto as error:
-                if error.again and attempt < tries:
-                    stop.wait(max(error.after, pause * 2 ** (attempt - 1)))     # 1 s, 2 s, ...: the server is busy
-                    continue
-                failures.append((url, str(error) + (f" ({attempt} times)" if attempt > 1 else "")))
-                break
-            with whole_file(folder / f"{name}.jpg") as partial:
-                partial.write_bytes(content)
-            return []
+        try:
+            content = from_url(url, hosts[host_name(url)], timeout, deadline, tries, pause, stop)
+        except NoPhoto as error:
+            failures.append((url, str(error)))
+            continue
+        with whole_file(folder / f"{name}.jpg") as partial:
+            partial.write_bytes(content)
+        return []
     return failures or [("", "no http(s) URL")]
 
 
@@ -236,41 +340,59 @@ def download(wanted, folder, connections=8, timeout=20, deadline=60, tries=3, pa
     connections  how many photos are fetched at once, at most
     timeout, deadline, pause   seconds: without a byte; for one URL; before the first retry (doubled each time)
     tries        how often a URL is asked while its answer may improve (busy, timed out, cut short)
-    Raises UserError where the first 50 of this start (or all) fail, unless it goes on from another and servers answer.
+    Raises UserError where the first 50 of this start (or all) fail, unless it goes on from another and servers answer; where
+    a server that gave photos stops answering for 10 minutes; and where more than 5 % are on servers that never answer.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for litter in folder.glob(".*.jpg.*.partial"):      # of a start that was killed
         litter.unlink(missing_ok=True)
-    todo = [name for name in sorted(wanted) if not have_photo(folder / f"{name}.jpg")]
-    for name in todo:
+    for name in wanted:
         if name != os.path.basename(name) or name.startswith("."):
             raise ValueError(f"{name!r} is no plain file name")
+    hosts = {name: Host(name) for name in {host_name(url) for urls in wanted.values() for url in urls}}
+    todo = []
+    for name in sorted(wanted):
+        if not have_photo(folder / f"{name}.jpg"):
+            todo.append(name)
+        elif wanted[name]:
+            hosts[host_name(wanted[name][0])].good = wanted[name][0]
     failed, tried, answered, stop = {}, 0, False, threading.Event()
+    how_to_go_on = "No split was written. Start the same command again to go on from here, or build with --no-photos."
     with Progress("photos", total=len(wanted), unit="photos", done=len(wanted) - len(todo)) as progress, \
             ThreadPoolExecutor(connections) as pool:
         try:
             running, todo = {}, iter(todo)
             while True:
                 for name in todo:
-                    job = pool.submit(one_photo, name, wanted[name], folder, timeout, deadline, tries, pause, stop)
+                    job = pool.submit(one_photo, name, wanted[name], folder, timeout, deadline, tries, pause, stop, hosts)
                     running[job] = name
                     if len(running) >= 2 * connections:
                         break
                 if not running:
+                    gone = [host for host in hosts.values() if host.gone]
+                    lost = [name for name in failed if any(hosts[host_name(url)] in gone for url in wanted[name])]
+                    if len(lost) > MOST_LOST * len(wanted):
+                        raise UserError(f"{len(lost):,} of {len(wanted):,} photos are on servers that do not answer: "
+                                        + ", ".join(f"{host.name} ({host.gone})" for host in gone) + f". {how_to_go_on}")
                     return failed
-                done, _ = wait(running, return_when=FIRST_COMPLETED)
+                done, _ = wait(running, timeout=1, return_when=FIRST_COMPLETED)
                 for job in done:
                     name = running.pop(job)
                     tried += 1
                     if failures := job.result():
                         failed[name] = failures
                         answered |= any(reason.startswith("HTTP ") for _, reason in failures)
-                    progress.step(note=f"{len(failed):,} failed" if failed else None)
+                notes = [host.note for host in hosts.values() if host.note]
+                progress.step(len(done), ", ".join([*notes, f"{len(failed):,} failed"]) if failed or notes else "")
                 # A later start tries what failed before: there many failures are natural, but some server answers.
                 if tried == len(failed) >= min(ENOUGH_FAILURES, len(wanted)) and not (answered and progress.done > tried):
                     name, ((url, reason), *_) = next(iter(failed.items()))
                     raise UserError(f"the first {len(failed):,} photos all failed, {name} with {reason!r} at "
                                     f"{url or 'no URL'}. Is this machine online? Start again to go on, or build with --no-photos.")
+                for host in hosts.values():
+                    if host.gone and host.good:         # it gave photos: what is missing now is not gone for good
+                        raise UserError(f"{host.name} has stopped answering ({host.gone}) after {progress.done - len(failed):,} "
+                                        f"of {len(wanted):,} photos. {how_to_go_on}")
         finally:
             stop.set()                          # on Ctrl-C: no new tries, so that the threads end soon

@@ -86,20 +86,26 @@ def import_release(folder, root, more_images=(), with_photos_only=False):
                                 "another --data.")
     (root / "images").mkdir(parents=True, exist_ok=True)
     missing = {}                                # photo: why
-    for name, parts in release.items():
+    for name, parts in release.items():         # the photos of all data sets, before any split is written
         wanted = sorted({row["images"] for rows in parts.values() for row in rows})
         with Progress(f"{name} photos", total=len(wanted), unit="photos") as progress:
             for image in wanted:
                 if reason := place_photo(root / "images" / image, found.get(image, ())):
                     missing[image] = reason
                 progress.step()
+    write_tsv(root / "missing_photos.tsv", sorted(missing.items()), ["images", "reason"])
+    empty = [f"{name}/{part}" for name, parts in release.items() for part, rows in parts.items()
+             if with_photos_only and all(row["images"] in missing for row in rows)]
+    if empty:
+        raise UserError(f"--with-photos-only leaves no row in {', '.join(empty)}: their photos are not there "
+                        f"({root / 'missing_photos.tsv'}). Give their folder with --images, or leave --with-photos-only out.")
+    for name, parts in release.items():
         remove_splits(root / name)
         for part, rows in parts.items():
             with_photo = [row for row in rows if row["images"] not in missing]
             kept = with_photo if with_photos_only else rows
             write_tsv(root / name / f"{part}.tsv", [[row[column] for column in COLUMNS] for row in kept])
             print(f"{name}/{part}.tsv: {len(kept):,} rows, {len(with_photo):,} of {len(rows):,} with their photo")
-    write_tsv(root / "missing_photos.tsv", sorted(missing.items()), ["images", "reason"])
     bad = sum(reason != "not found" for reason in missing.values())
     print(f"{len(missing):,} photos missing, {bad:,} of them files that are no photo: {root / 'missing_photos.tsv'}"
           + (f"; {litter:,} '._' files of macOS passed over" if litter else ""))

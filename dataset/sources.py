@@ -1,11 +1,13 @@
 """The two public sources, read once each: what the data sets need of them, in a database on the disk.
 
 Labels    MAVE's mave_positives_labels.jsonl: id, category, attributes[key, evidences[value, pid, begin, end]]
-Metadata  Amazon Reviews 2018's All_Amazon_Meta.json(.gz): asin, title, imageURL, imageURLHighRes and more
+Metadata  Amazon Reviews 2018's All_Amazon_Meta.json(.gz): asin, title, imageURL, imageURLHighRes and more; or several files
+          by category, also those of 2014, whose lines are Python dicts
 
 Memory is flat whatever their size: rows go to the disk, and only a few chunks are in memory.
 """
 
+import ast
 import contextlib
 import gzip
 import io
@@ -18,6 +20,7 @@ import signal
 import sqlite3
 import threading
 import time
+import warnings
 import zlib
 from collections import Counter, defaultdict, deque
 from concurrent.futures import ProcessPoolExecutor
@@ -28,9 +31,10 @@ from base.console import Progress, UserError
 from dataset.mentions import clean
 
 ASIN = re.compile(r"[A-Z0-9]{10}", re.ASCII)            # nothing else becomes a file name
-FORMAT = 2                      # counted up when a pass stores something else: what older code has read is then read again
+FORMAT = 3                      # counted up when a pass stores something else: what older code has read is then read again
 CHUNK = 2_000_000               # bytes read at a time, and the work of one process at a time
 LONGEST_LINE = 16_000_000       # bytes; a longer line is broken
+LONGEST_DICT = 200_000          # bytes of a Python dict: parsing one takes a hundred times its size
 WORTH_PROCESSES = 50_000_000    # bytes of source from which a second process pays
 
 
@@ -115,11 +119,22 @@ def json_objects(blob, counts):
         try:
             item = json.loads(line.decode("utf-8"))
         except (ValueError, RecursionError):    # ValueError: bad JSON, bad UTF-8, a number of 5,000 digits
-            item = None
+            item = python_dict(line)
         if isinstance(item, dict):
             yield item
         else:
             counts["broken"] += 1
+
+
+def python_dict(line):
+    """The value of a line that is written as a Python dict, as Amazon's metadata of 2014 are; None for anything else."""
+    if not line.startswith(b"{'") or len(line) > LONGEST_DICT:
+        return None
+    try:
+        with warnings.catch_warnings(action="ignore"):  # about backslashes
+            return ast.literal_eval(line.decode("utf-8"))       # literals alone: nothing in it is executed
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return None
 
 
 def parse_labels(wanted, blob):
@@ -169,7 +184,7 @@ def parse_metadata(database, blob):
             counts["without a usable title"] += 1
             continue
         urls = []
-        for key in ("imageURLHighRes", "imageURL", "image"):        # `image` is what the first files of 2018 say
+        for key in ("imageURLHighRes", "imageURL", "image", "imUrl"):       # the first files of 2018, and 2014, say the last two
             listed = item.get(key)
             listed = [listed] if isinstance(listed, str) else listed if isinstance(listed, list) else []
             first = next((url.strip().encode("utf-8", "ignore").decode() for url in listed if isinstance(url, str)
@@ -198,28 +213,31 @@ def store_metadata(db, result):
     return counts
 
 
-TABLES = {                      # the first line of a source that gives a key wins: a place in the file, not chance
+TABLES = {                      # the first line that gives a key (with a usable title) wins: a place in the file, not chance
     "labels": "label (id, dataset, attribute, category, evidences, PRIMARY KEY (id, dataset, attribute))",
     "metadata": "product (id PRIMARY KEY, title, urls)",
 }
 
 
-def one_pass(db, name, path, mark, parse, store, jobs):
-    """Read a source into its tables, from where the last start came to; returns its counts.
+def one_pass(db, name, number, path, mark, parse, store, jobs):
+    """Read file `number` (from 1 on) of a source into its table, from where the last start came to; returns its counts.
 
     Rows, counts and the place in the source are committed together, chunk by chunk.  So a kill at any moment leaves
     exactly what the first so many bytes give, and the next start goes on from there.
     """
+    key = name if number == 1 else f"{name} {number}"
     db.execute("CREATE TABLE IF NOT EXISTS pass (name PRIMARY KEY, mark, place, position, done, counts)")
-    state = db.execute("SELECT mark, place, position, done, counts FROM pass WHERE name = ?", [name]).fetchone()
+    state = db.execute("SELECT mark, place, position, done, counts FROM pass WHERE name = ?", [key]).fetchone()
     if state is None or state[0] != mark:
         if state is not None:
             print(f"{name}: what it reads has changed since the last start; reading from the start")
         with db:
             db.execute("BEGIN")
-            db.execute(f"DROP TABLE IF EXISTS {TABLES[name].split()[0]}")
-            db.execute(f"CREATE TABLE {TABLES[name]} WITHOUT ROWID")
-            db.execute("INSERT OR REPLACE INTO pass VALUES (?, ?, 0, 0, 0, '{}')", [name, mark])
+            if number == 1:                             # a change in any of its files: all of them are read again
+                db.execute("DELETE FROM pass WHERE name = ? OR name LIKE ? || ' %'", [name, name])
+                db.execute(f"DROP TABLE IF EXISTS {TABLES[name].split()[0]}")
+                db.execute(f"CREATE TABLE {TABLES[name]} WITHOUT ROWID")
+            db.execute("INSERT INTO pass VALUES (?, ?, 0, 0, 0, '{}')", [key, mark])
         state = (mark, 0, 0, 0, "{}")
     _, place, position, done, counts = state
     counts = Counter(json.loads(counts))
@@ -241,7 +259,7 @@ def one_pass(db, name, path, mark, parse, store, jobs):
                 with db:
                     counts.update(store(db, result))
                     db.execute("UPDATE pass SET place = ?, position = ?, counts = ? WHERE name = ?",
-                               [place, position, json.dumps(counts), name])
+                               [place, position, json.dumps(counts), key])
                 progress.step(position // 10**6 - progress.done, f"{counts['lines']:,} lines, {counts['broken']:,} broken")
         except BrokenProcessPool:
             raise UserError(f"{name}: a process that parses was killed, perhaps for lack of memory. Start again to go on "
@@ -254,7 +272,7 @@ def one_pass(db, name, path, mark, parse, store, jobs):
                         + ("id, category and attributes" if name == "labels" else "asin and title")
                         + ". Are --labels and --metadata the right way round?")
     with db:
-        db.execute("UPDATE pass SET done = 1 WHERE name = ?", [name])
+        db.execute("UPDATE pass SET done = 1 WHERE name = ?", [key])
     seconds = max(time.monotonic() - start, 1e-9)
     print(f"{name}: {counts['lines'] - lines_before:,} lines in {seconds:.1f} s "
           f"({(counts['lines'] - lines_before) / seconds:,.0f} lines/s)")

@@ -5,8 +5,9 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 from base.console import UserError, whole_file
+from base.duplicates import across
 from base.tsv import COLUMNS, Reader
-from dataset.mentions import mentions
+from dataset.mentions import clean, find, mentions
 
 SPLITS = {"train": 0.75, "val": 0.15, "test": 0.15}     # section 3; the sum is 1.05, so each is divided by it
 TABLE_6 = {"footwear": (26868, 32, 1000, 229), "clothing": (24664, 30, 1000, 211), "general": (16891, 25, 1000, 117)}
@@ -89,19 +90,33 @@ def find_problems(name, parts, images, names):
     named, spelt = [], []
     for part, row in rows:
         value = row["attribute_values"]
-        title = row["texts"].removeprefix("[Title]")
-        said = f"{row['id']} ({part}, {value}): {title.strip()}"
-        if (pattern := mentions((value,))) and pattern.search(title):
+        title = clean(row["texts"].removeprefix("[Title]"))
+        said = f"{row['id']} ({part}, {value}): {title}"
+        if find(title, mentions((value,))):
             named.append(said)
-        elif (raws := names.get((name, row["attribute_names"], value))) and mentions(tuple(raws)).search(title):
+        elif find(title, mentions(tuple(names.get((name, row["attribute_names"], value), ())))):
             spelt.append(said)
     found += [("titles that still name their value", named),
               ("titles that still hold another spelling of their value (values.tsv)", spelt)]
-    trained = {(row["attribute_names"], row["attribute_values"]) for row in parts.get("train", ())}
+    trained = {label(row) for row in parts.get("train", ())}
     found.append(("values in test that train does not have", sorted(
-        {f"{row['attribute_names']} = {row['attribute_values']}" for row in parts.get("test", ())
-         if (row["attribute_names"], row["attribute_values"]) not in trained})))
+        {" = ".join(label(row)) for row in parts.get("test", ()) if label(row) not in trained})))
     return [(what, len(each), each[:3]) for what, each in found if each]
+
+
+def label(row):
+    return row["attribute_names"], row["attribute_values"]
+
+
+def print_duplicates(parts, images):
+    """Print how many products of val and test stand in train, too: how far their score measures memory."""
+    for part, signs in across(parts, images if images.is_dir() else None).items():
+        for sign, pairs in signs.items():
+            same = sum(label(row) == label(other) for row, other in pairs)
+            row, other = pairs[0]
+            print(f"  {part}: {len(pairs):,} of {len(parts[part]):,} ({100 * len(pairs) / len(parts[part]):.1f} %) are in train "
+                  f"with the {sign}, {same:,} of them with the same label; e.g. {row['id']} and {other['id']}"
+                  .replace("the photos that look", "a photo that looks"))
 
 
 def stats(root, given, names, plot=None):
@@ -145,6 +160,8 @@ def stats(root, given, names, plot=None):
             print(f"  {what}" + (f": {n:,}" if examples else ""))
             for example in examples:
                 print(f"      {example}")
+        print("duplicates:")
+        print_duplicates(parts, images)
     if not counted:
         raise UserError("no data set among: " + ", ".join(map(str, folders)) + ". A data set is a folder with train.tsv, "
                         "val.tsv and test.tsv.")

@@ -27,7 +27,7 @@ def slots():
     by_category = {}
     for (dataset, attribute, value), raws in names.items():
         for category in ATTRIBUTES[dataset][attribute]:
-            by_category.setdefault(category, {}).setdefault(attribute, []).append(raws)
+            by_category.setdefault(category, {}).setdefault(attribute, []).append([value.lower(), *raws])
     return [(category, list(attributes.items())) for category, attributes in by_category.items()]
 
 

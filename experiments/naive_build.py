@@ -3,9 +3,10 @@
     python -m experiments.naive_build LABELS METADATA ROOT
 
 compares ROOT's files with it, product by product (titles by their words: commas may stand otherwise).  Of the builder it
-uses the table alone - attributes, categories, spellings - and the documented order of drawing.
+uses the tables alone - attributes, categories, values.tsv - and the documented order of drawing.
 """
 
+import csv
 import hashlib
 import html
 import json
@@ -15,7 +16,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 from dataset.stats import read_tsv
-from dataset.values import ATTRIBUTES, VALUES, read_values
+from dataset.values import ATTRIBUTES, VALUES
 
 
 def objects(path):
@@ -42,13 +43,35 @@ def bare(title):
     return title
 
 
+def spellings():
+    """({(data set, attribute, category, plain spelling): value}, {(data set, attribute, value): spellings}) of values.tsv."""
+    with open(VALUES, encoding="utf-8", newline="") as file:
+        lines = list(csv.DictReader(file, dialect="excel-tab"))
+
+    def categories(line, default):
+        named = line["category"] or ""
+        given = named.removeprefix("not ").split("; ")
+        return [name for name in default if (name in given) != named.startswith("not ")] if named else default
+
+    having, value_of, names = {}, {}, defaultdict(list)
+    for line in lines:
+        where = line["dataset"], line["attribute"], line["value"]
+        having.setdefault(where, ATTRIBUTES[where[0]][where[1]])
+        if line["raw"] == line["value"]:
+            having[where] = categories(line, having[where])
+    for line in lines:
+        where = line["dataset"], line["attribute"], line["value"]
+        names[where].append(line["raw"])
+        for raw, said in ((line["raw"], line), (line["value"], {"category": ""})):
+            for category in categories(said, having[where]):
+                for ending in ("", "s"):
+                    value_of.setdefault((*where[:2], category, plain(raw) + ending), line["value"])
+    return value_of, names
+
+
 def naive(labels, metadata, seed=0, more_than=100, at_most=1000):
     """{(data set, id): (split, category words, title words, attribute, value)}"""
-    names, value_of = read_values(VALUES)[1], {}
-    for (dataset, attribute, value), raws in names.items():
-        for raw in [value, *raws]:
-            for ending in ("", "s"):
-                value_of.setdefault((dataset, attribute, plain(raw) + ending), value)
+    value_of, names = spellings()
     label, product = {}, {}
     for item in objects(labels):
         try:
@@ -58,7 +81,7 @@ def naive(labels, metadata, seed=0, more_than=100, at_most=1000):
             continue
         for dataset, attribute, raws in [(d, k, raws) for k, raws in found for d in ATTRIBUTES
                                          if category in ATTRIBUTES[d].get(k, ())]:
-            values = {value_of.get((dataset, attribute, plain(raw))) for raw in raws} - {None}
+            values = {value_of.get((dataset, attribute, category, plain(raw))) for raw in raws} - {None}
             label.setdefault((dataset, asin, attribute), (values, category, raws))
     for item in objects(metadata):
         title = item.get("title")
@@ -74,13 +97,12 @@ def naive(labels, metadata, seed=0, more_than=100, at_most=1000):
         if len(free) > more_than:
             for asin in sorted(free, key=lambda a: (key(seed, dataset, attribute, value, a), a))[:at_most]:
                 drawn[dataset, asin] = (attribute, value)
-    result, same = {}, defaultdict(list)
+    result, same, room = {}, defaultdict(list), Counter()
     for (dataset, asin), (attribute, value) in drawn.items():
         _, category, raws = label[dataset, asin, attribute]
         said = sorted({name for raw in [value, *raws, *names[dataset, attribute, value]] for name in [raw.lower()]},
                       key=len, reverse=True)
-        pattern = "|".join(r"[\W_]*".join(re.escape(word) + r"(?:s|es|ed|d)?" for word in re.findall(r"[^\W_]+", name))
-                           for name in said)
+        pattern = "|".join(r"[\W_]*".join(form(word) for word in re.findall(r"[^\W_]+", name)) for name in said)
         texts = [category, product[asin]]
         for n, text in enumerate(texts):
             while re.search(rf"(?<![^\W_])(?:{pattern})(?![^\W_])", text, re.I):
@@ -88,14 +110,23 @@ def naive(labels, metadata, seed=0, more_than=100, at_most=1000):
             texts[n] = re.findall(r"[^\W_]+", text)
         if texts[1]:
             result[dataset, asin] = (*texts, attribute, value)
-            same[dataset, attribute, value].append(asin)
-    for (dataset, *_), asins in same.items():
-        asins.sort(key=lambda asin: key(seed, dataset, "split", asin))
-        n = round(len(asins) * 0.15 / 1.05)
-        for place, asin in enumerate(asins):
-            part = "val" if place < n else "test" if place < 2 * n else "train"
+            same[dataset, frozenset(word.lower() for word in texts[1])].append(asin)         # the same words: one split
+            room[dataset, attribute, value] += 1
+    room = {(part, *value): round(n * 0.15 / 1.05) for value, n in room.items() for part in ("val", "test")}
+    for (dataset, _), asins in sorted(same.items(), key=lambda item: key(seed, item[0][0], "split", min(item[1]))):
+        needed = Counter((dataset, *result[dataset, asin][2:]) for asin in asins)
+        part = next((part for part in ("val", "test") if all(n <= room[part, *value] for value, n in needed.items())), "train")
+        for asin in asins:
             result[dataset, asin] = (part, *result[dataset, asin])
+        for value, n in needed.items():
+            if part != "train":
+                room[part, *value] -= n
     return result
+
+
+def form(word):                                 # a word in the plural, with 's, with -ed
+    y = f"|{re.escape(word[:-1])}ies" if word.endswith("y") else ""
+    return rf"(?:{re.escape(word)}(?:s|'s|es|ed|d)?{y})"
 
 
 def differences(labels, metadata, root, **settings):

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import email.utils
 import gzip
 import http.server
 import io
@@ -9,6 +10,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import sqlite3
 import struct
@@ -16,8 +18,10 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import zlib
 from collections import Counter
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -69,6 +73,37 @@ def test_every_mention_goes_and_nothing_else(names, title, left):
     assert without(title, mentions(tuple(names))) == left
 
 
+@pytest.mark.parametrize("names, title, left", [
+    (["Flat"], "ﬂat shoe, Ｆｌａｔ, ﬂat’s", "shoe"),                                         # a ligature, full width
+    (["V-Neck"], "Ｖ－Ｎｅｃｋ Top", "Top"),
+    (["3/4 Sleeve"], "Top ¾ Sleeve 3⁄4 sleeves ３／４ Sleeve", "Top"),
+    (["Polka Dot"], "Pol\u00adka\u200b Dot, Polka\u00a0Dots, Polka&nbsp;Dot & P\ufe0folka-D\u034fotted Dress", "Dress"),
+    (["Stripe"], "&amp;lt;b&amp;gt;Striped&amp;lt;/b&amp;gt; Tee", "Tee"),                       # escaped twice
+    (["A & B"], "A&amp;amp;amp;B Shirt", "Shirt"),
+    (["Stiletto"], "Stiletto's, STILETTO’S, Stilettoʼs heel", "heel"),
+    (["Galaxy"], "Galaxies Galaxy's galaxy-printed", "printed"),
+    (["Bootie"], "Booties, Booty & bootie's", ""),
+    (["Camouflage"], "Camouflaged camouflages hat", "hat"),
+    (["Square Neck"], "Squared-Neck, squarenecked, Squarely", "Squarely"),
+    (["Round Toe"], "Round-Toed Toe", "Toe"),
+    (["Cap"], "Cape Caps capped escape", "Cape escape"),                                    # a cape is no cap
+    (["Naïve"], "nai\u0308ve NAÏVE naive", "naive"),
+    (["Heart"], "Nike™ heart℠ Ⓗeart", "Nike"),
+    (["Leopard"], "<b title='leopard'>Cat</b> &lt;i&gt;Leopard&lt;/i&gt;", "Cat"),
+    (["Short Sleeve"], "short_sleeve short – sleeve short. sleeved short....sleeve", "short....sleeve")])
+def test_nasty_titles(names, title, left):
+    assert without(clean(title), mentions(tuple(names))) == left
+
+
+def test_a_raw_value_means_what_its_mention_means():
+    """Whatever goes from a title as a mention of a value is mapped to it when it stands alone, and the other way round."""
+    for (name, attribute, value), raws in read_values(VALUES)[1].items():
+        for raw in (value, *raws):
+            for form in (raw, raw.upper(), raw + "s", raw + "'s", raw.replace(" ", "-"), raw.replace(" ", "")):
+                left = without(clean(form), mentions((value, *raws)))
+                assert (folded(clean(form)) in {folded(each) for each in (value, *raws)}) == (left == ""), (form, value)
+
+
 def test_titles_are_cleaned():
     assert clean("<span class='a'>A &amp; B</span><style>.x{}</style>") == "A & B"
     assert clean("I <3 you, 5 < 6 &lt;b&gt;x&lt;/b&gt;") == "I <3 you, 5 < 6 x"
@@ -78,10 +113,10 @@ def test_titles_are_cleaned():
 
 def test_the_table_reads_and_holds_only_values_of_the_paper_s_attributes():
     table, _ = read_values(VALUES)
-    assert {dataset_: {a for d, a in table if d == dataset_} for dataset_, _ in table} == {
+    assert {dataset_: {a for d, a, _ in table if d == dataset_} for dataset_, *_ in table} == {
         name: set(attributes) for name, attributes in ATTRIBUTES.items()}
-    assert table["clothing", "Sleeve Style"][folded("short sleeved")] == "Short Sleeve"
-    assert table["clothing", "Sleeve Style"][folded("Short-Sleeves")] == "Short Sleeve"
+    assert table["clothing", "Sleeve Style", "Dresses"][folded("short sleeved")] == "Short Sleeve"
+    assert table["clothing", "Sleeve Style", "Dresses"][folded("Short-Sleeves")] == "Short Sleeve"
 
 
 @real
@@ -91,6 +126,96 @@ def test_the_table_s_values_are_the_authors():
         theirs = {(name, row["attribute_names"], row["attribute_values"]) for row in rows}
         assert theirs == {key for key in read_values(VALUES)[1] if key[0] == name}
         assert {row["category"] for row in rows} <= {c for each in ATTRIBUTES[name].values() for c in each}
+
+
+# Which values the authors' release shows in which categories, written down from its files.
+RELEASE = """
+Length | Dresses | Long Dress/Gown, Midi, Mini/Short
+Length | Skirts | Midi, Mini/Short
+Length | Pants | Capri
+Neckline | Dresses | Cowl Neck, Crew Neck, Halter, Scoop Neck, Square Neck, Strapless, Turtleneck, V-Neck
+Sleeve Style | Shirts & Tops | 3/4 Sleeve, Long Sleeve, Short Sleeve, Sleeveless
+Sleeve Style | Wedding & Bridal Party Dresses | 3/4 Sleeve, Long Sleeve, Short Sleeve, Sleeveless
+Shoulder Style | Wedding & Bridal Party Dresses | Off Shoulder, One Shoulder
+Material | Wigs | Synthetic
+Material | Jewelry Holders | Leather, Metal, Wooden
+Material | Backpacks | Canvas, Leather, Synthetic
+Pattern | Socks | Argyle, Camouflage, Emoji, Floral, Galaxy, Paisley, Plaid, Polka Dot, Stripe
+Pattern | Hats | Argyle, Camouflage, Emoji, Floral, Galaxy, Leopard, Paisley, Plaid, Polka Dot
+"""
+RELEASE = {(attribute, category): set(values.split(", "))
+           for attribute, category, values in (line.split(" | ") for line in RELEASE.strip().splitlines())}
+
+
+def values_by_category(root):
+    """{(attribute, category): values} of the data sets in a folder."""
+    found = {}
+    for name in ATTRIBUTES:
+        for part in stats.SPLITS:
+            for row in stats.read_tsv(root / name / f"{part}.tsv")[0]:
+                found.setdefault((row["attribute_names"], row["category"]), set()).add(row["attribute_values"])
+    return found
+
+
+def test_a_category_gets_no_value_that_the_release_does_not_show_there(made):
+    """The sources give every value in every category: long pants, argyle handbags."""
+    built = values_by_category(made[2])
+    expected = values_by_category(REAL) if REAL.is_dir() else RELEASE
+    for where, values in built.items():
+        assert values <= expected.get(where, values), (where, values - expected[where])
+    assert len(built) > 15 and built["Length", "Pants"] == {"Capri"}
+
+
+@real
+def test_the_copy_of_the_release_s_categories_is_right():
+    theirs = values_by_category(REAL)
+    assert {where: theirs[where] for where in RELEASE} == RELEASE
+
+
+@pytest.mark.parametrize("category, raw, value", [
+    ("Pants", "long", None), ("Dresses", "Long", "Long Dress/Gown"), ("Skirts", "long", None), ("Pants", "Short", None),
+    ("Skirts", "short", "Mini/Short"), ("Dresses", "capris", None), ("Pants", "Capris", "Capri"), ("Pants", "3/4", "Capri"),
+    ("Pants", "mid-calf", "Capri"), ("Skirts", "mid-calf", "Midi")])
+def test_a_spelling_means_a_value_in_its_categories(category, raw, value):
+    assert read_values(VALUES)[0]["clothing", "Length", category].get(folded(raw)) == value
+
+
+@pytest.mark.parametrize("dataset_, attribute, category, raw, value", [
+    ("general", "Pattern", "Shirts & Tops", "check", "Plaid"), ("general", "Pattern", "Shoes", "Checkered", "Plaid"),
+    ("clothing", "Sleeve Style", "Dresses", "3/4", "3/4 Sleeve"), ("clothing", "Sleeve Style", "Dresses", "¾", "3/4 Sleeve"),
+    ("footwear", "Heel Height", "Shoes", "high heels", "High Heel"), ("footwear", "Heel Height", "Shoes", "High", "High Heel"),
+    ("footwear", "Heel Height", "Shoes", "stiletto's", "High Heel"), ("footwear", "Heel Height", "Shoes", "low", "Low Heel"),
+    ("general", "Pattern", "Dresses", "Galaxies", "Galaxy"), ("general", "Pattern", "Dresses", "ﬂoral", "Floral"),
+    ("footwear", "Toe Style", "Shoes", "round-toed", "Round Toe"), ("footwear", "Shaft Height", "Shoes", "Bootie's", "Bootie")])
+def test_spellings_of_the_trade(dataset_, attribute, category, raw, value):
+    assert read_values(VALUES)[0][dataset_, attribute, category][folded(clean(raw))] == value
+
+
+TABLE = "dataset\tattribute\traw\tvalue\tcategory\n"
+
+
+@pytest.mark.parametrize("text, says", [
+    ("clothing\tLength\tCapri\tCapri\tTrousers\n", "v.tsv, line 2: no category 'Trousers' in clothing, Length. Allowed: Dresses;"),
+    ("clothing\tLength\tCapri\tCapri\tPants\n\nclothing\tLength\tcropped\tCapri\tDresses\n",
+     "v.tsv, line 4: 'Capri' does not exist in 'Dresses'"),
+    ("clothing\tLength\tlong\tMaxi\tDresses\nclothing\tLength\tLong\tMidi\tnot Pants\n",
+     "v.tsv, line 3: 'Long' means 'Midi' here, and 'Maxi' on an earlier line of clothing, Length, Dresses"),
+    ("clothing\tLength\tCapri\tCapri\tPants\nclothing\tLength\tCapri\tCapri\tSkirts\n",
+     "v.tsv, line 3: 'Capri' has other categories on an earlier line"),
+    ("clothing\tLength\tlong\tMaxi\tDresses\tSkirts\n", "v.tsv, line 2: 6 fields")])
+def test_a_bad_category_is_refused_with_its_line(tmp_path, text, says):
+    (tmp_path / "v.tsv").write_text(TABLE + text)
+    with pytest.raises(UserError, match=re.escape(says)):
+        read_values(tmp_path / "v.tsv")
+
+
+def test_one_spelling_may_mean_different_values_in_different_categories(tmp_path):
+    (tmp_path / "v.tsv").write_text(TABLE + "clothing\tLength\tlong\tMaxi\tDresses; Skirts\n"
+                                            "clothing\tLength\tlong\tFull\tnot Dresses; Skirts\n")
+    table, names = read_values(tmp_path / "v.tsv")
+    assert {category: table["clothing", "Length", category]["long"] for category in ("Dresses", "Skirts", "Pants")} == {
+        "Dresses": "Maxi", "Skirts": "Maxi", "Pants": "Full"}
+    assert names == {("clothing", "Length", "Maxi"): ["long"], ("clothing", "Length", "Full"): ["long"]}
 
 
 @pytest.mark.parametrize("text, says", [
@@ -317,6 +442,61 @@ def test_an_id_that_is_no_asin_goes_nowhere(tmp_path, capsys):
     assert [(row["id"], row["texts"]) for row in rows] == [("B000000002", "[Title] A shoe")]
 
 
+def test_several_files_of_metadata_are_one(made, tmp_path, capsys):
+    """Cut in two, killed after the first, one of them changed: the same bytes."""
+    labels, metadata, root = made
+    lines = metadata.read_bytes().splitlines(keepends=True)
+    parts = [tmp_path / "a.json", tmp_path / "b.json.gz"]
+    parts[0].write_bytes(b"".join(lines[:1000]))
+    parts[1].write_bytes(gzip.compress(b"".join(lines[1000:2000])))
+    build.build(labels, parts, tmp_path / "root", photos=False, **FEW)
+    assert contents(tmp_path / "root") != contents(root)
+    parts[1].write_bytes(gzip.compress(b"".join(lines[1000:])))
+    build.build(labels, parts, tmp_path / "root", photos=False, **FEW)
+    assert contents(tmp_path / "root") == contents(root)
+    build.build(labels, parts[:1], tmp_path / "root", photos=False, **FEW)
+    capsys.readouterr()
+    build.build(labels, parts, tmp_path / "root", photos=False, **FEW)
+    assert capsys.readouterr().out.count("read before") == 1               # the labels; all metadata are read again
+    assert contents(tmp_path / "root") == contents(root)
+
+
+def test_metadata_as_python_dicts(made, tmp_path):
+    """Amazon's files of 2014 hold repr() of dicts.  Nothing in them is executed, and none of them takes long."""
+    labels, metadata, root = made
+    lines = []
+    for line in metadata.read_bytes().splitlines():
+        try:
+            lines.append(repr(json.loads(line)).encode())
+        except ValueError:
+            lines.append(line)
+    lines[1:1] = [b"{'asin': __import__('os').mkdir('" + str(tmp_path / "evil").encode() + b"')}", b"{'asin': " + b"[" * 90_000,
+                  b"{'asin': " + b"-" * 150_000 + b"1}", b"{'a': " * 30_000, b"{'asin': 'B000000000', 'title': '" + b"x" * 10**6 + b"'}",
+                  b"{'asin': {}, 'title': {1: b'x'}}", b"{'asin': 'B000000000', 'title': '\\d\\ud800'}"]
+    (tmp_path / "m").write_bytes(b"\n".join(lines))
+    start = time.monotonic()
+    build.build(labels, tmp_path / "m", tmp_path / "root", photos=False, **FEW)
+    assert time.monotonic() - start < 30 and not (tmp_path / "evil").exists()
+    assert contents(tmp_path / "root") == contents(root)
+
+
+def test_which_line_counts_of_a_product_given_twice(tmp_path):
+    """Of each attribute the first label; of titles the first that can be used."""
+    def label_of(key, value):
+        return {"id": "B000000001", "category": "Shoes", "attributes": [
+            {"key": key, "evidences": [{"value": value, "pid": 0, "begin": 0, "end": 9}]}]}
+
+    (tmp_path / "l").write_text("\n".join(json.dumps(each) for each in (
+        label_of("Toe Style", "round toe"), label_of("Toe Style", "pointed toe"), label_of("Heel Height", "flat"))))
+    (tmp_path / "m").write_text("\n".join(json.dumps({"asin": "B000000001", "title": title}) for title in (
+        "", "var x = getTime()", "First round shoe", "Second shoe")))
+    build.build(tmp_path / "l", tmp_path / "m", tmp_path / "root", photos=False, more_than=0)
+    with contextlib.closing(sqlite3.connect(tmp_path / "root/.build/sources.sqlite")) as db:
+        assert db.execute("SELECT attribute, value FROM valued ORDER BY attribute").fetchall() == [
+            ("Heel Height", "Flat"), ("Toe Style", "Round Toe")]
+        assert db.execute("SELECT title FROM product").fetchall() == [("First round shoe",)]
+
+
 def test_two_names_of_one_attribute_are_one_label(tmp_path, capsys):
     """Heel and Heel Height contradict each other in the first product, and agree in the second."""
     with open(tmp_path / "l", "w") as labels, open(tmp_path / "m", "w") as metadata:
@@ -521,6 +701,123 @@ def test_without_a_network_it_ends_soon(monkeypatch, tmp_path):
     assert len(photos.download({f"P{n}": ["http://x/"] for n in range(200)}, tmp_path)) == 199      # gone, but the server answers
 
 
+@pytest.fixture
+def patient(monkeypatch):
+    """Pauses of less than a second in all."""
+    monkeypatch.setattr(photos, "PAUSES", (0.02, 0.04, 0.08, 0.16))
+    return dict(tries=3, pause=0.005)
+
+
+OUTAGES = [photos.NoPhoto("[Errno 111] Connection refused", again=True), photos.NoPhoto("no answer for 20 s", again=True),
+           photos.NoPhoto("[Errno 101] Network is unreachable", again=True), photos.NoPhoto("HTTP 503", again=True),
+           photos.NoPhoto("HTTP 429", again=True), photos.NoPhoto("a web page, not a photo", again=True)]
+
+
+@pytest.mark.parametrize("outage", OUTAGES, ids=str)
+def test_a_server_that_stops_answering_stops_the_download(outage, patient, monkeypatch, tmp_path):
+    """After 101 of 360 photos: it is asked a few times more, not 259 times, and the next start has all."""
+    asked, down = Counter(), [True]
+
+    def fetch(url, *_):
+        asked[url] += 1
+        if down[0] and len(asked) > 101:
+            raise outage
+        return GOOD
+
+    monkeypatch.setattr(photos, "fetch", fetch)
+    wanted = {f"P{n:04}": [f"http://x/{n}"] for n in range(360)}
+    with pytest.raises(UserError, match=r"x has stopped answering \(.*Start the same command again"):
+        photos.download(wanted, tmp_path, **patient)
+    there = len(list(tmp_path.iterdir()))
+    assert 85 < there <= 110 and asked.total() < there + 60
+    down[0] = False
+    assert photos.download(wanted, tmp_path, **patient) == {} and len(list(tmp_path.iterdir())) == 360
+
+
+@pytest.mark.parametrize("outage", OUTAGES, ids=str)
+def test_a_server_that_comes_back_has_lost_nothing(outage, patient, monkeypatch, tmp_path):
+    """Away twice for a while, with every fifth photo gone for good and one that always fails."""
+    asked, away = [], [0.1, 0.3]
+    start = time.monotonic()
+
+    def fetch(url, *_):
+        asked.append(url)
+        now, n = time.monotonic() - start, int(url.rpartition("/")[2])
+        if any(begin < now < begin + 0.12 for begin in away):
+            raise outage
+        time.sleep(0.005)
+        if n % 5 == 0:
+            raise photos.NoPhoto("HTTP 404")
+        if n == 7:
+            raise outage
+        return GOOD
+
+    monkeypatch.setattr(photos, "fetch", fetch)
+    failed = photos.download({f"P{n:04}": [f"http://x/{n}"] for n in range(500)}, tmp_path, connections=4, **patient)
+    assert time.monotonic() - start > 0.4
+    assert sorted(failed) == sorted({f"P{n:04}" for n in range(0, 500, 5)} | {"P0007"})
+
+
+def test_another_server_that_never_answers(patient, monkeypatch, tmp_path):
+    """A few photos on a dead server are listed; with many, the data set would be another one."""
+    def fetch(url, *_):
+        if "dead" in url:
+            raise photos.NoPhoto("[Errno -2] Name or service not known", again=True)
+        return GOOD
+
+    monkeypatch.setattr(photos, "fetch", fetch)
+    failed = photos.download({f"P{n:04}": [f"http://{'dead' if n % 50 == 1 else 'x'}/{n}"] for n in range(200)}, tmp_path, **patient)
+    assert len(failed) == 4 and any("dead does not answer" in reason for [(_, reason)] in failed.values())
+    with pytest.raises(UserError, match="20 of 200 photos are on servers that do not answer: dead "):
+        photos.download({f"Q{n:04}": [f"http://{'dead' if n % 10 == 1 else 'x'}/{n}"] for n in range(200)}, tmp_path, **patient)
+
+
+def test_no_split_is_written_without_the_photos(made, server, patient, monkeypatch, tmp_path):
+    labels, metadata = make_mave.make(tmp_path, 1500, 1500, photos=f"{server}/good")
+    settings = dict(more_than=2, at_most=20, datasets=["clothing"], **patient)
+    real_fetch, left = photos.fetch, [20]
+
+    def fetch(*what):
+        left[0] -= 1
+        if left[0] < 0:
+            raise photos.NoPhoto("[Errno 111] Connection refused", again=True)
+        return real_fetch(*what)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(photos, "fetch", fetch)
+        with pytest.raises(UserError, match="has stopped answering"):
+            build.build(labels, metadata, tmp_path / "root", **settings)
+    assert not (tmp_path / "root/clothing").exists() and not (tmp_path / "root/failed.tsv").exists()
+    build.build(labels, metadata, tmp_path / "root", **settings)
+    build.build(labels, metadata, tmp_path / "whole", **settings)
+    assert contents(tmp_path / "root") == contents(tmp_path / "whole")
+
+
+def test_retry_after_is_a_number_or_a_date():
+    assert [photos.retry_after(text) for text in ("", "7", "-7", "soon", "Wed, 21 Oct 2015 07:28:00 GMT", "²")] == [0, 7, 0, 0, 0, 0]
+    in_a_minute = email.utils.format_datetime(datetime.now(UTC) + timedelta(seconds=60), usegmt=True)
+    assert 58 <= photos.retry_after(in_a_minute) <= 60
+
+
+def test_a_wait_that_the_server_asks_for_holds_for_all(monkeypatch, tmp_path):
+    """Once told to wait, no thread asks before the time; a wait of hours is not waited for."""
+    asked, start = [], time.monotonic()
+
+    def fetch(url, *_):
+        asked.append(time.monotonic() - start)
+        if len(asked) == 1:
+            raise photos.NoPhoto("HTTP 429", again=True, after=0.5)
+        time.sleep(0.01)
+        return GOOD
+
+    monkeypatch.setattr(photos, "fetch", fetch)
+    assert photos.download({f"P{n}": [f"http://x/{n}"] for n in range(30)}, tmp_path, connections=4, pause=0.01) == {}
+    assert sum(0.05 < when < 0.45 for when in asked) == 0 and len(asked) == 31
+    monkeypatch.setattr(photos, "fetch", lambda *_: (_ for _ in ()).throw(photos.NoPhoto("HTTP 429", again=True, after=7200)))
+    with pytest.raises(UserError, match="HTTP 429: it asks to wait 2 h 00 min"):
+        photos.download({f"P{n}": [f"http://x/{n}"] for n in range(40)}, tmp_path, pause=0.01)
+
+
 def test_numbers_in_headers():
     assert [photos.plain_number(x) for x in ("12", "", "²", "-1", "9" * 5000)] == [True, False, False, False, False]
 
@@ -528,8 +825,9 @@ def test_numbers_in_headers():
 def test_back_off_doubles_and_obeys_the_server(monkeypatch, tmp_path):
     waits = []
     monkeypatch.setattr(threading.Event, "wait", lambda self, seconds: waits.append(seconds))
+    monkeypatch.setattr(photos, "time", types.SimpleNamespace(monotonic=lambda: sum(waits)))
     monkeypatch.setattr(photos, "fetch", lambda *_: (_ for _ in ()).throw(photos.NoPhoto("busy", again=True, after=3)))
-    photos.one_photo("X", ["http://x/"], tmp_path, 1, 1, tries=4, pause=1, stop=threading.Event())
+    photos.one_photo("X", ["http://x/"], tmp_path, 1, 1, 4, 1, threading.Event(), {"x": photos.Host("x")})
     assert waits == [3, 3, 4]
 
 
@@ -632,8 +930,12 @@ def test_import_of_the_authors_layout(tmp_path, capsys):
     before = contents(ours)
     release.import_release(theirs, ours, [tmp_path / "drive"])
     assert contents(ours) == before
+    with pytest.raises(UserError, match="--with-photos-only leaves no row in general/val: "):
+        release.import_release(theirs, ours, [tmp_path / "drive"], with_photos_only=True)
+    assert contents(ours) == before                     # nothing is written of a data set that nobody could train on
+    (tmp_path / "drive/B000000006.jpg").write_bytes(GOOD)
     release.import_release(theirs, ours, [tmp_path / "drive"], with_photos_only=True)
-    assert len(stats.read_tsv(ours / "general/train.tsv")[0]) == 4 and not stats.read_tsv(ours / "general/val.tsv")[0]
+    assert len(stats.read_tsv(ours / "general/train.tsv")[0]) == 4 and len(stats.read_tsv(ours / "general/val.tsv")[0]) == 1
 
 
 def test_import_never_leaves_the_images_folder(tmp_path, capsys):
@@ -670,7 +972,7 @@ def test_import_of_the_real_release(tmp_path, capsys):
     (theirs / "data/evaluation_data").mkdir()
     (theirs / "data/evaluation_data/images").mkdir()
     for photo in (REAL / "images").glob("*.jpg"):
-        os.symlink(photo, theirs / "data/evaluation_data/images" / photo.name)
+        shutil.copyfile(photo, theirs / "data/evaluation_data/images" / photo.name)     # a link out of the clone is not used
     release.import_release(theirs, tmp_path / "data")
     out = capsys.readouterr().out
     for name, (n, test) in {"clothing": (15132, 226), "footwear": (17091, 317), "general": (10473, 220)}.items():
