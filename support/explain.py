@@ -117,11 +117,11 @@ def explain(run, product, temperature=TEMPERATURE, top_p=TOP_P):
                     vocab=model.llama.config.vocab_size)
     if run.photo_features is not None:
         record_vit(e, run, product)
-    logits, ids = [], []
-    with recorded_llama(e, model, ids), recorded_draws(logits):
+    ids, draws = [], []
+    with recorded_llama(e, model, ids), recorded_draws(draws):
         [e.answer] = answers(run, [product], temperature=temperature, top_p=top_p)
     e.tokens = label_tokens(ids, e, model.tokenizer, base_question(product, run.config.text))
-    e.answer_tokens = [answer_token(*drawn, temperature, top_p, model.tokenizer) for drawn in logits]
+    e.answer_tokens = [answer_token(*drawn, temperature, top_p, model.tokenizer) for drawn in draws]
     return e
 
 
@@ -209,8 +209,8 @@ def recorded_llama(e, model, ids):
 
 
 @contextmanager
-def recorded_draws(drawn):
-    """Meanwhile, every call of eiven.nucleus adds (logits (vocab,), uniform number, chosen id) of its first row to `drawn`.
+def recorded_draws(draws):
+    """Meanwhile, every call of eiven.nucleus adds (logits (vocab,), uniform number, chosen id) of its first row to `draws`.
 
     EIVEN.generate keeps neither.  Its nucleus function gets both, so what is shown is the very draw that was made.
     """
@@ -218,7 +218,7 @@ def recorded_draws(drawn):
 
     def recording(logits, temperature, top_p, uniform):
         token = original(logits, temperature, top_p, uniform)
-        drawn.append((logits[0].cpu(), uniform[0], int(token[0])))
+        draws.append((logits[0].cpu(), uniform[0], int(token[0])))
         return token
 
     eiven.nucleus = recording

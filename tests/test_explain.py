@@ -307,6 +307,16 @@ def test_a_long_title_and_a_long_answer_stay_readable(run, products):
     e.answer_tokens = e.answer_tokens * 8
     lines = summary(e)
     assert len(lines) <= 60 and max(map(len, lines)) <= 100
+    page = page_html(e, steps(e), explain.verdict(e))
+    assert "B" * 61 not in page and "boot boot" in page
+
+
+def test_a_token_far_down_the_nucleus_lies_where_it_was_drawn(run, products):
+    """The bar of a draw: each part from its start to its end, in per cent, also that of a token outside the ten likeliest."""
+    e = explain.explain(run, products[0], temperature=5.0, top_p=1.0)
+    far = next(c for token in e.answer_tokens for c in token.choices if c.chosen and c.rank > 10)
+    start, end = far.share
+    assert f"left: {100 * start:.2f}%; width: {100 * (end - start):.2f}%" in page_html(e, steps(e), "")
 
 
 # ------------------------------------------------------------------------------------------------ finding, file names
