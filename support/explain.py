@@ -313,9 +313,9 @@ def steps(e):
              "The adapter changes the input h of the attention to h′; the column “adapter” is |h′−h|/|h| (section 2.2)."),
         Step(6, "The answer, token after token", "p(R_t | X, R_<t)", f"{len(e.answer_tokens)} tokens × {e.vocab:,} logits",
              ("llama.py: LLaMA.logits", "eiven.py: nucleus"),
-             f"LLaMA gives every token a probability. For the draw, its logits are divided by the temperature, {e.temperature:g}. "
-             f"The nucleus is the smallest set of likeliest tokens that then reach {e.top_p:g} together. A random number "
-             "between 0 and 1 chooses one of them (section 4.1)."
+             "LLaMA gives every token a probability. For the draw, its logits are divided by the temperature, "
+             f"{e.temperature:g}. The nucleus is the smallest set of likeliest tokens that then reach {e.top_p:g} together. "
+             "A random number between 0 and 1 chooses one of them (section 4.1)."
              if e.temperature > 0 else
              "LLaMA gives every token a probability. At temperature 0 the likeliest token is taken, without a draw."),
         Step(7, "The answer", "R", "text", ("eiven.py: EIVEN.generate", "evaluate.py: exact_match"),
