@@ -65,7 +65,7 @@ class Step(NamedTuple):
 class Explanation:
     """What was recorded while a run answered one product.
 
-    vit_layers     the ViT layers whose [cls] tokens are used; without photos this and the next four are empty or None
+    vit_layers     the ViT layers whose [cls] tokens are used; without photos all from here to I_projected is empty or None
     pixels         (3, size, size), normalised
     patch_size     pixels
     cls_attention  for each of vit_layers (heads, 1 + patches): attention weights of the [cls] query
@@ -408,15 +408,15 @@ def find_product(products, given, attribute, where):
             if product.id == given:
                 rows.append(product)
     if not rows:
-        raise UserError(f"--explain {shortened(given, 60)}: {where} has no product of this ID; it has, for example, "
+        raise UserError(f"--explain {shortened(given, 60)!r}: {where} has no product of this ID; it has, for example, "
                         f"{' and '.join(dict.fromkeys([products[0].id, products[-1].id]))}. Other splits: --split")
     known = list(dict.fromkeys(p.attribute for p in rows))
     if attribute is None and len(known) > 1:
-        raise UserError(f"--explain {shortened(given, 60)}: {where} has {len(rows)} rows of this ID; choose one with "
+        raise UserError(f"--explain {shortened(given, 60)!r}: {where} has {len(rows)} rows of this ID; choose one with "
                         f"--attribute: {', '.join(map(repr, known))}")
     rows = [p for p in rows if attribute is None or p.attribute.lower() == attribute.lower()]
     if not rows:
-        raise UserError(f"--explain {shortened(given, 60)} --attribute {attribute}: {where} has no such row; this product "
+        raise UserError(f"--explain {shortened(given, 60)!r} --attribute {attribute!r}: {where} has no such row; this product "
                         f"has {', '.join(map(repr, known))}")
     return rows[0]
 

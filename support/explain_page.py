@@ -53,7 +53,8 @@ td:first-child, th:first-child { text-align: left; padding-left: 0 } .card table
 .chosen td { background: var(--box) } .p { width: 30%; padding-right: 0 } .p i { display: block; height: .8rem;
 background: var(--bar); border-radius: 2px } .draw { position: relative; height: 1.7rem; margin: .3rem 0 .9rem }
 .draw .stack { position: relative; height: 1.2rem; background: #BBB } .draw .stack i { position: absolute; height: 100%;
-background: #E69F00; color: #000; font: .75rem/1.6 ui-monospace, monospace; overflow: hidden; text-align: center; white-space: nowrap }
+background: #E69F00; color: #000; font: .75rem/1.6 ui-monospace, monospace; overflow: hidden;
+text-align: center; white-space: nowrap }
 .draw b { position: absolute; top: -.2rem;
 height: 1.7rem; width: 3px; background: var(--ink); outline: 1px solid var(--paper) } .draw small { position: absolute;
 top: 1.25rem; white-space: nowrap }

@@ -332,10 +332,10 @@ def test_a_product_is_found_by_id_and_attribute():
 
 
 @pytest.mark.parametrize("given, attribute, said", [
-    ("C", None, "--explain C: test.tsv has no product of this ID; it has, for example, A and B. Other splits: --split"),
+    ("C", None, "--explain 'C': test.tsv has no product of this ID; it has, for example, A and B. Other splits: --split"),
     ("A", None, "test.tsv has 2 rows of this ID; choose one with --attribute: 'Boot Style', 'Heel Height'"),
-    ("B", "Heel Height", "--explain B --attribute Heel Height: test.tsv has no such row; this product has 'Boot Style'"),
-    ("x" * 300, None, "--explain x{59}…: test.tsv has no"),
+    ("B", "Heel Height", "--explain 'B' --attribute 'Heel Height': test.tsv has no such row; this product has 'Boot Style'"),
+    ("x" * 300, None, "--explain 'x{59}…': test.tsv has no"),
 ])
 def test_a_product_that_is_not_found_is_one_line(given, attribute, said):
     with pytest.raises(UserError, match=said) as error:
@@ -344,8 +344,8 @@ def test_a_product_that_is_not_found_is_one_line(given, attribute, said):
 
 
 def test_any_id_makes_a_safe_file_name_of_its_own(tmp_path):
-    ids = ["B0041", "b0041", "../../etc/passwd", "a/b", "a\\b", "a-b", "靴" * 300, "x" * 300, "x" * 301, "", ".", "..", "CON", "a\0b",
-           "\udce9", "e\u0301", "\u00e9"]
+    ids = ["B0041", "b0041", "../../etc/passwd", "a/b", "a\\b", "a-b", "靴" * 300, "x" * 300, "x" * 301, "", ".", "..", "CON",
+           "a\0b", "\udce9", "e\u0301", "\u00e9"]
     names = [page_name(Product(i, "", "", "", "Boot Style", "")) for i in ids]
     names.append(page_name(Product("B0041", "", "", "", "Heel Height", "")))
     assert len({name.lower() for name in names}) == len(names)
