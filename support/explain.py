@@ -65,7 +65,7 @@ class Step(NamedTuple):
 class Explanation:
     """What was recorded while a run answered one product.
 
-    vit_layers     the ViT layers whose [cls] tokens are used; without photos this and the next four are empty or None
+    vit_layers     the ViT layers whose [cls] tokens are used; without photos all from here to I_projected is empty or None
     pixels         (3, size, size), normalised
     patch_size     pixels
     cls_attention  for each of vit_layers (heads, 1 + patches): attention weights of the [cls] query
@@ -117,11 +117,11 @@ def explain(run, product, temperature=TEMPERATURE, top_p=TOP_P):
                     vocab=model.llama.config.vocab_size)
     if run.photo_features is not None:
         record_vit(e, run, product)
-    logits, ids = [], []
-    with recorded_llama(e, model, ids), recorded_draws(logits):
+    ids, draws = [], []
+    with recorded_llama(e, model, ids), recorded_draws(draws):
         [e.answer] = answers(run, [product], temperature=temperature, top_p=top_p)
     e.tokens = label_tokens(ids, e, model.tokenizer, base_question(product, run.config.text))
-    e.answer_tokens = [answer_token(*drawn, temperature, top_p, model.tokenizer) for drawn in logits]
+    e.answer_tokens = [answer_token(*drawn, temperature, top_p, model.tokenizer) for drawn in draws]
     return e
 
 
@@ -209,8 +209,8 @@ def recorded_llama(e, model, ids):
 
 
 @contextmanager
-def recorded_draws(drawn):
-    """Meanwhile, every call of eiven.nucleus adds (logits (vocab,), uniform number, chosen id) of its first row to `drawn`.
+def recorded_draws(draws):
+    """Meanwhile, every call of eiven.nucleus adds (logits (vocab,), uniform number, chosen id) of its first row to `draws`.
 
     EIVEN.generate keeps neither.  Its nucleus function gets both, so what is shown is the very draw that was made.
     """
@@ -218,7 +218,7 @@ def recorded_draws(drawn):
 
     def recording(logits, temperature, top_p, uniform):
         token = original(logits, temperature, top_p, uniform)
-        drawn.append((logits[0].cpu(), uniform[0], int(token[0])))
+        draws.append((logits[0].cpu(), uniform[0], int(token[0])))
         return token
 
     eiven.nucleus = recording
@@ -313,9 +313,9 @@ def steps(e):
              "The adapter changes the input h of the attention to h′; the column “adapter” is |h′−h|/|h| (section 2.2)."),
         Step(6, "The answer, token after token", "p(R_t | X, R_<t)", f"{len(e.answer_tokens)} tokens × {e.vocab:,} logits",
              ("llama.py: LLaMA.logits", "eiven.py: nucleus"),
-             f"LLaMA gives every token a probability. For the draw, its logits are divided by the temperature, {e.temperature:g}. "
-             f"The nucleus is the smallest set of likeliest tokens that then reach {e.top_p:g} together. A random number "
-             "between 0 and 1 chooses one of them (section 4.1)."
+             "LLaMA gives every token a probability. For the draw, its logits are divided by the temperature, "
+             f"{e.temperature:g}. The nucleus is the smallest set of likeliest tokens that then reach {e.top_p:g} together. "
+             "A random number between 0 and 1 chooses one of them (section 4.1)."
              if e.temperature > 0 else
              "LLaMA gives every token a probability. At temperature 0 the likeliest token is taken, without a draw."),
         Step(7, "The answer", "R", "text", ("eiven.py: EIVEN.generate", "evaluate.py: exact_match"),
@@ -408,15 +408,15 @@ def find_product(products, given, attribute, where):
             if product.id == given:
                 rows.append(product)
     if not rows:
-        raise UserError(f"--explain {shortened(given, 60)}: {where} has no product of this ID; it has, for example, "
+        raise UserError(f"--explain {shortened(given, 60)!r}: {where} has no product of this ID; it has, for example, "
                         f"{' and '.join(dict.fromkeys([products[0].id, products[-1].id]))}. Other splits: --split")
     known = list(dict.fromkeys(p.attribute for p in rows))
     if attribute is None and len(known) > 1:
-        raise UserError(f"--explain {shortened(given, 60)}: {where} has {len(rows)} rows of this ID; choose one with "
+        raise UserError(f"--explain {shortened(given, 60)!r}: {where} has {len(rows)} rows of this ID; choose one with "
                         f"--attribute: {', '.join(map(repr, known))}")
     rows = [p for p in rows if attribute is None or p.attribute.lower() == attribute.lower()]
     if not rows:
-        raise UserError(f"--explain {shortened(given, 60)} --attribute {attribute}: {where} has no such row; this product "
+        raise UserError(f"--explain {shortened(given, 60)!r} --attribute {attribute!r}: {where} has no such row; this product "
                         f"has {', '.join(map(repr, known))}")
     return rows[0]
 

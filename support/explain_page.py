@@ -26,7 +26,8 @@ section { border-top: 1px solid var(--line); padding: 1.2rem 0 .4rem; margin-top
 code { font: .9em ui-monospace, monospace } .answer { font-size: 1.15rem; font-weight: 600 }
 .facts { display: flex; flex-wrap: wrap; gap: .1rem 1.4rem; font-size: .875rem; color: var(--soft); margin: .5rem 0 .8rem }
 .facts b { font-weight: 600; color: var(--ink) }
-.row { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(13rem, 46%), 1fr)) }
+.row { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(9.5rem, 46%), 1fr)) }
+.row figure { max-width: 22rem }
 .row.wide { grid-template-columns: repeat(auto-fit, minmax(min(19rem, 100%), 1fr)) }
 figure { margin: 0; break-inside: avoid } figure svg, figure img { display: block; width: 100%; height: auto }
 figcaption { font-size: .875rem; margin-top: .3rem } .photo { max-width: 22rem }
@@ -51,8 +52,10 @@ td:first-child, th:first-child { text-align: left; padding-left: 0 } .card table
 .inside { font-weight: 600 } .inside td:first-child { border-left: 4px solid #E69F00; padding-left: .4rem }
 .chosen td { background: var(--box) } .p { width: 30%; padding-right: 0 } .p i { display: block; height: .8rem;
 background: var(--bar); border-radius: 2px } .draw { position: relative; height: 1.7rem; margin: .3rem 0 .9rem }
-.draw .stack { height: 1.2rem; background: #BBB } .draw .stack i { background: #E69F00; color: #000; font: .75rem/1.6
-ui-monospace, monospace; overflow: hidden; text-align: center; white-space: nowrap } .draw b { position: absolute; top: -.2rem;
+.draw .stack { position: relative; height: 1.2rem; background: #BBB } .draw .stack i { position: absolute; height: 100%;
+background: #E69F00; color: #000; font: .75rem/1.6 ui-monospace, monospace; overflow: hidden;
+text-align: center; white-space: nowrap }
+.draw b { position: absolute; top: -.2rem;
 height: 1.7rem; width: 3px; background: var(--ink); outline: 1px solid var(--paper) } .draw small { position: absolute;
 top: 1.25rem; white-space: nowrap }
 @media (max-width: 30rem) { .box td, .box th { padding: .15rem .3rem; font-size: .78rem } }
@@ -175,8 +178,9 @@ def draws_picture(e):
             for c in token.choices)
         draw = ""
         if e.temperature > 0:
-            shared = sorted((c for c in token.choices if c.share), key=lambda c: c.share)
-            parts = "".join(f"<i style='width: {100 * (c.share[1] - c.share[0]):.2f}%'>{escape(c.text)}</i>" for c in shared)
+            parts = "".join(
+                f"<i style='left: {100 * c.share[0]:.2f}%; width: {100 * (c.share[1] - c.share[0]):.2f}%'>{escape(c.text)}</i>"
+                for c in token.choices if c.share)
             side = f"left: {100 * token.uniform:.1f}%" if token.uniform < 0.5 else f"right: {100 - 100 * token.uniform:.1f}%"
             draw = (f"<p>{token.nucleus:,} token{'s' * (token.nucleus > 1)} in the nucleus; the draw {token.uniform:.3f} "
                     f"chooses <b>{escape(chosen.text)}</b>.</p><div class='draw'><div class='stack'>{parts}</div>"
@@ -184,8 +188,10 @@ def draws_picture(e):
                     "</small></div>")
         return f"<div class='card'><h3>{t}. {escape(chosen.text)}</h3>{draw}<table>{rows}</table></div>"
 
-    return ("<p><small>Rank, token, probability (at temperature 1). An orange edge and bold type mark the nucleus; a shaded row is the chosen "
-            "token. The orange bar is the nucleus, from 0 to 1; the line on it is the draw.</small></p><div class='row wide'>"
+    bar = (" The bar is the nucleus, from 0 to 1; the line on it is the draw. Tokens of the nucleus that are not listed are grey."
+           if e.temperature > 0 else "")
+    return ("<p><small>Rank, token, probability (at temperature 1). An orange edge and bold type mark the nucleus. "
+            f"The shaded row is the chosen token.{bar}</small></p><div class='row wide'>"
             + "".join(card(t, token) for t, token in enumerate(e.answer_tokens, start=1)) + "</div>")
 
 
@@ -201,7 +207,7 @@ def page_html(e, steps, verdict):
         f"<span>computed by: {', '.join(f'<code>{escape(code)}</code>' for code in step.code)}</span></div>"
         + (PICTURES[step.number](e) if step.number in PICTURES else f"<p class='answer'>{escape(verdict)}</p>")
         + "</section>" for step in steps)
-    name = product.id or "One product"
+    name = product.id[:60] + "…" * (len(product.id) > 60) if product.id else "One product"
     no_photo = "" if e.pixels is not None else "<p>This run does not use photos, so steps 1 to 3 are left out.</p>"
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">

@@ -308,6 +308,16 @@ def test_a_long_title_and_a_long_answer_stay_readable(run, products):
     e.answer_tokens = e.answer_tokens * 8
     lines = summary(e)
     assert len(lines) <= 60 and max(map(len, lines)) <= 100
+    page = page_html(e, steps(e), explain.verdict(e))
+    assert "B" * 61 not in page and "boot boot" in page
+
+
+def test_a_token_far_down_the_nucleus_lies_where_it_was_drawn(run, products):
+    """The bar of a draw: each part from its start to its end, in per cent, also that of a token outside the ten likeliest."""
+    e = explain.explain(run, products[0], temperature=5.0, top_p=1.0)
+    far = next(c for token in e.answer_tokens for c in token.choices if c.chosen and c.rank > 10)
+    start, end = far.share
+    assert f"left: {100 * start:.2f}%; width: {100 * (end - start):.2f}%" in page_html(e, steps(e), "")
 
 
 # ------------------------------------------------------------------------------------------------ finding, file names
@@ -323,10 +333,10 @@ def test_a_product_is_found_by_id_and_attribute():
 
 
 @pytest.mark.parametrize("given, attribute, said", [
-    ("C", None, "--explain C: test.tsv has no product of this ID; it has, for example, A and B. Other splits: --split"),
+    ("C", None, "--explain 'C': test.tsv has no product of this ID; it has, for example, A and B. Other splits: --split"),
     ("A", None, "test.tsv has 2 rows of this ID; choose one with --attribute: 'Boot Style', 'Heel Height'"),
-    ("B", "Heel Height", "--explain B --attribute Heel Height: test.tsv has no such row; this product has 'Boot Style'"),
-    ("x" * 300, None, "--explain x{59}…: test.tsv has no"),
+    ("B", "Heel Height", "--explain 'B' --attribute 'Heel Height': test.tsv has no such row; this product has 'Boot Style'"),
+    ("x" * 300, None, "--explain 'x{59}…': test.tsv has no"),
 ])
 def test_a_product_that_is_not_found_is_one_line(given, attribute, said):
     with pytest.raises(UserError, match=said) as error:
@@ -335,8 +345,8 @@ def test_a_product_that_is_not_found_is_one_line(given, attribute, said):
 
 
 def test_any_id_makes_a_safe_file_name_of_its_own(tmp_path):
-    ids = ["B0041", "b0041", "../../etc/passwd", "a/b", "a\\b", "a-b", "靴" * 300, "x" * 300, "x" * 301, "", ".", "..", "CON", "a\0b",
-           "\udce9", "e\u0301", "\u00e9"]
+    ids = ["B0041", "b0041", "../../etc/passwd", "a/b", "a\\b", "a-b", "靴" * 300, "x" * 300, "x" * 301, "", ".", "..", "CON",
+           "a\0b", "\udce9", "e\u0301", "\u00e9"]
     names = [page_name(Product(i, "", "", "", "Boot Style", "")) for i in ids]
     names.append(page_name(Product("B0041", "", "", "", "Heel Height", "")))
     assert len({name.lower() for name in names}) == len(names)
