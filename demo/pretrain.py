@@ -10,7 +10,7 @@ does: the last [cls] token must itself be the caption's embedding.  A caption sa
 roughly how it looks ("lines", "spots"); only one in four says the fine look.
 
 The LLaMA, 4 layers of width 128, reads prose: which looks and circumstances belong to which value, questions about
-products that are described in words, and comparisons of two products.  Where EIVEN will put four image tokens, the
+products that are described in words, and comparisons of two products.  Where EIVEN will put four visual tokens, the
 prose has up to four words that tell what is seen; the projector has to learn to say such words.
 
 It takes some 45 minutes on one core: 35 for the ViT, 10 for the LLaMA; a GPU is not needed.

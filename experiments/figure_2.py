@@ -22,7 +22,7 @@ text { font: 15px system-ui, sans-serif; fill: #111 } .small { font-size: 13px }
 .code { font: 13px ui-monospace, monospace } .middle { text-anchor: middle } .end { text-anchor: end }
 .page { fill: #fff } .frozen { fill: #dbe9f6; stroke: #56b4e9 } .trained { fill: #fbd9c5; stroke: #d55e00; stroke-width: 2.5 }
 .input { fill: #f2f2f2; stroke: #999 } .line { stroke: #444; stroke-width: 1.6; fill: none } .tip { fill: #444 }
-.begin { fill: #999 } .image { fill: #0072b2 } .question { fill: #e69f00 } .context { fill: #009e73 }
+.begin { fill: #999 } .image { fill: #e69f00 } .question { fill: #56b4e9 } .context { fill: #009e73 }
 @media (prefers-color-scheme: dark) {
   text { fill: #eee } .page { fill: #16191d } .frozen { fill: #1d3347 } .trained { fill: #4b2a18 } .input { fill: #2b2f33 }
   .line { stroke: #bbb } .tip { fill: #bbb }

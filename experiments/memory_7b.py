@@ -30,7 +30,7 @@ def held(model, tokens, answer=8):
 
     with torch.device("meta"):
         packed = pack([list(range(tokens))], [answer], "meta")
-        x = torch.empty(tokens, LLAMA_7B.hidden_size, dtype=torch.float16, requires_grad=True)     # image tokens learn
+        x = torch.empty(tokens, LLAMA_7B.hidden_size, dtype=torch.float16, requires_grad=True)     # visual tokens learn
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             h = model.llama(x, packed)
             F.cross_entropy(model.llama.logits(h), packed.needed_index)

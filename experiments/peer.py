@@ -52,7 +52,7 @@ class Peer(nn.Module):
         return {f"{part}.{name}": p for part, module in parts.items() for name, p in module.named_parameters()}
 
     def embed(self, ids, cls_tokens):
-        """(B, T) ids, image tokens from vocab_size on -> (B, T, D)"""
+        """(B, T) ids, visual tokens from vocab_size on -> (B, T, D)"""
         vocab = self.llama.config.vocab_size
         x = self.llama.model.embed_tokens(ids.masked_fill(ids >= vocab, 0))
         if cls_tokens is not None:

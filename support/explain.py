@@ -302,7 +302,7 @@ def steps(e):
     found += [
         Step(4, "The input of LLaMA", f"X = [{image}Q{context}]", f"({len(e.tokens)}, {e.width})",
              ("eiven.py: EIVEN.input_ids", "eiven.py: EIVEN.embed"),
-             "LLaMA reads one sequence of tokens: the begin token, the image tokens, the question, and the context "
+             "LLaMA reads one sequence of tokens: the begin token, the visual tokens, the question, and the context "
              "(title and category). A token is often only a piece of a word; ▁ stands for a space, ↵ for a new line "
              "(section 2.2)."),
         Step(5, "What the answering position reads, layer by layer", "h, h′",
@@ -370,7 +370,7 @@ def verdict(e):
 
 
 def parts_as_text(e):
-    """[(part, its tokens as one text)], with the image tokens as one part."""
+    """[(part, its tokens as one text)], with the visual tokens as one part."""
     joined = {}
     for text, part in e.tokens:
         name = "I′" if part.startswith("I′") else part

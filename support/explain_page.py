@@ -11,7 +11,7 @@ from vit import CLIP_MEAN, CLIP_STD
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 BLUE, VERMILLION, ORANGE = (0, 114, 178), (213, 94, 0), (230, 159, 0)
-PART_CLASS = {"begin": "begin", "Q": "question", "C": "context", "Answer:": "mark"}       # the rest are image tokens
+PART_CLASS = {"begin": "begin", "Q": "question", "C": "context", "Answer:": "mark"}       # the rest are visual tokens
 
 STYLE = """
 :root { --ink: #1b1b1b; --paper: #fff; --soft: #595959; --line: #d0d0d0; --box: #f5f5f5; --bar: #0072B2 }
@@ -142,7 +142,7 @@ def part_class(part):
 
 def key(e):
     """The legend of the colours of X's parts."""
-    names = {"begin": "begin token", "image": "image tokens I′", "question": "question Q", "context": "context C",
+    names = {"begin": "begin token", "image": "visual tokens I′", "question": "question Q", "context": "context C",
              "mark": "the mark “Answer:”"}
     found = dict.fromkeys(part_class(part) for _, part in e.tokens)
     return "<div class='key'>" + "".join(f"<span><i class='{c}'></i>{names[c]}</span>" for c in found) + "</div>"
