@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import train_tokenizer
 from safetensors.torch import load_file
 
 import llama
@@ -240,3 +241,17 @@ def test_new_words_begin_with_a_space(tokenizer_file):
     assert tokenizer.encode("Flat", new_word=True) == tokenizer.encode("Flat")
     tokenizer.adds_space = False
     assert tokenizer.decode(tokenizer.encode("Flat", new_word=True)).strip() == "Flat"
+
+
+def test_only_new_words_get_a_space_where_the_tokenizer_adds_none(tmp_path):
+    """As SmolLM2's: a prompt begins without a space, an answer after it with one."""
+    tokenizer = Tokenizer(train_tokenizer(tmp_path / "tokenizer.model", add_dummy_prefix=False))
+    assert not tokenizer.adds_space
+    assert tokenizer.decode(tokenizer.encode("Flat")) == "Flat"
+    assert tokenizer.decode(tokenizer.encode("Flat", new_word=True)) == " Flat"
+
+
+@pytest.mark.parametrize("absent", ["bos_id", "eos_id"])
+def test_a_tokenizer_without_begin_or_end_token_is_refused(tmp_path, absent):
+    with pytest.raises(UserError, match="has no begin or no end token"):
+        Tokenizer(train_tokenizer(tmp_path / "tokenizer.model", **{absent: -1}))
