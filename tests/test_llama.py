@@ -133,6 +133,24 @@ def test_16_bit_weights_on_a_cpu_compute_in_fp32(llama_dir):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+def test_logits_are_fp32_where_16_bits_compute(llama_dir):
+    """On a GPU hidden states have the dtype of the weights; softmax and loss need fp32."""
+    stored, _ = load_llama(llama_dir, torch.bfloat16)
+    assert stored.logits(torch.ones(1, 32, dtype=torch.bfloat16)).dtype == torch.float32
+
+
+def test_gradient_checkpointing_recomputes_every_layer_in_training_alone(tiny, monkeypatch):
+    model, _ = tiny
+    calls, checkpoint = [], llama.checkpoint
+    monkeypatch.setattr(llama, "checkpoint", lambda block, *more, **how: calls.append(block) or checkpoint(block, *more, **how))
+    tokens, model.grad_checkpoint = pack([IDS[0]]), True
+    model(model.embed(tokens.ids), tokens)
+    assert calls == list(model.layers)
+    with torch.no_grad():
+        model(model.embed(tokens.ids), tokens)
+    assert len(calls) == 3
+
+
 def test_rotary_turns_each_pair_by_its_angle():
     """By complex numbers: the pair (i, i + d/2) is one of them, and is multiplied by e^(i angle)."""
     x, position = torch.randn(7, 2, 6, dtype=torch.float64), torch.tensor([0, 1, 2, 5, 9, 100, 1999])
