@@ -93,8 +93,11 @@ def digests(folder):
             for path in (folder / part).iterdir()}
 
 
-def outcome_of(world, tmp_path, breaks, name):
-    """None if a command kept the rule on a copy of the world that `breaks` changed, else what is wrong."""
+def outcome_of(world, tmp_path, breaks, name, refused=False):
+    """None if a command kept the rule on a copy of the world that `breaks` changed, else what is wrong.
+
+    refused  exit 0 is wrong: no result could be right
+    """
     folder = tmp_path / "world"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(world, folder, symlinks=True)
@@ -104,6 +107,8 @@ def outcome_of(world, tmp_path, breaks, name):
     wrong = held(outcome)
     if wrong is None and digests(folder) != before:
         wrong = "an input was changed"
+    if wrong is None and refused and outcome.code == 0:
+        wrong = "exit 0 with a wrong result"
     left = folder / ("stopped" if name == "resume" else "new")
     if wrong is None and script == "train.py" and outcome.code == 2 and left.is_dir():
         # The attack is undone.  What it left must be usable, unless the run began with other data or weights.
@@ -302,11 +307,14 @@ def nan_cases(world):
                        ("vit/model.safetensors", "train"), ("run/adapter.safetensors", "answer")):
         for tensor in load_file(world / file):
             for value in (float("nan"), float("inf"), 3e38):
-                yield f"{file}, {tensor} has {value}", breaks(file, tensor, value), name
+                # Of embeddings and logits the last token alone is hit, which may not occur; 3e38 may be fine.
+                refused = value != value and "embed" not in tensor and "lm_head" not in tensor
+                yield f"{file}, {tensor} has {value}", breaks(file, tensor, value), name, refused
 
 
 def test_weights_that_are_not_finite(world, tmp_path):
-    attack("NaN and infinity", list(nan_cases(world)), 12, lambda breaks, name: outcome_of(world, tmp_path, breaks, name))
+    attack("NaN and infinity", list(nan_cases(world)), 12,
+           lambda breaks, name, refused: outcome_of(world, tmp_path, breaks, name, refused))
 
 
 # ------------------------------------------------------------------------------------------------ arguments

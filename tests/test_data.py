@@ -116,6 +116,23 @@ def test_an_epoch_depends_on_seed_and_number_alone():
     assert texts(0, 3) != texts(0, 4) and texts(0, 3) != texts(1, 3)
 
 
+def test_each_partner_is_a_draw_of_its_own():
+    """Another seed, epoch, repetition or attribute of the same product gives other partners, whatever the order."""
+    products = [Product(f"P{i}", f"{attribute} {i}", "", "t", attribute, f"{i % 3}") for attribute in ("A", "B") for i in range(20)]
+
+    def partners(seed, number):
+        epoch, found = Epoch(products, seed, number, ratio=2), {}
+        for e in (epoch[n] for n in range(len(epoch))):
+            if len(e.photos) == 2:
+                found.setdefault(e.photos[0], []).append(e.photos[1])
+        return {first: sorted(seconds) for first, seconds in found.items()}
+
+    first = partners(0, 0)
+    assert first == partners(0, 0) and first != partners(1, 0) and first != partners(0, 1)
+    assert sum(a != b for a, b in first.values()) > 30
+    assert {n: [s.replace("B", "A") for s in first[f"B {n}"]] for n in range(20)} != {n: first[f"A {n}"] for n in range(20)}
+
+
 def test_a_product_without_peers_is_not_compared():
     epoch = Epoch([SHORT, Product("B", "b.jpg", "", "t", "Neckline", "Cowl")], 0, 0)
     assert sorted(len(epoch[i].photos) for i in range(len(epoch))) == [1, 1]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import train_tokenizer
 from safetensors.torch import load_file
 
 import llama
@@ -132,6 +133,24 @@ def test_16_bit_weights_on_a_cpu_compute_in_fp32(llama_dir):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+def test_logits_are_fp32_where_16_bits_compute(llama_dir):
+    """On a GPU hidden states have the dtype of the weights; softmax and loss need fp32."""
+    stored, _ = load_llama(llama_dir, torch.bfloat16)
+    assert stored.logits(torch.ones(1, 32, dtype=torch.bfloat16)).dtype == torch.float32
+
+
+def test_gradient_checkpointing_recomputes_every_layer_in_training_alone(tiny, monkeypatch):
+    model, _ = tiny
+    calls, checkpoint = [], llama.checkpoint
+    monkeypatch.setattr(llama, "checkpoint", lambda block, *more, **how: calls.append(block) or checkpoint(block, *more, **how))
+    tokens, model.grad_checkpoint = pack([IDS[0]]), True
+    model(model.embed(tokens.ids), tokens)
+    assert calls == list(model.layers)
+    with torch.no_grad():
+        model(model.embed(tokens.ids), tokens)
+    assert len(calls) == 3
+
+
 def test_rotary_turns_each_pair_by_its_angle():
     """By complex numbers: the pair (i, i + d/2) is one of them, and is multiplied by e^(i angle)."""
     x, position = torch.randn(7, 2, 6, dtype=torch.float64), torch.tensor([0, 1, 2, 5, 9, 100, 1999])
@@ -240,3 +259,17 @@ def test_new_words_begin_with_a_space(tokenizer_file):
     assert tokenizer.encode("Flat", new_word=True) == tokenizer.encode("Flat")
     tokenizer.adds_space = False
     assert tokenizer.decode(tokenizer.encode("Flat", new_word=True)).strip() == "Flat"
+
+
+def test_only_new_words_get_a_space_where_the_tokenizer_adds_none(tmp_path):
+    """As SmolLM2's: a prompt begins without a space, an answer after it with one."""
+    tokenizer = Tokenizer(train_tokenizer(tmp_path / "tokenizer.model", add_dummy_prefix=False))
+    assert not tokenizer.adds_space
+    assert tokenizer.decode(tokenizer.encode("Flat")) == "Flat"
+    assert tokenizer.decode(tokenizer.encode("Flat", new_word=True)) == " Flat"
+
+
+@pytest.mark.parametrize("absent", ["bos_id", "eos_id"])
+def test_a_tokenizer_without_begin_or_end_token_is_refused(tmp_path, absent):
+    with pytest.raises(UserError, match="has no begin or no end token"):
+        Tokenizer(train_tokenizer(tmp_path / "tokenizer.model", **{absent: -1}))

@@ -14,7 +14,7 @@ import vit
 from base.checkpoint import load_strict
 from base.console import UserError
 from base.photo import open_photo
-from experiments.random_weights import TINY_VIT
+from experiments.random_weights import TINY_VIT, write_vit
 from vit import CLIP_STD, ViT, load_vit, preprocess
 
 
@@ -50,7 +50,11 @@ def test_cls_tokens_are_those_recorded_from_transformers():
 
 def test_the_last_tap_computes_less_and_the_same(vit_dir, pixels):
     model = load_vit(vit_dir)
+    computed = []
+    for block in model.layers:
+        block.mlp.register_forward_hook(lambda _, inputs, output: computed.append(output.shape[1]))
     torch.testing.assert_close(cls_tokens(model, pixels, (3,))[:, 0], cls_tokens(model, pixels, (3, 6))[:, 0])
+    assert computed == [17, 17, 1] + [17] * 5 + [1]     # 16 patches and [cls]; of the last layer that is needed, [cls] alone
 
 
 # ------------------------------------------------------------------------------------------------ layouts
@@ -110,6 +114,13 @@ def test_every_layout_gives_the_same_features(layout, kind, vit_dir, tmp_path, p
     tolerance = 1e-5 if layout != "fp16" else 2e-2
     for path in (tmp_path, tmp_path / name):
         torch.testing.assert_close(cls_tokens(load_vit(path), pixels), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_without_a_config_a_head_is_64_wide(tmp_path):
+    write_vit(tmp_path, vit.ViTConfig(hidden_size=128, intermediate_size=40, num_hidden_layers=3, num_attention_heads=2,
+                                      patch_size=8, image_size=32))
+    (tmp_path / "config.json").unlink()
+    assert load_vit(tmp_path).config.num_attention_heads == 2
 
 
 def broken(tmp_path, tensors):
@@ -178,6 +189,7 @@ def test_a_field_of_another_type_or_size_is_refused_by_name(vit_dir, tmp_path, n
 
 @pytest.mark.parametrize("name, shape", [("embeddings.patch_embedding.weight", (24, 3, 0, 0)),
                                          ("embeddings.position_embedding.weight", (0, 24)),
+                                         ("embeddings.position_embedding.weight", (1, 24)),
                                          ("encoder.layers.0.mlp.fc1.weight", (0, 24))])
 def test_an_empty_tensor_is_refused(vit_dir, tmp_path, name, shape):
     with pytest.raises(UserError, match="is missing or misshapen"):
