@@ -44,8 +44,10 @@ def average_hash(path):
     None if it cannot be read, or shows one colour alone: all such photos would be the same.
     """
     from PIL import Image  # here, so that everything else starts without Pillow
+
+    from base.photo import open_picture
     try:
-        with Image.open(path) as photo:
+        with open_picture(path) as photo:
             photo.draft("L", (4 * SIDE, 4 * SIDE))      # a JPEG is decoded at a fraction of its size
             grey = np.asarray(photo.convert("L").resize((SIDE, SIDE), Image.Resampling.BOX), np.float32)
     except Exception:                                   # Pillow's readers raise a dozen kinds for a damaged file
