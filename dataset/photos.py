@@ -220,14 +220,14 @@ def retry_after(text):
 
 
 class Host:
-    """What all threads know of one server."""
+    """What all threads know of one server.  Times are those of time.monotonic()."""
 
     def __init__(self, name):
         self.name = name
         self.good = None                        # a URL that gave a photo, in this start or an earlier one
-        self.answers = 0                        # how often it answered for good: with a photo, or that there is none
+        self.alive = -1.0                       # when the latest request began that it answered: with a photo, or that there is none
         self.failures = 0                       # photos that failed although they were tried again
-        self.not_before = 0.0                   # time.monotonic() until which it has asked not to be asked
+        self.not_before = 0.0                   # until when it has asked not to be asked
         self.gone = None                        # why it is given up
         self.note = None                        # what it is waited for
         self.checking = threading.Lock()
@@ -236,37 +236,37 @@ class Host:
         while not stop.is_set() and (left := self.not_before - time.monotonic()) > 0:
             stop.wait(left)
 
-    def failed(self, error):
-        """Note a failure: a wait that the server asks for holds for all threads."""
+    def failed(self, error, began):
+        """Note that the request that began then has failed.  A wait that the server asks for holds for all threads."""
         self.not_before = max(self.not_before, time.monotonic() + min(error.after, LONGEST_WAIT))
         if error.after > LONGEST_WAIT:
             self.gone = f"{error}: it asks to wait {duration(error.after)}"
         if not error.again:
-            self.answers += 1
+            self.alive = max(self.alive, began)
 
-    def was_down(self, answers, timeout, deadline, stop):
+    def was_down(self, failed, timeout, deadline, stop):
         """Whether the server, not the photo, was the reason for a failure.  Returns when it answers again or is given up.
 
         It is asked for a photo that it gave before: at once, then after longer and longer pauses, by one thread alone.
-        answers  .answers at the failure
+        failed  when the failure came; an answer to a request that began later says that the server is fine
         """
         with self.checking:
             for pause in (0, *PAUSES):
-                if self.answers != answers or self.good is None or self.gone or stop.is_set():
+                if self.alive > failed or self.good is None or self.gone or stop.is_set():
                     return False
                 if pause:
                     self.note = f"{self.name} does not answer, asked again in {duration(pause)}"
                     stop.wait(pause)
                     self.wait(stop)
+                began = time.monotonic()
                 try:
                     as_jpeg(fetch(self.good, timeout, deadline))
                 except NoPhoto as error:
                     reason = error
-                    self.failed(error)
+                    self.failed(error, began)
                     if error.again:
                         continue
-                self.answers += 1
-                self.note = None
+                self.alive, self.note = max(self.alive, began), None
                 return pause > 0
             self.gone = self.gone or f"{reason}; asked again for {duration(sum(PAUSES))}"
             return False
@@ -280,7 +280,10 @@ def host_name(url):
 
 
 def from_url(url, host, timeout, deadline, tries, pause, stop):
-    """The photo at `url` as the bytes of a JPEG file; NoPhoto when it has failed `tries` times while its server answers."""
+    """The photo at `url` as the bytes of a JPEG file; NoPhoto when it has failed `tries` times while its server answers.
+
+    Before and after the last try the server is checked; if it was down, the tries are counted anew.
+    """
     attempt = 1
     while True:
         host.wait(stop)
@@ -288,21 +291,23 @@ def from_url(url, host, timeout, deadline, tries, pause, stop):
             raise NoPhoto(f"{host.name} does not answer ({host.gone})")
         if stop.is_set():
             raise NoPhoto("interrupted")
+        began = time.monotonic()
         try:
             content = as_jpeg(fetch(url, timeout, deadline))
-            host.good, host.answers = url, host.answers + 1
+            host.good, host.alive = url, max(host.alive, began)
             return content
         except NoPhoto as error:
-            host.failed(error)
-            answers = host.answers
-            if not error.again or attempt == tries:
-                host.failures += error.again
-                if error.again and host.failures >= 3 and not host.answers and not host.good:
+            host.failed(error, began)
+            failed, again, last = time.monotonic(), error.again, attempt == tries
+            if not again or last and not host.was_down(failed, timeout, deadline, stop):
+                host.failures += again
+                if host.failures >= 3 and host.alive < 0 and not host.good:
                     host.gone = host.gone or str(error)         # it has never answered: no reason to wait for it
                 raise NoPhoto(str(error) + (f" ({attempt} times)" if attempt > 1 else "")) from None
-            stop.wait(max(min(error.after, LONGEST_WAIT), pause * 2 ** (attempt - 1)))      # 1 s, 2 s, ...: it is busy
-        attempt += 1
-        if attempt == tries and host.was_down(answers, timeout, deadline, stop):
+            if not last:
+                stop.wait(max(min(error.after, LONGEST_WAIT), pause * 2 ** (attempt - 1)))  # 1 s, 2 s, ...: it is busy
+        attempt = 1 if last else attempt + 1
+        if 1 < attempt == tries and host.was_down(failed, timeout, deadline, stop):
             attempt = 1
 
 

@@ -24,10 +24,10 @@ from collections import Counter
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import conftest
+import numpy as np
 import pytest
 from PIL import Image
-
-HERE = Path(__file__).resolve().parent
 
 from base.console import UserError
 from base.tsv import write_tsv
@@ -888,6 +888,100 @@ def test_killed_at_random_moments_it_gives_the_same_bytes(server, tmp_path):
     print(f"{kills} kills {dict(stages)}; then {len(contents(tmp_path / 'whole')):,} files with the same bytes")
 
 
+class OwnPhotos(http.server.BaseHTTPRequestHandler):
+    """Gives each path a photo of its own, in a hundredth of a second."""
+
+    def log_message(self, *what):
+        pass
+
+    def do_GET(self):
+        time.sleep(0.01)
+        blocks = np.random.default_rng(zlib.crc32(self.path.encode())).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+        file = io.BytesIO()
+        Image.fromarray(blocks).resize((80, 60)).save(file, "JPEG")
+        with contextlib.suppress(OSError):              # whoever asked was killed
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(file.getvalue())
+
+
+@contextlib.contextmanager
+def own_photos(port=0, away=None):
+    """The port of a server of OwnPhotos that ends with the block; connections are refused then.
+
+    away  (after, for) seconds: it goes once and comes back
+    """
+    over = threading.Event()
+
+    def serve(server, seconds):
+        threading.Thread(target=server.serve_forever, args=[0.05], daemon=True).start()
+        over.wait(seconds)
+        server.shutdown()
+        server.server_close()
+
+    def life(server):
+        if away:
+            serve(server, away[0])
+            over.wait(away[1])
+            server = listen(port)
+        serve(server, 600)
+
+    def listen(port):
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", port), OwnPhotos)
+        server.daemon_threads, server.block_on_close = True, False
+        return server
+
+    server = listen(port)
+    port = server.server_port
+    thread = threading.Thread(target=life, args=[server])
+    thread.start()
+    try:
+        yield port
+    finally:
+        over.set()
+        thread.join()
+
+
+def test_killed_while_photos_come_and_the_server_goes(tmp_path):
+    """Killed while photos are fetched, and the server goes away each time: the same bytes as undisturbed.
+
+    More of it: KILLS=10 AWAY=60 (seconds) in the environment.
+    """
+    kills, away = int(os.environ.get("KILLS", 3)), float(os.environ.get("AWAY", 1))
+    pauses = [away * share for share in (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)]         # in all 3 times as long as the server is away
+
+    def before():
+        photos.PAUSES = pauses
+        os.closerange(3, 1000)                                  # the server's socket: a child would keep it open
+
+    def start(root, limit_s):
+        return conftest.command("-m dataset", ["build", "--labels", str(labels), "--metadata", str(metadata), "--data",
+                                               str(tmp_path / root), "--more-than", "5", "--at-most", "30", "--connections", "1"],
+                                tmp_path, limit_s, before)
+
+    def fetched():
+        return len(list((tmp_path / "killed/images").glob("*.jpg")))
+
+    with own_photos() as port:
+        labels, metadata = make_mave.make(tmp_path, 6000, 6000, photos=f"http://127.0.0.1:{port}/photo")
+        whole = start("whole", 120)
+    assert whole.code == 0, whole.err
+    progress, killed, slice_s = [], 0, whole.seconds / kills
+    for _ in range(kills):                                      # killed before, while and after the server is away
+        gone = (1 if any(progress) else 0.7 * whole.seconds) + slice_s * random.random()
+        with own_photos(port, (gone, away)):
+            outcome = start("killed", gone + away * random.choice((-0.2, 0.5, 1.1)) + slice_s * random.random())
+        # On a slow machine it may have ended before, or not have had a photo yet when the server went.
+        assert outcome.signal or outcome.code == 0 or "Start again to go on" in outcome.err and not any(progress), outcome.err
+        killed += outcome.signal == signal.SIGKILL
+        progress.append(fetched())
+    with own_photos(port, (1 + slice_s, away)):
+        last = start("killed", 120 + 10 * away)
+    assert last.code == 0 and (fetched() == progress[-1] or last.seconds > away), last.err
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+    print(f"{killed} of {kills} starts killed, with {progress} photos; then {len(contents(tmp_path / 'whole')):,} files with the same bytes")
+
+
 # ---- import and stats
 
 def write_release(folder, data_sets):
@@ -1038,6 +1132,7 @@ def test_mistakes_end_with_one_line_and_code_2(tmp_path):
                             (["build"], "required: --labels, --metadata"), ([], "required: command")):
         done = command(*arguments)
         assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr, done.stderr
+        assert "python -m dataset: error: " in done.stderr or "usage: python -m dataset" in done.stderr
     (tmp_path / "file").write_text("")
     (tmp_path / "l").write_text(json.dumps({"id": "B000000001", "category": "Shoes", "attributes": []}))
     done = command("build", "--labels", tmp_path / "l", "--metadata", tmp_path / "l", "--data", tmp_path / "file")
@@ -1047,6 +1142,7 @@ def test_mistakes_end_with_one_line_and_code_2(tmp_path):
 def test_help_and_a_quick_start():
     for name in ("build", "import", "stats"):
         assert "--data ROOT" in command(name, "--help").stdout
+    assert "--llama DIR" in command("check", "--help").stdout
     seen = subprocess.run([sys.executable, "-c", "import dataset.__main__, sys; print('torch' in sys.modules, 'PIL' in sys.modules)"],
                           capture_output=True, text=True, cwd=HERE.parent).stdout
     assert seen == "False False\n"
