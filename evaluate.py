@@ -3,6 +3,7 @@
     python evaluate.py RUN                                       score the test split again
     python evaluate.py RUN --image shoe.jpg --text "…" --attribute "Boot Style"
     python evaluate.py RUN --input products.tsv --output predictions.tsv
+    python evaluate.py RUN --constrain --split val               calibrate the probabilities of known values (docs/answers.md)
 """
 
 import argparse
@@ -14,13 +15,15 @@ from pathlib import Path
 
 from base import console
 from base.console import UserError, whole_file, write_text
-from data import Products, fingerprint, read_split, sample_labels
+from data import Product, Products, fingerprint, read_split, sample_labels
 from eiven import TEMPERATURE, TOP_P
 from support.answering import answers, check_lengths, load, prepare_photos, write_predictions
+from support.confidence import calibrate, lines, measure, temperature_note
 from support.config import add_flags, describe
 from support.export import export_run
 from support.report import confusion_file, confusion_png, report_html
 from support.run_folder import read_config, read_losses
+from support.values import read_values, without
 
 # ------------------------------------------------------------------------------------------------ scores
 
@@ -59,9 +62,9 @@ def score(products, predictions):
 
 def table(metrics):
     """The scores as lines of text, one for each attribute."""
-    width = max(len(a) for a in [*metrics["attributes"], "all (micro)"])
+    width = max(len(a) for a in [*metrics["attributes"], *metrics.get("seen_and_held_out", ()), "all (micro)"])
     lines = [f"{'attribute':{width}}  micro-F1  precision  recall      n"]
-    for name, m in [*metrics["attributes"].items(), ("all (micro)", metrics)]:
+    for name, m in [*metrics["attributes"].items(), *metrics.get("seen_and_held_out", {}).items(), ("all (micro)", metrics)]:
         lines.append(f"{name:{width}}  {m['micro_f1']:8.2f}  {m['precision']:9.2f}  {m['recall']:6.2f}  {m['n']:5}")
     return "\n".join(lines)
 
@@ -69,24 +72,37 @@ def table(metrics):
 # ------------------------------------------------------------------------------------------------ a split
 
 
-def evaluate(run, products, split, folder, constrain=False, merged=False, temperature=TEMPERATURE, top_p=TOP_P):
+def evaluate(run, products, split, folder, values=None, merged=False, temperature=TEMPERATURE, top_p=TOP_P, min_confidence=0.0):
     """Answer the products of a split, score them, write the results into `folder`, print the table; the metrics.
 
-    constrain  choose from each attribute's known values instead of writing freely
-    merged     whether the adapters were merged (recorded in the results)
+    values          {attribute: values} to choose from instead of writing freely; on val, this fits their temperature
+    merged          whether the adapters were merged (recorded in the results)
+    min_confidence  answers below this probability are left empty
     """
     start, config = time.monotonic(), run.config
-    found = list(answers(run, products, run.values if constrain else None, temperature, top_p, f"answering {split}"))
+    found = list(answers(run, products, values, temperature, top_p, f"answering {split}"))
+    seconds = round(time.monotonic() - start, 1)
+    if values and split == "val":
+        found = calibrate(run, products, found, values)
+    confidence = measure(run, products, found, values, split)       # of all answers, also of those left out below
+    found = [a.above(min_confidence) for a in found]
     metrics = score(products, [a.value for a in found])
+    if run.held_out and split == "test":
+        metrics["seen_and_held_out"] = {
+            name: micro_f1([(a.value, p.value) for p, a in zip(products, found)
+                            if (p.value in run.held_out.get(p.attribute, ())) == held])
+            for name, held in (("values trained on", False), ("values held out", True))}
     metrics.update(split=split, dataset=config.dataset, labels=config.labels or "all", seed=config.seed,
-                   constrained=constrain, merged=merged, dtype=str(run.model.llama.embed_tokens.weight.dtype),
-                   sources=describe(config, run.sources), seconds=round(time.monotonic() - start, 1),
-                   temperature=temperature, top_p=top_p)
+                   constrained=values is not None, values={a: len(v) for a, v in (values or run.values).items()},
+                   merged=merged, dtype=str(run.model.llama.embed_tokens.weight.dtype),
+                   sources=describe(config, run.sources), seconds=seconds,
+                   temperature=temperature, top_p=top_p, min_confidence=min_confidence, **confidence)
     title = f"{config.dataset}, {split} split, {config.labels or 'all'} labels a value, seed {config.seed}"
     images = run.sources.data / "images" if config.image else None
     write_results(folder, title, products, found, metrics, images, read_losses(run.folder))
     print(f"\n{title}, n = {metrics['n']}\n{table(metrics)}")
     print(f"gold value inside the answer (ImplicitAVE's scorer): {metrics['implicitave']:.2f}")
+    print(*lines(run, metrics, split), sep="\n")
     return metrics
 
 
@@ -107,13 +123,12 @@ def write_results(folder, title, products, found, metrics, images=None, losses=(
 # ------------------------------------------------------------------------------------------------ the command
 
 
-def known_values(run, products, constrain, where):
-    """{attribute: known values} for --constrain, or None without it; UserError if an attribute of the products has none."""
-    unknown = sorted({p.attribute for p in products} - run.values.keys()) if constrain else []
+def check_values(products, values, where, source):
+    """UserError if an attribute of the products has no values to choose from.  values None: free answers need none."""
+    unknown = sorted({p.attribute for p in products} - values.keys()) if values else []
     if unknown:
-        raise UserError(f"{where}: --constrain knows no values of {', '.join(unknown[:5])}; "
-                        f"the run was trained on {', '.join(run.values)}")
-    return run.values if constrain else None
+        raise UserError(f"{where}: there are no known values of {', '.join(unknown[:5])}; {source} has those of "
+                        f"{', '.join(values)}")
 
 
 def main():
@@ -124,6 +139,9 @@ def main():
     parser.add_argument("--temperature", type=float, default=TEMPERATURE, help="0: the likeliest token (default: %(default)s)")
     parser.add_argument("--top-p", type=float, default=TOP_P, help="of nucleus sampling (default: %(default)s)")
     parser.add_argument("--constrain", action="store_true", help="answer only with values known from training")
+    parser.add_argument("--values", metavar="FILE", type=Path, help="answer only with these values: attribute, tab, value a line")
+    parser.add_argument("--min-confidence", metavar="P", type=float, default=0.0,
+                        help="leave an answer empty if its probability is below P (0 to 1)")
     parser.add_argument("--image", metavar="FILE", help="photo of one product")
     parser.add_argument("--text", metavar="TEXT", help="title of one product, best with its category: \"title, category\"")
     parser.add_argument("--attribute", metavar="NAME", help="the attribute to answer")
@@ -134,6 +152,8 @@ def main():
     args = parser.parse_args()
     if not args.temperature >= 0 or not 0 < args.top_p <= 1:
         parser.error("--temperature must be 0 or more, and --top-p above 0 and at most 1")
+    if not 0 <= args.min_confidence <= 1:
+        parser.error(f"--min-confidence {args.min_confidence}: must be a probability, 0 to 1")
     if (args.input is None) != (args.output is None):
         parser.error("--input and --output go together")
     if args.input and not args.input.is_file():
@@ -150,37 +170,47 @@ def main():
 
     if args.input:                                      # every line is checked before the weights are loaded
         products = Products(args.input, labelled=False)
+    values = read_values(args.values) if args.values else None
     given = {name: getattr(args, name) for name in ("data", "llama", "vit", "device", "dtype") if hasattr(args, name)}
     run = load(args.run, data_needed=not (one or args.input), **given)
     print(describe(run.config, run.sources), file=sys.stderr if one else sys.stdout)
-    if args.merge or args.export:
-        if run.config.adapter == "mlp":
-            raise UserError("this run has MLP-Adapters, whose non-linearity cannot be merged; "
-                            "--adapter rep and mlp-linear can be")
+    if (args.merge or args.export) and run.config.adapter == "mlp":
+        raise UserError("this run has MLP-Adapters, whose non-linearity cannot be merged; --adapter rep and mlp-linear can be")
     if args.export:
         return export_run(run, args.export)
     if args.merge:
         run.model.merge_adapters()
+    values, source = (run.values if args.constrain and not values else values), args.values or "the run's training data"
     if one:
-        answer = run.answer(args.image, args.text, args.attribute, args.constrain, args.temperature, args.top_p)
-        print(f"{run.known_attribute(args.attribute)}: {answer}")
+        attribute = run.known_attribute(args.attribute)
+        if args.values:
+            check_values([Product("", "", "", "", attribute, "")], values, "--attribute", source)
+        if values:
+            print(temperature_note(run), file=sys.stderr)
+        answer = run.answer(args.image, args.text, attribute, args.constrain, args.temperature, args.top_p,
+                            values and values.get(attribute), args.min_confidence)
+        print(f"{attribute}: {answer}")
     elif args.input:
-        values = known_values(run, products, args.constrain, args.input)
+        check_values(products, values, args.input, source)
         prepare_photos(run, products)
-        check_lengths(run, products)
-        write_predictions(args.output, products, answers(run, products, values, args.temperature, args.top_p))
-        print(f"{args.output}: {len(products):,} products answered")
+        check_lengths(run, products, values=values)
+        found = answers(run, products, values, args.temperature, args.top_p)
+        empty = write_predictions(args.output, products, (a.above(args.min_confidence) for a in found))
+        print(f"{args.output}: {len(products):,} products answered" + (f", {empty:,} of them left empty" if empty else ""))
+        if values:
+            print(temperature_note(run))
     else:
         products = read_split(run.sources.data, run.config.dataset, args.split)
         if args.split != "test":                        # as train.py does: with few labels, val is small, too
-            products = sample_labels(products, run.config.labels, run.config.seed)
+            products = without(sample_labels(products, run.config.labels, run.config.seed), run.held_out)
         if fingerprint(products) != read_config(args.run)[1]["data_fingerprint"][args.split]:
             raise UserError(f"{run.sources.data}: the {args.split} split is not the one that this run was started with; --data "
                             "ROOT names another folder, and --input answers any file")
-        known_values(run, products, args.constrain, f"--split {args.split}")
+        check_values(products, values, f"--split {args.split}", source)
+        check_lengths(run, products, values=values)
         prepare_photos(run, products)
         evaluate(run, products, args.split, args.run if args.split == "test" else args.run / args.split,
-                 args.constrain, args.merge, args.temperature, args.top_p)
+                 values, args.merge, args.temperature, args.top_p, args.min_confidence)
 
 
 if __name__ == "__main__":

@@ -121,7 +121,8 @@ def scores(runs, dataset, row, labels, seeds, split="test"):
         path = run_folder(runs, dataset, row, labels, seed) / ("val" if split == "val" else "") / "metrics.json"
         if path.exists():
             metrics = json.loads(path.read_text(encoding="utf-8"))
-            if metrics["merged"] or metrics["constrained"] or (metrics["temperature"], metrics["top_p"]) != (TEMPERATURE, TOP_P):
+            sampling = (metrics["temperature"], metrics["top_p"]) == (TEMPERATURE, TOP_P)
+            if metrics["merged"] or metrics["constrained"] or metrics.get("min_confidence") or not sampling:
                 raise UserError(f"{path}: was scored again with other settings; score it as it was: python evaluate.py "
                                 f"{path.parent}")
             found.append(metrics["micro_f1"])

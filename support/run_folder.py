@@ -60,10 +60,10 @@ def read_config(run):
     if not Path(run).is_dir() or not path.exists():
         raise UserError(f"{run}: is not a run folder: it has no config.json. train.py writes one (--out RUN)")
     record = read_json(path, "a run's config")
-    absent = [f.name for f in fields(Config) if f.name not in record]
+    absent = [f.name for f in fields(Config) if f.name not in record and "later" not in f.metadata]
     if absent:
         raise UserError(f"{path}: lacks {', '.join(absent)}; was it written by another version?")
-    return Config(**{f.name: record[f.name] for f in fields(Config)}), record
+    return Config(**{f.name: record[f.name] for f in fields(Config) if f.name in record}), record
 
 
 def weights_fingerprint(sources):
@@ -144,6 +144,26 @@ def read_losses(folder):
     """The training loss of each step, from the log of a run; [] if there is no log."""
     path = folder / "log.jsonl"
     return [json.loads(line)["loss"] for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def save_temperature(folder, temperature, n, values):
+    """Write RUN/calibration.json: a temperature that was fitted on n products of val, which chose from so many values."""
+    calibration = {"temperature": temperature, "split": "val", "n": n, "values": values}
+    write_text(folder / "calibration.json", json.dumps(calibration, indent=2) + "\n")
+    return calibration
+
+
+def read_temperature(folder):
+    """What save_temperature wrote, or None if nothing was fitted yet.  UserError for a file that does not hold it."""
+    path = folder / "calibration.json"
+    if not path.exists():
+        return None
+    calibration = read_json(path, "the temperature of a run's values")
+    temperature, n, values = (calibration.get(name) for name in ("temperature", "n", "values"))
+    if not (isinstance(temperature, (int, float)) and 0 < temperature < float("inf") and isinstance(n, int) and isinstance(values, int)):
+        raise UserError(f"{path}: should hold a temperature above 0, n and values, but holds {str(calibration)[:100]}; delete it, "
+                        f"and fit the temperature again: python evaluate.py {folder} --constrain --split val")
+    return calibration
 
 
 @contextmanager
