@@ -153,8 +153,11 @@ def measure(run, products, found, values, split):
 
 
 def lines(run, metrics, split):
-    """What is printed of it."""
+    """What is printed of it, line by line."""
     confidence, where = metrics["confidence"], f"{split}, n = {metrics['confidence']['n']}"
+    if metrics["min_confidence"]:
+        yield (f"answers below probability {metrics['min_confidence']} were left empty: {confidence['n'] - metrics['answered']} "
+               f"of {confidence['n']}")
     if "outside" in metrics:
         n = metrics["outside"]["n"]
         found = [(count, f"{attribute}: {answer!r} ({count})") for attribute, counts in metrics["outside"]["answers"].items()

@@ -22,8 +22,8 @@ def read_values(path):
             if not any(cells):                          # an empty line
                 continue
             if len(cells) != 2 or not all(cells):
-                raise UserError(f"{lines.where()}: {' '.join(cells)[:80]!r} should be an attribute, a tab and a value, "
-                                f"but has {sum(map(bool, cells))} cells with text")
+                given = "\t".join(cells)[:80]
+                raise UserError(f"{lines.where()}: {given!r} should be an attribute, one tab and a value")
             attribute, value = cells
             values.setdefault(attribute, {})[value] = None
     if not values:
