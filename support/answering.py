@@ -18,6 +18,7 @@ from support.run_folder import check_weights, read_config, read_temperature
 
 ANSWER_BATCH = 64                                       # products answered together
 SCORE_BATCH = 8                                         # products whose values are scored together
+SCORE_VALUES = 128                                      # at most so many values of theirs in all, but those of one product
 SCORE_TOKENS = 8192                                     # text tokens of questions with a value that are scored at once
 SORTED_TOGETHER = 4096                                  # products in memory at a time, answered in order of length
 
@@ -149,7 +150,9 @@ def answers(run, products, values=None, temperature=TEMPERATURE, top_p=TOP_P, wh
     from a generator of its own.
     """
     tokenizer, image = run.model.tokenizer, run.config.image
-    size = ANSWER_BATCH if values is None else SCORE_BATCH
+    size = ANSWER_BATCH
+    if values is not None:                              # long lists: fewer products together, so that progress is seen
+        size = max(1, min(SCORE_BATCH, SCORE_VALUES // max(map(len, values.values()))))
     with Progress(what, len(products), "products") as progress:
         for first in range(0, len(products), SORTED_TOGETHER):
             some = products[first:first + SORTED_TOGETHER]

@@ -92,7 +92,7 @@ def reliability_diagram(bins):
 
     bins  of support.confidence.calibration_error
     """
-    width, height, left, bottom, cell = 400, 250, 44, 200, 34
+    width, height, left, bottom, cell = 400, 250, 48, 200, 34
 
     def y(percent):
         return f"{bottom - percent * (bottom - 12) / 100:.1f}"
@@ -117,7 +117,7 @@ def reliability_diagram(bins):
 
 def coverage_diagram(points):
     """Coverage (x) against accuracy (y) as an inline SVG; points as support.confidence.coverage_curve gives them."""
-    width, height, left, bottom, right = 400, 250, 44, 200, 384
+    width, height, left, bottom, right = 400, 250, 48, 200, 388
     line = " ".join(f"{left + p['coverage'] * (right - left) / 100:.1f},{bottom - p['accuracy'] * (bottom - 12) / 100:.1f}"
                     for p in points)
     marks = "".join("<circle cx='{}' cy='{}' r='3' fill='#0072B2'/>".format(*xy.split(",")) for xy in line.split())

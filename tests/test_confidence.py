@@ -450,11 +450,11 @@ def test_a_run_from_before_the_flag_still_loads(run, says, fails):
 
 def test_a_resumed_run_holds_the_same_values_out(holding_out, tmp_path):
     folder = shutil.copytree(holding_out[0], tmp_path / "run")
-    before = (folder / "predictions.tsv").read_bytes()
+    before = (folder / "adapter.safetensors").read_bytes()
     (folder / "adapter.safetensors").unlink()
-    train.main(["--resume", str(folder)])
-    says_config = json.loads((folder / "config.json").read_text())
-    assert says_config["held_out"] and len(rows(folder / "predictions.tsv")) == len(before.splitlines()) - 1
+    train.main(["--resume", str(folder)])               # it would refuse other data than at the start
+    assert (folder / "adapter.safetensors").read_bytes() == before
+    assert metrics_of(folder / "val")["n"] == 8 and metrics_of(folder)["seen_and_held_out"]["values held out"]["n"] == 3
 
 
 def test_flags_that_do_not_fit_are_one_line(flags, run, tmp_path):
@@ -472,7 +472,7 @@ def test_diagrams_by_hand():
     """Accuracy 50 % is half of the height 188, and so is a coverage of 50 % of the width 340."""
     _, bins = calibration_error([0.85, 0.85], [True, False])
     page = reliability_diagram(bins)
-    assert page.count("<rect") == 1 and "<rect x='318' y='106.0' width='30' height='94.0' fill='#0072B2'/>" in page
+    assert page.count("<rect") == 1 and "<rect x='322' y='106.0' width='30' height='94.0' fill='#0072B2'/>" in page
     assert "y1='40.2' y2='40.2' stroke='#D55E00'" in page         # 200 - 85 % of 188
     page = coverage_diagram([{"coverage": 50.0, "accuracy": 100.0}, {"coverage": 100.0, "accuracy": 50.0}])
-    assert "points='214.0,12.0 384.0,106.0'" in page
+    assert "points='218.0,12.0 388.0,106.0'" in page
