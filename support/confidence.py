@@ -153,7 +153,7 @@ def measure(run, products, found, values, split):
 
 
 def lines(run, metrics, split):
-    """What is printed of it, line by line."""
+    """The same as lines of text."""
     confidence, where = metrics["confidence"], f"{split}, n = {metrics['confidence']['n']}"
     if metrics["min_confidence"]:
         yield (f"answers below probability {metrics['min_confidence']} were left empty: {confidence['n'] - metrics['answered']} "
@@ -170,7 +170,7 @@ def lines(run, metrics, split):
     before = f"; at temperature 1: {confidence['calibration_error_at_1']:.1f} %" if confidence.get("temperature", 1) != 1 else ""
     yield f"expected calibration error: {confidence['calibration_error']:.1f} %{before} ({where}, {BINS} bins)"
     if "thresholds" in confidence:
-        yield advice(confidence["thresholds"], ADVISED, where)
+        yield advice(confidence["thresholds"], ADVISED, f"{split}, n = {metrics['n']}")
 
 
 def temperature_note(run):
