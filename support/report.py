@@ -103,15 +103,16 @@ def reliability_diagram(bins):
         bars += f"<text x='{x + cell / 2}' y='{bottom + 34}' text-anchor='middle' fill='#666'>{b['n'] or ''}</text>"
         bars += f"<text x='{x}' y='{bottom + 16}' text-anchor='middle'>{b['from']:.1f}</text>"
         if b["n"]:
-            bars += (f"<rect x='{x + 2}' y='{y(b['accuracy'])}' width='{cell - 4}' height='{float(y(0)) - float(y(b['accuracy'])):.1f}' "
-                     f"fill='#0072B2'/><line x1='{x + 2}' x2='{x + cell - 2}' y1='{y(b['confidence'])}' y2='{y(b['confidence'])}' "
-                     f"stroke='#D55E00' stroke-width='3'/>")
+            top, mark = y(b["accuracy"]), y(b["confidence"])
+            bars += (f"<rect x='{x + 2}' y='{top}' width='{cell - 4}' height='{bottom - float(top):.1f}' fill='#0072B2'/>"
+                     f"<line x1='{x + 2}' x2='{x + cell - 2}' y1='{mark}' y2='{mark}' stroke='#D55E00' stroke-width='3'/>")
     right = left + cell * len(bins)
     return (f"<svg class='curve' viewBox='0 0 {width} {height}' role='img' aria-label='confidence against accuracy'>{bars}"
             f"<line x1='{left}' y1='{y(0)}' x2='{right}' y2='{y(100)}' stroke='#999' stroke-dasharray='4'/>"
             f"<line x1='{left}' y1='{bottom}' x2='{right}' y2='{bottom}' stroke='#999'/>"
             f"<text x='{right}' y='{bottom + 16}' text-anchor='middle'>1</text>"
-            f"<text x='{left - 6}' y='18' text-anchor='end'>100 %</text><text x='{left - 6}' y='{bottom}' text-anchor='end'>0</text>"
+            f"<text x='{left - 6}' y='18' text-anchor='end'>100 %</text>"
+            f"<text x='{left - 6}' y='{bottom}' text-anchor='end'>0</text>"
             f"<text x='{left - 6}' y='{bottom + 34}' text-anchor='end' fill='#666'>n</text></svg>")
 
 
@@ -124,7 +125,8 @@ def coverage_diagram(points):
     return (f"<svg class='curve' viewBox='0 0 {width} {height}' role='img' aria-label='coverage against accuracy'>"
             f"<line x1='{left}' y1='{bottom}' x2='{right}' y2='{bottom}' stroke='#999'/>"
             f"<polyline points='{line}' fill='none' stroke='#0072B2' stroke-width='2.5'/>{marks}"
-            f"<text x='{left - 6}' y='18' text-anchor='end'>100 %</text><text x='{left - 6}' y='{bottom}' text-anchor='end'>0</text>"
+            f"<text x='{left - 6}' y='18' text-anchor='end'>100 %</text>"
+            f"<text x='{left - 6}' y='{bottom}' text-anchor='end'>0</text>"
             f"<text x='{left}' y='{bottom + 16}' text-anchor='middle'>0</text>"
             f"<text x='{right}' y='{bottom + 16}' text-anchor='end'>100 % of products answered</text></svg>")
 
@@ -135,9 +137,10 @@ def confidence_html(metrics):
     before = (f" (at temperature 1: {confidence['calibration_error_at_1']:.1f} %; the temperature of the values is "
               f"{confidence['temperature']:.2f})" if confidence.get("temperature", 1) != 1 else "")
     page = (f"<h2>How sure the answers are</h2><p>Expected calibration error: {confidence['calibration_error']:.1f} %{before}, "
-            f"n = {confidence['n']}. It is the mean difference between confidence (an answer's probability) and accuracy over 10 bins "
-            "of equal width, weighted by their answers.</p><div class='pair'><figure><figcaption>Accuracy (bars) and mean confidence "
-            f"(marks) of each bin; on the dashed line both are equal</figcaption>{reliability_diagram(confidence['bins'])}</figure>"
+            f"n = {confidence['n']}. It is the mean difference between confidence (an answer's probability) and accuracy over 10 "
+            "bins of equal width, weighted by their answers.</p><div class='pair'><figure><figcaption>Accuracy (bars) and mean "
+            "confidence (marks) of each bin; on the dashed line both are equal</figcaption>"
+            f"{reliability_diagram(confidence['bins'])}</figure>"
             "<figure><figcaption>Accuracy of the answers given, if only the most confident are given</figcaption>"
             f"{coverage_diagram(confidence['coverage'])}</figure></div>")
     if "outside" in metrics:

@@ -160,9 +160,10 @@ def read_temperature(folder):
         return None
     calibration = read_json(path, "the temperature of a run's values")
     temperature, n, values = (calibration.get(name) for name in ("temperature", "n", "values"))
-    if not (isinstance(temperature, (int, float)) and 0 < temperature < float("inf") and isinstance(n, int) and isinstance(values, int)):
-        raise UserError(f"{path}: should hold a temperature above 0, n and values, but holds {str(calibration)[:100]}; delete it, "
-                        f"and fit the temperature again: python evaluate.py {folder} --constrain --split val")
+    fine = isinstance(temperature, (int, float)) and 0 < temperature < float("inf")
+    if not (fine and isinstance(n, int) and isinstance(values, int)):
+        raise UserError(f"{path}: should hold a temperature above 0, n and values, but holds {str(calibration)[:100]}; delete "
+                        f"it, and fit the temperature again: python evaluate.py {folder} --constrain --split val")
     return calibration
 
 

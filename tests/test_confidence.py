@@ -71,11 +71,15 @@ def test_thresholds_are_chosen_only_where_that_is_allowed():
 
 
 def test_the_temperature_by_hand():
-    """Two values whose log-probabilities differ by 2; the likelier is right 3 times of 4.  softmax(2 / T) = 3/4 at T = 2 / ln 3."""
+    """Two values whose log-probabilities differ by 2; the likelier is right 3 times of 4.
+
+    1 / (1 + exp(-2 / T)) = 3/4 at T = 2 / ln 3.
+    """
     log_probs = [[-1.0, -3.0]] * 4
     assert fit_temperature(log_probs, [0, 0, 1, 0]) == pytest.approx(2 / math.log(3), rel=1e-6)
     # The range ends at 0.05 (all are right) and 20 (the less likely is right as often).
-    assert fit_temperature(log_probs, [0] * 4) == pytest.approx(0.05) and fit_temperature(log_probs, [0, 1] * 2) == pytest.approx(20)
+    assert fit_temperature(log_probs, [0] * 4) == pytest.approx(0.05)
+    assert fit_temperature(log_probs, [0, 1] * 2) == pytest.approx(20)
 
 
 def test_the_temperature_has_the_lowest_loss_of_all():
@@ -112,7 +116,8 @@ def test_answers_outside_the_known_values_are_counted():
 
 def test_a_file_of_values(tmp_path):
     path = tmp_path / "values.tsv"
-    path.write_text("Boot Style\tChelsea\nHeel Height\t  High   Heel \n\nBoot Style\tRain Boots\nBoot Style\tChelsea\n", encoding="utf-8-sig")
+    path.write_text("Boot Style\tChelsea\nHeel Height\t  High   Heel \n\nBoot Style\tRain Boots\nBoot Style\tChelsea\n",
+                    encoding="utf-8-sig")
     assert read_values(path) == {"Boot Style": ["Chelsea", "Rain Boots"], "Heel Height": ["High Heel"]}
 
 
@@ -149,7 +154,8 @@ ALIKE = ["Mint", "Mints", "Mint Green", "M", "Ankle Boot", "Ankle Bootie", "Ankl
 
 def alone(model, example, values, cls_tokens):
     """The distribution over values by brute force: each value alone, through the plain model."""
-    log_p = [answer_log_probs(model, example._replace(answer=encode_answer(v, model.tokenizer)), cls_tokens).sum() for v in values]
+    answers = [encode_answer(v, model.tokenizer) for v in values]
+    log_p = [answer_log_probs(model, example._replace(answer=R), cls_tokens).sum() for R in answers]
     return torch.stack(log_p).softmax(0).tolist()
 
 
@@ -173,7 +179,8 @@ def test_the_same_with_the_demo_worlds_weights():
     draw = torch.Generator().manual_seed(0)
     for p in model.trainable_parameters().values():
         p += 0.05 * torch.randn(p.shape, generator=draw)
-    batch, _ = encode_examples([base_question(Product("1", "1.jpg", "Bags", "Norvik Soft Tote for a sailor", "Pattern", ""))], model.tokenizer)
+    product = Product("1", "1.jpg", "Bags", "Norvik Soft Tote for a sailor", "Pattern", "")
+    batch, _ = encode_examples([base_question(product)], model.tokenizer)
     cls_tokens = torch.randn(1, 4, 64, generator=draw)
     for values in (list(world.VALUES["Pattern"]), ALIKE):
         [log_probs] = score_values(model, batch, [values], cls_tokens)
@@ -264,7 +271,8 @@ def test_free_answers_say_how_sure_they_are_and_what_stands_outside_the_list(run
     metrics, answers = metrics_of(run), rows(run / "predictions.tsv")
     known = json.loads((run / "config.json").read_text())["values"]
     n = sum(row["prediction"] not in known[row["attribute_names"]] for row in answers if row["prediction"])
-    assert metrics["outside"]["n"] == n > 0 and f"answers outside the attribute's known values: {n} of 15 ({100 * n / 15:.1f} %); " in out
+    assert f"answers outside the attribute's known values: {n} of 15 ({100 * n / 15:.1f} %); " in out
+    assert metrics["outside"]["n"] == n > 0
     assert sum(sum(counts.values()) for counts in metrics["outside"]["answers"].values()) == n
     given = [row for row in answers if row["prediction"]]
     right = [row["prediction"] == row["attribute_values"] for row in given]
@@ -324,8 +332,8 @@ def test_without_known_gold_values_on_val_the_temperature_is_1(run, says, tmp_pa
 
 
 def test_a_broken_temperature_is_named(run, fails):
-    for content, said in (('{"temperature": 0, "n": 3, "values": 2}', "should hold a temperature above 0"), ("{", "is not valid JSON"),
-                          ('{"temperature": "warm", "n": 3}', "should hold a temperature above 0")):
+    for content, said in (('{"temperature": 0, "n": 3, "values": 2}', "should hold a temperature above 0"),
+                          ('{"temperature": "warm", "n": 3}', "should hold a temperature above 0"), ("{", "is not valid JSON")):
         (run / "calibration.json").write_text(content)
         assert said in fails(run, "--constrain")
 
@@ -415,7 +423,7 @@ def test_a_held_out_value_is_in_no_training_text_and_not_in_val(holding_out):
     config = json.loads((folder / "config.json").read_text())
     assert config["holdout_values"] == 1 and list(config["held_out"]) == ["Boot Style"]        # Heel Height has only two
     [value] = config["held_out"]["Boot Style"]
-    assert value in dict.fromkeys(v for a, v in PRODUCTS if a == "Boot Style") and config["values"]["Boot Style"].count(value) == 1
+    assert ("Boot Style", value) in PRODUCTS and config["values"]["Boot Style"].count(value) == 1
     assert len(seen) == 2 * 16 and not any(value in e.prompt.split("\n")[0] or value in e.answer for e in seen)
     assert value not in {row["attribute_values"] for row in rows(folder / "val" / "predictions.tsv")}
 
