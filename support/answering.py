@@ -129,7 +129,7 @@ def load(folder, data_needed=False, **given):
     check_weights(folder, record, sources)
     model, photo_features = build_model(config, sources, choose_device(config.device))
     model.load(trained)
-    return Run(Path(folder), config, record["values"], sources, model, photo_features, record.get("held_out", {}),
+    return Run(Path(folder), config, record["values"], sources, model, photo_features, record["held_out"],
                read_temperature(Path(folder)))
 
 

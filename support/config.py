@@ -62,15 +62,12 @@ def flag(default, help, **argparse_words):
 
 @dataclass
 class Config:
-    """Every flag of a run; the defaults are the paper's.  Saved in the run folder and read by evaluate.py.
-
-    later  a flag that older run folders do not have: they were run with its default
-    """
+    """Every flag of a run; the defaults are the paper's.  Saved in the run folder and read by evaluate.py."""
 
     dataset: str = flag("general", "data set: a folder in ROOT (clothing, footwear, general)")
     labels: int | None = flag(None, "labelled products per attribute value, a number or 'all'", type=labels, metavar="N")
     holdout_values: int = flag(0, "values per attribute kept out of training and val, to be answered unseen (default: none)",
-                               type=positive(int), metavar="N", later=True)
+                               type=positive(int), metavar="N")
     data: str | None = flag(None, "folder of data sets and images/ (default: data/, else the demo world)", metavar="ROOT")
     llama: str | None = flag(None, "LLaMA's folder (default: weights/llama-7b/; 'demo': the small one)", metavar="DIR")
     vit: str | None = flag(None, "CLIP ViT's file or folder (default: weights/clip-vit-b-16/; 'demo')", metavar="PATH")
@@ -103,7 +100,6 @@ def add_flags(parser, names=None):
             continue
         words = dict(f.metadata)
         name = "--" + f.name.replace("_", "-")
-        words.pop("later", None)
         if words.pop("off", False):
             parser.add_argument(f"--no-{f.name}", dest=f.name, action="store_false",
                                 default=argparse.SUPPRESS, help=words["help"])

@@ -20,6 +20,7 @@ from base.console import UserError, whole_file, write_text
 from support.config import PROJECT, Config
 from vit import weight_file
 
+LATER = {"holdout_values": 0, "held_out": {}}           # what older run folders do not have, and how they were run
 SAVE_EVERY = 60                                         # seconds: what a power cut costs at most, besides the current step
 
 
@@ -59,11 +60,11 @@ def read_config(run):
     path = Path(run) / "config.json"
     if not Path(run).is_dir() or not path.exists():
         raise UserError(f"{run}: is not a run folder: it has no config.json. train.py writes one (--out RUN)")
-    record = read_json(path, "a run's config")
-    absent = [f.name for f in fields(Config) if f.name not in record and "later" not in f.metadata]
+    record = LATER | read_json(path, "a run's config")
+    absent = [f.name for f in fields(Config) if f.name not in record]
     if absent:
         raise UserError(f"{path}: lacks {', '.join(absent)}; was it written by another version?")
-    return Config(**{f.name: record[f.name] for f in fields(Config) if f.name in record}), record
+    return Config(**{f.name: record[f.name] for f in fields(Config)}), record
 
 
 def weights_fingerprint(sources):

@@ -465,7 +465,7 @@ def test_a_resumed_run_holds_the_same_values_out(holding_out, tmp_path):
 
 
 def test_flags_that_do_not_fit_are_one_line(flags, run, tmp_path):
-    for script, arguments in (("train.py", [*flags, "--holdout-values", "0", "--out", str(tmp_path / "new")]),
+    for script, arguments in (("train.py", [*flags, "--holdout-values", "-1", "--out", str(tmp_path / "new")]),
                               ("train.py", [*flags, "--holdout-values", "x", "--out", str(tmp_path / "new")]),
                               ("evaluate.py", [str(run), "--values", str(tmp_path)])):
         outcome = command(script, arguments, tmp_path)
