@@ -242,6 +242,7 @@ def check_lengths(run, products, compared=False, values=None):
             [encoded], _ = encode_examples([example], model.tokenizer, image=False)
             tokens = 1 + image_tokens * (1 + compared) + len(encoded.prompt) + len(encoded.answer)
             if tokens > most:
-                more = " with another product as long" if compared else f" with the value {p.value[:60]!r}" if values else ""
-                raise UserError(f"product {p.id!r}: its question{more} has {tokens:,} tokens, more than the {most:,} that this "
-                                f"LLaMA was trained to read; shorten its title: {p.title[:100]!r}…")
+                chosen = f", with the value {p.value[:60]!r}" if values else ""
+                raise UserError(f"product {p.id!r}: its question{' with another product as long' if compared else ''} has "
+                                f"{tokens:,} tokens, more than the {most:,} that this LLaMA was trained to read{chosen}; shorten "
+                                f"its title: {p.title[:100]!r}…")
