@@ -5,6 +5,7 @@
     python evaluate.py RUN --image shoe.jpg --text "…" --attribute "Boot Style"
     python evaluate.py RUN --input products.tsv --output predictions.tsv
     python evaluate.py RUN --explain ID                          follow one product from photo to answer
+    python evaluate.py RUN --constrain --split val               calibrate the probabilities of known values (docs/answers.md)
 """
 
 import argparse
@@ -18,14 +19,16 @@ from base import console
 from base.checkpoint import check_file
 from base.console import UserError, replaceable, write_text
 from base.duplicates import not_in
-from data import Products, fingerprint, read_split, sample_labels
+from data import Product, Products, fingerprint, read_split, sample_labels
 from eiven import TEMPERATURE, TOP_P
 from support.answering import answers, check_image, check_lengths, load, prepare_photos, write_predictions
+from support.confidence import calibrate, lines, measure, temperature_note
 from support.config import add_flags, describe, number, utf8_text
 from support.explain import find_product, show
 from support.export import export_run
 from support.report import draw_results
 from support.run_folder import read_config, read_losses
+from support.values import read_values, without
 
 # ------------------------------------------------------------------------------------------------ scores
 
@@ -64,9 +67,9 @@ def score(products, predictions):
 
 def table(metrics):
     """The scores as lines of text, one for each attribute."""
-    width = max(len(a) for a in [*metrics["attributes"], "all (micro)"])
+    width = max(len(a) for a in [*metrics["attributes"], *metrics.get("seen_and_held_out", ()), "all (micro)"])
     lines = [f"{'attribute':{width}}  micro-F1  precision  recall      n"]
-    for name, m in [*metrics["attributes"].items(), ("all (micro)", metrics)]:
+    for name, m in [*metrics["attributes"].items(), *metrics.get("seen_and_held_out", {}).items(), ("all (micro)", metrics)]:
         lines.append(f"{name:{width}}  {m['micro_f1']:8.2f}  {m['precision']:9.2f}  {m['recall']:6.2f}  {m['n']:5}")
     return "\n".join(lines)
 
@@ -74,24 +77,37 @@ def table(metrics):
 # ------------------------------------------------------------------------------------------------ a split
 
 
-def evaluate(run, products, split, folder, constrain=False, merged=False, temperature=TEMPERATURE, top_p=TOP_P):
+def evaluate(run, products, split, folder, values=None, merged=False, temperature=TEMPERATURE, top_p=TOP_P, min_confidence=0.0):
     """Answer the products of a split, score them, write the results into `folder`, print the table; the metrics.
 
-    constrain  choose from each attribute's known values instead of writing freely
-    merged     whether the adapters were merged (recorded in the results)
+    values          {attribute: values} to choose from instead of writing freely; on val, this fits their temperature
+    merged          whether the adapters were merged (recorded in the results)
+    min_confidence  answers below this probability are left empty
     """
     start, config = time.monotonic(), run.config
-    found = list(answers(run, products, run.values if constrain else None, temperature, top_p, f"answering {split}"))
+    found = list(answers(run, products, values, temperature, top_p, f"answering {split}"))
+    seconds = round(time.monotonic() - start, 1)
+    if values and split == "val":
+        found = calibrate(run, products, found, values)
+    confidence = measure(run, products, found, values, split)       # of all answers, also of those left out below
+    found = [a.above(min_confidence) for a in found]
     metrics = score(products, [a.value for a in found])
+    if run.held_out and split == "test":
+        metrics["seen_and_held_out"] = {
+            name: micro_f1([(a.value, p.value) for p, a in zip(products, found)
+                            if (p.value in run.held_out.get(p.attribute, ())) == held])
+            for name, held in (("values trained on", False), ("values held out", True))}
     metrics.update(split=split, dataset=config.dataset, labels=config.labels or "all", seed=config.seed,
-                   constrained=constrain, merged=merged, dtype=str(run.model.llama.embed_tokens.weight.dtype),
-                   sources=describe(config, run.sources), seconds=round(time.monotonic() - start, 1),
-                   temperature=temperature, top_p=top_p)
+                   constrained=values is not None, values={a: len(v) for a, v in (values or run.values).items()},
+                   merged=merged, dtype=str(run.model.llama.embed_tokens.weight.dtype),
+                   sources=describe(config, run.sources), seconds=seconds,
+                   temperature=temperature, top_p=top_p, min_confidence=min_confidence, **confidence)
     title = f"{config.dataset}, {split} split, {config.labels or 'all'} labels a value, seed {config.seed}"
     images = run.sources.data / "images" if config.image else None
     write_results(folder, title, products, found, metrics, images, read_losses(run.folder))
     print(f"\n{title}, n = {metrics['n']}\n{table(metrics)}")
     print(f"gold value inside the answer (ImplicitAVE's scorer): {metrics['implicitave']:.2f}")
+    print(*lines(run, metrics, split), sep="\n")
     return metrics
 
 
@@ -105,26 +121,21 @@ def write_results(folder, title, products, found, metrics, images=None, losses=(
 # ------------------------------------------------------------------------------------------------ the command
 
 
-def known_values(run, products, constrain, where):
-    """{attribute: known values} for --constrain, or None without it; UserError if an attribute of the products has none."""
-    unknown = sorted({p.attribute for p in products} - run.values.keys()) if constrain else []
-    if unknown:
-        raise UserError(f"{where}: --constrain knows no values of {', '.join(unknown[:5])}; "
-                        f"the run was trained on {', '.join(run.values)}")
-    return run.values if constrain else None
-
-
-def main():
+def parse():
+    """The command line as a namespace; .one tells whether --image, --text and --attribute describe a product."""
     parser = argparse.ArgumentParser(description="Score a run, or answer with it.", allow_abbrev=False)
     parser.add_argument("run", metavar="RUN", type=Path, help="run folder that train.py wrote")
     parser.add_argument("--split", default="test", choices=("train", "val", "test"), help="default: %(default)s")
-    parser.add_argument("--merge", action="store_true", help="merge the adapters into LLaMA's weights first")
-    parser.add_argument("--temperature", type=number(float, 0, 1000), default=TEMPERATURE,
-                        help="0: the likeliest token (default: %(default)s)")
-    parser.add_argument("--top-p", type=number(float, 1e-6, 1), default=TOP_P, help="of nucleus sampling (default: %(default)s)")
     parser.add_argument("--without-duplicates", action="store_true",
                         help="score only products whose title words and photo bytes are not in train")
+    parser.add_argument("--merge", action="store_true", help="merge the adapters into LLaMA's weights first")
+    parser.add_argument("--temperature", type=number(float, 0, 1000), default=TEMPERATURE,
+                        help="0: the most probable token (default: %(default)s)")
+    parser.add_argument("--top-p", type=number(float, 1e-6, 1), default=TOP_P, help="of nucleus sampling (default: %(default)s)")
     parser.add_argument("--constrain", action="store_true", help="answer only with values known from training")
+    parser.add_argument("--values", metavar="FILE", type=Path, help="answer only with these values; per line: attribute, tab, value")
+    parser.add_argument("--min-confidence", metavar="P", type=number(float, 0, 1), default=0.0,
+                        help="leave an answer empty if its probability is below P (0 to 1)")
     parser.add_argument("--image", metavar="FILE", help="photo of one product")
     parser.add_argument("--text", metavar="TEXT", type=utf8_text,
                         help="title of one product, best with its category: \"title, category\"")
@@ -136,74 +147,114 @@ def main():
     parser.add_argument("--export", metavar="DIR", type=Path, help="merge, and write an ordinary Hugging Face LLaMA")
     add_flags(parser, ("data", "llama", "vit", "device", "dtype"))
     args = parser.parse_args()
+    described = args.image is not None or args.text is not None
+    args.one = not args.explain and (described or args.attribute is not None)
     if (args.input is None) != (args.output is None):
         parser.error("--input and --output go together")
+    if args.explain is not None and (args.input or args.export or args.constrain or args.values or args.min_confidence
+                                     or bool(args.explain) == described):
+        parser.error("--explain follows one free answer: give the ID of a product of the split, or --attribute with --image or "
+                     "--text; and leave --input, --export, --constrain, --values and --min-confidence out")
+    if args.one and (args.attribute is None or args.input):
+        parser.error("for one product, give --attribute and --image or --text, without --input")
+    if args.export and (args.one or args.input):
+        parser.error("--export does not answer: leave --input, --image, --text and --attribute out")
+    if args.without_duplicates and (args.one or args.input or args.export or args.split == "train"):
+        parser.error("--without-duplicates scores the test or val split")
     if args.input:
         check_file(args.input, "the TSV file of --input")
-    if args.output and (args.output.is_dir() or args.output.exists() and args.output.samefile(args.input)):
-        raise UserError(f"--output {args.output}: is a folder, or the input itself; name another file")
-    one = not args.explain and (args.image is not None or args.text is not None or args.attribute is not None)
-    if args.explain is not None and (args.input or args.export or args.constrain
-                                     or bool(args.explain) == (args.image is not None or args.text is not None)):
-        parser.error("--explain follows one free answer: give the ID of a product of the split, or --attribute with --image or "
-                     "--text; and leave --input, --export and --constrain out")
-    if one and (args.attribute is None or args.input):
-        parser.error("for one product, give --attribute and --image or --text, without --input")
-    if args.export and (one or args.input):
-        parser.error("--export does not answer: leave --input, --image, --text and --attribute out")
-    if args.without_duplicates and (one or args.input or args.export or args.split == "train"):
-        parser.error("--without-duplicates scores the test or val split")
+        if args.output.is_dir() or args.output.exists() and args.output.samefile(args.input):
+            raise UserError(f"--output {args.output}: is a folder, or the input itself; name another file")
     if args.image is not None:
         check_image(args.image)
+    return args
 
-    if args.input:                                      # every line is checked before the weights are loaded
-        products = Products(args.input, labelled=False)
+
+def main():
+    args = parse()
+    # All input is checked before the weights are loaded.
+    products = Products(args.input, labelled=False) if args.input else None
+    values = read_values(args.values) if args.values else None
     given = {name: getattr(args, name) for name in ("data", "llama", "vit", "device", "dtype") if hasattr(args, name)}
-    run = load(args.run, data_needed=not (one or args.input), **given)
+    run = load(args.run, data_needed=not (args.one or args.input), **given)
     # Where answers may go to stdout (one product's, or --output /dev/stdout), nothing else does.
-    answers_only = one or args.explain or args.output and not replaceable(args.output)
+    answers_only = args.one or args.explain or args.output and not replaceable(args.output)
     status = sys.stderr if answers_only else sys.stdout
     print(describe(run.config, run.sources), file=status)
-    if args.merge or args.export:
-        if run.config.adapter == "mlp":
-            raise UserError("this run has MLP-Adapters, whose non-linearity cannot be merged; "
-                            "--adapter rep and mlp-linear can be")
+    if (args.merge or args.export) and run.config.adapter == "mlp":
+        raise UserError("this run has MLP-Adapters, which are not linear and cannot be merged; rep and mlp-linear can be")
     if args.export:
         return export_run(run, args.export)
     if args.merge:
         run.model.merge_adapters()
-    if one and args.explain is not None:
-        show(run, run.product(args.image, args.text, args.attribute), args.temperature, args.top_p)
-    elif one:
-        answer = run.answer(args.image, args.text, args.attribute, args.constrain, args.temperature, args.top_p)
-        print(f"{run.known_attribute(args.attribute)}: {answer}")
+    source = args.values or "the run's training data"
+    if args.constrain and not values:
+        values = run.values
+    if args.one:
+        answer_one(run, args, values, source)
     elif args.input:
-        values = known_values(run, products, args.constrain, args.input)
-        prepare_photos(run, products)
-        check_lengths(run, products, constrain=args.constrain)
-        write_predictions(args.output, products, answers(run, products, values, args.temperature, args.top_p))
-        print(f"{args.output}: {len(products):,} products answered", file=status)
+        answer_file(run, args, products, values, source, status)
     else:
-        whole = products = read_split(run.sources.data, run.config.dataset, args.split)
-        if args.split != "test":                        # as train.py does: with few labels, val is small, too
-            products = sample_labels(products, run.config.labels, run.config.seed)
-        if fingerprint(products) != read_config(args.run)[1]["data_fingerprint"][args.split]:
-            raise UserError(f"{run.sources.data}: the {args.split} split is not the one that this run was started with; --data "
-                            "ROOT names another folder, and --input answers any file")
-        if args.explain:
-            product = find_product(whole, " ".join(args.explain.split()), args.attribute, whole.path)
-            return show(run, product, args.temperature, args.top_p)
-        known_values(run, products, args.constrain, f"--split {args.split}")
-        split, folder = args.split, args.run if args.split == "test" else args.run / args.split
-        if args.without_duplicates:
-            split, folder, n = f"{split} (without duplicates of train)", folder / "without-duplicates", len(products)
-            products = not_in(read_split(run.sources.data, run.config.dataset, "train"), products, run.sources.data / "images")
-            print(f"{n - len(products):,} of {n:,} products left out: their title words or photo bytes are in train")
-            if not products:
-                raise UserError(f"--without-duplicates leaves no product of {args.split}: all of them are in train, too")
-        prepare_photos(run, products)
-        check_lengths(run, products, constrain=args.constrain)
-        evaluate(run, products, split, folder, args.constrain, args.merge, args.temperature, args.top_p)
+        score_split(run, args, values, source)
+
+
+def check_values(products, values, where, source):
+    """UserError if an attribute of the products has no values to choose from.  values None: free answers need none."""
+    unknown = sorted({p.attribute for p in products} - values.keys()) if values else []
+    if unknown:
+        raise UserError(f"{where}: there are no known values of {', '.join(unknown[:5])}; {source} has those of "
+                        f"{', '.join(values)}")
+
+
+def answer_one(run, args, values, source):
+    """Answer or explain the product of --image, --text and --attribute."""
+    if args.explain is not None:
+        return show(run, run.product(args.image, args.text, args.attribute), args.temperature, args.top_p)
+    attribute = run.known_attribute(args.attribute)
+    if args.values:
+        check_values([Product("", "", "", "", attribute, "")], values, "--attribute", source)
+    if values:
+        print(temperature_note(run), file=sys.stderr)
+    answer = run.answer(args.image, args.text, attribute, args.constrain, args.temperature, args.top_p,
+                        values and values.get(attribute), args.min_confidence)
+    print(f"{attribute}: {answer}")
+
+
+def answer_file(run, args, products, values, source, status):
+    """Answer the products of --input and write them to --output."""
+    check_values(products, values, args.input, source)
+    prepare_photos(run, products)
+    check_lengths(run, products, values=values)
+    found = answers(run, products, values, args.temperature, args.top_p)
+    empty = write_predictions(args.output, products, (a.above(args.min_confidence) for a in found))
+    left = f", {empty:,} of them left empty" if empty else ""
+    print(f"{args.output}: {len(products):,} products answered{left}", file=status)
+    if values:
+        print(temperature_note(run), file=status)
+
+
+def score_split(run, args, values, source):
+    """Score a split of the run's own data set, or explain one of its products."""
+    whole = products = read_split(run.sources.data, run.config.dataset, args.split)
+    if args.split != "test":                            # as in training: val is sampled like train
+        products = without(sample_labels(products, run.config.labels, run.config.seed), run.held_out)
+    if fingerprint(products) != read_config(args.run)[1]["data_fingerprint"][args.split]:
+        raise UserError(f"{run.sources.data}: the {args.split} split is not the one that this run was started with; --data "
+                        "ROOT names another folder, and --input answers any file")
+    if args.explain:
+        product = find_product(whole, " ".join(args.explain.split()), args.attribute, whole.path)
+        return show(run, product, args.temperature, args.top_p)
+    check_values(products, values, f"--split {args.split}", source)
+    split, folder = args.split, args.run if args.split == "test" else args.run / args.split
+    if args.without_duplicates:
+        split, folder, n = f"{split} (without duplicates of train)", folder / "without-duplicates", len(products)
+        products = not_in(read_split(run.sources.data, run.config.dataset, "train"), products, run.sources.data / "images")
+        print(f"{n - len(products):,} of {n:,} products left out: their title words or photo bytes are in train")
+        if not products:
+            raise UserError(f"--without-duplicates leaves no product of {args.split}: all of them are in train, too")
+    prepare_photos(run, products)
+    check_lengths(run, products, values=values)
+    evaluate(run, products, split, folder, values, args.merge, args.temperature, args.top_p, args.min_confidence)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from support.answering import Run, check_lengths, prepare_photos
 from support.config import Config, add_flags, build_model, choose_device, describe, find_sources
 from support.doubles import note_doubles
 from support.run_folder import SAVE_EVERY, TrainingState, check_weights, new_run_folder, only_process, read_config, write_config
+from support.values import hold_out, without
 
 # ------------------------------------------------------------------------------------------------ the loop
 
@@ -158,10 +159,14 @@ def train_and_score(config, folder, resumed):
     """The run in its folder: everything is checked before the first step, and val and test are scored at the end."""
     sources = find_sources(config)
     print(describe(config, sources), flush=True)
-
     products = sample_labels(read_split(sources.data, config.dataset, "train"), config.labels, config.seed)
+    values = values_of(products)
+    held_out = hold_out(values, config.holdout_values, config.seed)
+    for attribute, several in held_out.items():
+        print(f"held out of training and val: {attribute}: {', '.join(several)}")
+    products = without(products, held_out)
     # Val is sampled like train: the same number of products per value.
-    val = sample_labels(read_split(sources.data, config.dataset, "val"), config.labels, config.seed)
+    val = without(sample_labels(read_split(sources.data, config.dataset, "val"), config.labels, config.seed), held_out)
     test = read_split(sources.data, config.dataset, "test")
     data = {split: fingerprint(p) for split, p in (("train", products), ("val", val), ("test", test))}
     note_doubles({"train": products, "val": val, "test": test})
@@ -171,12 +176,12 @@ def train_and_score(config, folder, resumed):
         if record["data_fingerprint"] != data:
             raise UserError(f"--resume {folder}: the data in {sources.data} is not what this run was started with")
     model, photo_features = build_model(config, sources, choose_device(config.device))
-    run = Run(folder, config, values_of(products), sources, model, photo_features)
+    run = Run(folder, config, values, sources, model, photo_features, held_out)
     for some in (products, val, test):
         prepare_photos(run, some)
         check_lengths(run, some, compared=some is products and config.lbc != "none")
     if not resumed:
-        write_config(folder, config, sources, values=run.values, data_fingerprint=data)
+        write_config(folder, config, sources, values=values, held_out=held_out, data_fingerprint=data)
     print(f"run folder: {folder}")
 
     if not (folder / "adapter.safetensors").exists():

@@ -72,7 +72,7 @@ class Tokens:
         return replace(self, layer=layer, cos=cos, sin=sin, last=last and self.needed_index is not None)
 
     def needed(self, x):
-        """(N, ...) -> (M, ...) in the last layer, where the other tokens are only keys and values; in all other layers x itself."""
+        """(N, ...) -> (M, ...) in the last layer, where the other tokens are only keys and values; x itself in all others."""
         return x.index_select(0, self.needed_index) if self.last else x
 
     def sequences(self, q, k, v):

@@ -116,7 +116,8 @@ def same_flags(runs, flags):
 
 
 METRICS = {"micro_f1": (float, (0, 100)), "n": (int, (1, 10 ** 12)), "sources": (str, None, ""), "merged": (bool, (False, True)),
-           "constrained": (bool, (False, True)), "temperature": (float, (0, 1000)), "top_p": (float, (0, 1))}
+           "constrained": (bool, (False, True)), "temperature": (float, (0, 1000)), "top_p": (float, (0, 1)),
+           "min_confidence": (float, (0, 1), 0.0)}
 
 
 def read_metrics(path):
@@ -131,7 +132,8 @@ def scores(runs, dataset, row, labels, seeds, split="test"):
         path = run_folder(runs, dataset, row, labels, seed) / ("val" if split == "val" else "") / "metrics.json"
         if path.exists():
             metrics = read_metrics(path)
-            if metrics["merged"] or metrics["constrained"] or (metrics["temperature"], metrics["top_p"]) != (TEMPERATURE, TOP_P):
+            sampling = (metrics["temperature"], metrics["top_p"]) == (TEMPERATURE, TOP_P)
+            if metrics["merged"] or metrics["constrained"] or metrics["min_confidence"] or not sampling:
                 raise UserError(f"{path}: was scored again with other settings; score it as it was: python evaluate.py "
                                 f"{path.parent}")
             found.append(metrics["micro_f1"])

@@ -1,10 +1,10 @@
-"""A trained run and its answers: to one product, to a list of products, to a file of them."""
+"""A trained run, and its answers to one product or to many."""
 
 import math
 import os
 import sys
-from dataclasses import dataclass, replace
-from functools import cached_property
+from array import array
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,21 +16,31 @@ from demo import world
 from eiven import EIVEN, TEMPERATURE, TOP_P
 from support.config import Config, Sources, build_model, choose_device, find_sources
 from support.features import PhotoFeatures
-from support.run_folder import check_weights, read_config
+from support.run_folder import check_weights, read_config, read_temperature
 
 ANSWER_BATCH = 64                                       # products answered together
 SCORE_BATCH = 8                                         # products whose values are scored together
+SCORE_VALUES = 128                                      # at most so many values of theirs in all, but those of one product
+SCORE_TOKENS = 8192                                     # text tokens of questions with a value that are scored at once
 LEAST_LIMIT = 32                                        # tokens that a free answer may have at least
-SORTED_TOGETHER = 4096                                  # products in memory at a time, answered in order of length
+SORTED_TOGETHER = 4096                                  # products sorted by length together
 
 
 class Answer(NamedTuple):
-    """An answer and its probability; of scored values also the second likeliest."""
+    """An answer and its probability; of scored values also the second likeliest, and log p(R | X) of each in the list's order.
+
+    A value that was left out by `above` is "", and its probability is kept.
+    """
 
     value: str
     probability: float
     runner_up: str = ""
     runner_up_probability: float | None = None
+    log_probs: array = ()
+
+    def above(self, min_confidence):
+        """The answer if it has this probability or more, else an empty one."""
+        return self if self.probability >= min_confidence else self._replace(value="")
 
     def __str__(self):
         return f"{self.value or '(no answer)'}  (probability {self.probability:.2f})"
@@ -38,10 +48,12 @@ class Answer(NamedTuple):
 
 @dataclass
 class Run:
-    """A run folder with its model.  `evaluate.load(folder)` makes one.
+    """A run folder with its model.  `load(folder)` makes one.
 
-    values          {attribute: its values in the training data}
+    values          {attribute: its values in the training data, those held out included}
     photo_features  None if the run does not use photos
+    held_out        {attribute: values that the training did not see} (--holdout-values)
+    calibration     the temperature of scored values, as support/confidence.py fits it; None: not fitted, and 1 is used
     """
 
     folder: Path
@@ -50,17 +62,15 @@ class Run:
     sources: Sources
     model: EIVEN
     photo_features: PhotoFeatures | None
+    held_out: dict = field(default_factory=dict)
+    calibration: dict | None = None
 
-    @cached_property
-    def longest(self):
-        """{attribute: (its value with the most tokens, how many, the end token included)}"""
-        def tokens(value):
-            return len(encode_answer(value, self.model.tokenizer))
-        longest = {attribute: max(values, key=tokens) for attribute, values in self.values.items()}
-        return {attribute: (value, tokens(value)) for attribute, value in longest.items()}
+    @property
+    def value_temperature(self):
+        return self.calibration["temperature"] if self.calibration else 1.0
 
     def known_attribute(self, name):
-        """The attribute's name as in the training data, upper and lower case made equal; an unknown name as it is."""
+        """The attribute's name as in the training data, ignoring case; an unknown name unchanged."""
         return next((a for a in self.values if a.lower() == name.lower()), name)
 
     def product(self, image=None, text=None, attribute=""):
@@ -81,21 +91,35 @@ class Run:
             check_image(image)
         return Product("", str(Path(image).resolve()) if image else "", "", " ".join((text or "").split()), attribute, "")
 
-    def answer(self, image=None, text=None, attribute="", constrain=False, temperature=TEMPERATURE, top_p=TOP_P):
+    def answer(self, image=None, text=None, attribute="", constrain=False, temperature=TEMPERATURE, top_p=TOP_P,
+               values=None, min_confidence=0.0):
         """The Answer for one product: its value, and the probability of that value.
 
         image      file name of the photo, if the run was trained with photos
         text       title, best with the category: "title, category"; if the run was trained with texts
         attribute  its name in the training data; upper and lower case make no difference
         constrain  choose from the attribute's known values instead of writing freely
-        Errors     UserError: something is missing, not wanted, or unreadable
+        values     choose from these values (a list of texts) instead
+        min_confidence   below this probability the value is "" (and the probability is still that of the value left out)
+        temperature, top_p   of free answers, as in EIVEN.generate
+        The probability of a free answer is that of its text among all texts.  The probability of a chosen value is its
+        share among the values of the list, at the temperature that was fitted on val (or 1).
+        Errors     UserError: something is missing, not wanted, or unreadable; ValueError: values is no list of texts
         """
+        if values is not None and not (isinstance(values, (list, tuple)) and values and
+                                       all(isinstance(v, str) and v.strip() for v in values)):
+            raise ValueError(f"values must be a list of at least one text, none of them empty, but is {values!r}")
         product = self.product(image, text, attribute)
-        if constrain and product.attribute not in self.values:
+        attribute = product.attribute
+        if constrain and values is None and attribute not in self.values:
             raise UserError(f"--constrain needs an attribute with known values: {', '.join(self.values)}")
         prepare_photos(self, [product])
-        [answer] = answers(self, [product], self.values if constrain else None, temperature, top_p)
-        return answer
+        if values is not None:
+            values = {attribute: list(dict.fromkeys(" ".join(v.split()) for v in values))}
+        elif constrain:
+            values = self.values
+        [answer] = answers(self, [product], values, temperature, top_p)
+        return answer.above(min_confidence)
 
 
 def check_image(path):
@@ -122,7 +146,8 @@ def load(folder, data_needed=False, **given):
     check_weights(folder, record, sources)
     model, photo_features = build_model(config, sources, choose_device(config.device))
     model.load(trained)
-    return Run(Path(folder), config, record["values"], sources, model, photo_features)
+    return Run(Path(folder), config, record["values"], sources, model, photo_features, record["held_out"],
+               read_temperature(Path(folder)))
 
 
 def prepare_photos(run, products):
@@ -135,17 +160,19 @@ def prepare_photos(run, products):
 
 
 def answers(run, products, values=None, temperature=TEMPERATURE, top_p=TOP_P, what="answering"):
-    """Yield an Answer for each product, in order; at most some thousand products are in memory at a time.
+    """Yield an Answer for each product, in order; SORTED_TOGETHER products are in memory at a time.
 
     values  {attribute: values} to choose from: each value is scored, and the likeliest is the answer; None: free text
     An answer does not depend on its batch: products are sorted by length only to save padding, and each product draws
     from a generator of its own.
     """
     tokenizer, image = run.model.tokenizer, run.config.image
-    size = ANSWER_BATCH if values is None else SCORE_BATCH
+    size = ANSWER_BATCH
+    if values is not None:                              # long lists: fewer products together, so that progress is seen
+        size = max(1, min(SCORE_BATCH, SCORE_VALUES // max(map(len, values.values()))))
+    # No known value may be cut off.
+    limit = max([LEAST_LIMIT, *(len(encode_answer(v, tokenizer)) for several in run.values.values() for v in several)])
     with Progress(what, len(products), "products") as progress:
-        # No known value may be cut off.
-        limit = max([LEAST_LIMIT, *(tokens for _, tokens in run.longest.values())])
         for first in range(0, len(products), SORTED_TOGETHER):
             some = products[first:first + SORTED_TOGETHER]
             examples = [base_question(p, run.config.text) for p in some]
@@ -162,9 +189,8 @@ def answers(run, products, values=None, temperature=TEMPERATURE, top_p=TOP_P, wh
                         batch_answers = [Answer(tokenizer.decode(ids).strip(), p) for ids, p in written]
                     else:
                         known = [values[some[i].attribute] for i in chosen]
-                        candidates = [[encode_answer(v, tokenizer) for v in each] for each in known]
-                        log_p = run.model.score(batch, candidates, cls_tokens)
-                        batch_answers = [likeliest(v, lp) for v, lp in zip(known, log_p)]
+                        log_probs = score_values(run.model, batch, known, cls_tokens)
+                        batch_answers = [likeliest(v, lp, run.value_temperature) for v, lp in zip(known, log_probs)]
                 except FloatingPointError as error:
                     check_frozen(run.model.llama, run.sources.llama)
                     raise UserError(f"{error}, in the batch that begins with product {some[chosen[0]].id!r}; start again with "
@@ -175,43 +201,72 @@ def answers(run, products, values=None, temperature=TEMPERATURE, top_p=TOP_P, wh
             yield from found
 
 
-def likeliest(values, log_p):
-    """The Answer from scored values: the likeliest, with its probability among these values."""
-    highest = max(log_p)
-    weight = [math.exp(lp - highest) for lp in log_p]
-    ranked = sorted(range(len(values)), key=lambda i: -weight[i])
+def score_values(model, batch, values, cls_tokens):
+    """log p(R | X) of each value: for each example of the batch a list of floats, one for each of its values.
+
+    The values are scored in parts of at most SCORE_TOKENS tokens: an attribute may have hundreds of values.
+    """
+    parts, room = [], 0
+    for example, several in zip(batch, values):
+        for value in several:
+            R = encode_answer(value, model.tokenizer)
+            length = len(example.prompt) + len(R)
+            if length > room:
+                parts.append([])
+                room = SCORE_TOKENS
+            parts[-1].append((example, R))
+            room -= length
+    log_p = (lp for part in parts for [lp] in model.score([e for e, _ in part], [[R] for _, R in part], cls_tokens))
+    return [[next(log_p) for _ in several] for several in values]
+
+
+def likeliest(values, log_probs, temperature=1.0):
+    """The Answer from scored values: the likeliest, with its probability, softmax(log_probs / temperature)."""
+    ranked = sorted(range(len(values)), key=lambda i: -log_probs[i])
+    weight = [math.exp((lp - log_probs[ranked[0]]) / temperature) for lp in log_probs]
     p = [weight[i] / sum(weight) for i in ranked[:2]]
-    return Answer(values[ranked[0]], p[0], *((values[ranked[1]], p[1]) if len(values) > 1 else ()))
+    runner_up = (values[ranked[1]], p[1]) if len(values) > 1 else ("", None)
+    return Answer(values[ranked[0]], p[0], *runner_up, array("d", log_probs))
 
 
 def write_predictions(path, products, answers):
-    """Products and their answers as TSV: the data set's columns, then the answer's."""
-    write_tsv(path, (
-        [p.id, p.image, p.category, p.title, p.attribute, p.value, a.value, f"{a.probability:.4f}", a.runner_up,
-         "" if a.runner_up_probability is None else f"{a.runner_up_probability:.4f}"] for p, a in zip(products, answers)),
-        [*COLUMNS, "prediction", "probability", "runner_up", "runner_up_probability"])
+    """Write products and their answers as TSV: the data set's columns, then the answer's; the number of empty answers."""
+    empty = 0
+
+    def lines():
+        nonlocal empty
+        for p, a in zip(products, answers):
+            empty += not a.value
+            yield [p.id, p.image, p.category, p.title, p.attribute, p.value, a.value, f"{a.probability:.4f}", a.runner_up,
+                   "" if a.runner_up_probability is None else f"{a.runner_up_probability:.4f}"]
+
+    write_tsv(path, lines(), [*COLUMNS, "prediction", "probability", "runner_up", "runner_up_probability"])
+    return empty
 
 
-def check_lengths(run, products, compared=False, constrain=False):
+def check_lengths(run, products, compared=False, values=None):
     """UserError before any work if a product's question and answer are longer than LLaMA can read.
 
-    compared   whether a question may hold two products; then each product must fit together with one as long as itself
-    constrain  whether every known value of the attribute will be scored; then the longest of them must fit
+    compared  whether a question may hold two products; then both are assumed to be this long
+    values    {attribute: values} to choose from: then each product must fit together with the longest of them
     """
     model, config = run.model, run.config
     most = model.llama.config.max_position_embeddings
     image_tokens = len(run.photo_features.cls_layers) if run.photo_features else 0
+    longest = {attribute: max(several, key=lambda v: len(encode_answer(v, model.tokenizer)))
+               for attribute, several in (values or {}).items()}
     with Progress("lengths", len(products), "products") as progress:
         for p in products:
             progress.step()
-            if constrain:
-                p = replace(p, value=run.longest[p.attribute][0])
+            if p.attribute in longest:
+                p = replace(p, value=longest[p.attribute])
             if 3 * (len(p.context.encode()) + len(p.attribute.encode()) + len(p.value.encode())) + 200 < most:
-                continue                                # a token has at least one byte: this cannot be too long
+                continue                                # tokens <= bytes, in two contexts and values, and 200 for the rest
             example = comparison(p, p, config.lbc, config.text) if compared else base_question(p, config.text)
             [encoded], _ = encode_examples([example], model.tokenizer, image=False)
             tokens = 1 + image_tokens * (1 + compared) + len(encoded.prompt) + len(encoded.answer)
             if tokens > most:
+                chosen = f", with the value {p.value[:60]!r}" if values else ""
                 raise UserError(f"product {p.id!r}: its question{' with another product as long' if compared else ''} has "
-                                f"{tokens:,} tokens, more than the {most:,} that this LLaMA was trained to read; shorten its "
-                                f"title: {p.title[:100]!r}…")
+                                f"{tokens:,} tokens, more than the {most:,} that this LLaMA was trained to read{chosen}; shorten "
+                                f"its title: {p.title[:100]!r}…")

@@ -56,6 +56,8 @@ class Config:
 
     dataset: str = flag("general", "data set: a folder in ROOT (clothing, footwear, general)", type=utf8_text)
     labels: int | None = flag(None, "labelled products per attribute value, a number or 'all'", (1, 10 ** 9), metavar="N")
+    holdout_values: int = flag(0, "values per attribute kept out of training and val, to be answered unseen (default: none)",
+                               (0, 10 ** 6), metavar="N")
     data: str | None = flag(None, "folder of data sets and images/ (default: data/, else the demo world)", metavar="ROOT")
     llama: str | None = flag(None, "LLaMA's folder (default: weights/llama-7b/; 'demo': the small one)", metavar="DIR")
     vit: str | None = flag(None, "CLIP ViT's file or folder (default: weights/clip-vit-b-16/; 'demo')", metavar="PATH")

@@ -55,8 +55,8 @@ class PhotoFeatures:
             # The photos of this run: a temporary table on the disk, since the names of a million fill the memory.
             self.database.execute("create temporary table photo (name blob primary key, key blob)")
         except (sqlite3.Error, OSError) as error:
-            raise UserError(f"{cache}: the cache of photo features cannot be used ({error}); if the disk is not full, delete "
-                            "it, and it is made again, or name another folder with the environment variable EIVEN_CACHE") from None
+            raise UserError(f"{cache}: the cache of photo features cannot be used ({error}); if the disk is not full, delete it, "
+                            "and it is made again, or name another folder with the environment variable EIVEN_CACHE") from None
         self.read_one = lru_cache(maxsize=4096)(self._read_one)     # of ViT-B/16 50 MB at most
 
     def prepare(self, names):

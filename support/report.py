@@ -16,6 +16,7 @@ from base.tsv import write_tsv
 
 MOST_VALUES = 60                                        # in a confusion matrix that can be read on a screen
 EXAMPLES = 12                                           # of each kind on the page
+OUTSIDE = 50                                            # answers outside the known values, on the page
 
 
 def draw_results(folder, title, products, answers, metrics, images=None, losses=()):
@@ -145,6 +146,71 @@ def learning_curve(losses):
             f"<text x='{width - 10}' y='{height - 8}' text-anchor='end'>{len(losses):,} steps</text></svg>")
 
 
+def reliability_diagram(bins):
+    """Confidence against accuracy as an inline SVG: a bar for each bin (accuracy), a mark at its mean confidence, and the
+    diagonal on which both are equal; below each bar the number of its answers.
+
+    bins  of support.confidence.calibration_error
+    """
+    width, height, left, bottom, cell = 400, 250, 48, 200, 34
+
+    def y(percent):
+        return f"{bottom - percent * (bottom - 12) / 100:.1f}"
+
+    bars = ""
+    for i, b in enumerate(bins):
+        x = left + i * cell
+        bars += f"<text x='{x + cell / 2}' y='{bottom + 34}' text-anchor='middle' fill='#666'>{b['n'] or ''}</text>"
+        bars += f"<text x='{x}' y='{bottom + 16}' text-anchor='middle'>{b['from']:.1f}</text>"
+        if b["n"]:
+            top, mark = y(b["accuracy"]), y(b["confidence"])
+            bars += (f"<rect x='{x + 2}' y='{top}' width='{cell - 4}' height='{bottom - float(top):.1f}' fill='#0072B2'/>"
+                     f"<line x1='{x + 2}' x2='{x + cell - 2}' y1='{mark}' y2='{mark}' stroke='#D55E00' stroke-width='3'/>")
+    right = left + cell * len(bins)
+    return (f"<svg class='curve' viewBox='0 0 {width} {height}' role='img' aria-label='confidence against accuracy'>{bars}"
+            f"<line x1='{left}' y1='{y(0)}' x2='{right}' y2='{y(100)}' stroke='#999' stroke-dasharray='4'/>"
+            f"<line x1='{left}' y1='{bottom}' x2='{right}' y2='{bottom}' stroke='#999'/>"
+            f"<text x='{right}' y='{bottom + 16}' text-anchor='middle'>1</text>"
+            f"<text x='{left - 6}' y='18' text-anchor='end'>100 %</text>"
+            f"<text x='{left - 6}' y='{bottom}' text-anchor='end'>0</text>"
+            f"<text x='{left - 6}' y='{bottom + 34}' text-anchor='end' fill='#666'>n</text></svg>")
+
+
+def coverage_diagram(points):
+    """Coverage (x) against accuracy (y) as an inline SVG; points as support.confidence.coverage_curve gives them."""
+    width, height, left, bottom, right = 400, 250, 48, 200, 388
+    line = " ".join(f"{left + p['coverage'] * (right - left) / 100:.1f},{bottom - p['accuracy'] * (bottom - 12) / 100:.1f}"
+                    for p in points)
+    marks = "".join("<circle cx='{}' cy='{}' r='3' fill='#0072B2'/>".format(*xy.split(",")) for xy in line.split())
+    return (f"<svg class='curve' viewBox='0 0 {width} {height}' role='img' aria-label='coverage against accuracy'>"
+            f"<line x1='{left}' y1='{bottom}' x2='{right}' y2='{bottom}' stroke='#999'/>"
+            f"<polyline points='{line}' fill='none' stroke='#0072B2' stroke-width='2.5'/>{marks}"
+            f"<text x='{left - 6}' y='18' text-anchor='end'>100 %</text>"
+            f"<text x='{left - 6}' y='{bottom}' text-anchor='end'>0</text>"
+            f"<text x='{left}' y='{bottom + 16}' text-anchor='middle'>0</text>"
+            f"<text x='{right}' y='{bottom + 16}' text-anchor='end'>100 % of products answered</text></svg>")
+
+
+def confidence_html(metrics):
+    """The part of the page on how far the answers' probabilities can be trusted, and on answers outside the known values."""
+    confidence = metrics["confidence"]
+    before = (f" (at temperature 1: {confidence['calibration_error_at_1']:.1f} %; the temperature of the values is "
+              f"{confidence['temperature']:.2f})" if confidence.get("temperature", 1) != 1 else "")
+    page = (f"<h2>How sure the answers are</h2><p>Expected calibration error: {confidence['calibration_error']:.1f} %{before}, "
+            f"n = {confidence['n']}. It is the mean difference between confidence (an answer's probability) and accuracy over 10 "
+            "bins of equal width, weighted by their answers.</p><div class='pair'><figure><figcaption>Accuracy (bars) and mean "
+            "confidence (marks) of each bin; on the dashed line both are equal</figcaption>"
+            f"{reliability_diagram(confidence['bins'])}</figure>"
+            "<figure><figcaption>Accuracy of the answers given, if only the most confident are given</figcaption>"
+            f"{coverage_diagram(confidence['coverage'])}</figure></div>")
+    if "outside" in metrics:
+        n, named = metrics["outside"]["n"], [f"{html.escape(attribute)}: {html.escape(answer)} ({count})" for attribute, counts
+                                             in metrics["outside"]["answers"].items() for answer, count in counts.items()]
+        page += (f"<h2>Answers outside the known values</h2><p>{n} of {metrics['n']}. {'; '.join(named[:OUTSIDE])}"
+                 f"{'; …' if named[OUTSIDE:] else ''}</p>")
+    return page
+
+
 def report_html(title, products, answers, metrics, images=None, losses=()):
     """The page of a run's results: the main result in words, scores, the most confident mistakes, and how it was measured.
 
@@ -169,7 +235,7 @@ def report_html(title, products, answers, metrics, images=None, losses=()):
             judged.sort(key=lambda pair: -pair[1].probability)
         return "".join(card(*pair) for pair in itertools.islice(judged, EXAMPLES)) or "none"
 
-    rows = "".join(cells(name, m) for name, m in metrics["attributes"].items())
+    rows = "".join(cells(name, m) for name, m in [*metrics["attributes"].items(), *metrics.get("seen_and_held_out", {}).items()])
     weakest = min(metrics["attributes"], key=lambda name: metrics["attributes"][name]["micro_f1"])
     weakest = (f" Weakest attribute: {html.escape(weakest)} ({metrics['attributes'][weakest]['micro_f1']:.0f} %)."
                if len(metrics["attributes"]) > 1 else "")
@@ -178,6 +244,7 @@ def report_html(title, products, answers, metrics, images=None, losses=()):
     curve = learning_curve(list(losses))
     how = (f"temperature {metrics['temperature']}, top-p {metrics['top_p']}"
            + (", only known values allowed" if metrics["constrained"] else "")
+           + (f", empty below probability {metrics['min_confidence']}" if metrics.get("min_confidence") else "")
            + (", adapters merged" if metrics["merged"] else ""))
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
@@ -191,6 +258,7 @@ td:first-child, th:first-child {{ text-align: left }} tr:last-child {{ font-weig
 .cards {{ display: flex; flex-wrap: wrap; gap: .8rem }} .card {{ width: 12rem; padding: .6rem; border: 1px solid #ddd;
 border-radius: 6px; font-size: .85rem; overflow-wrap: anywhere; break-inside: avoid }} .card p {{ margin: .3rem 0 }}
 .wrong {{ border-left: 5px solid #D55E00 }} .right {{ border-left: 5px solid #0072B2 }}
+.pair {{ display: flex; flex-wrap: wrap; gap: 1rem }} figure {{ margin: 0; flex: 1 1 20rem }}
 .matrix {{ max-width: 100%; vertical-align: top }} .curve {{ width: 100%; max-width: 40rem; font-size: 13px }}
 @media (max-width: 40rem) {{ td, th {{ padding: .25rem .4rem; font-size: .85rem }} .card {{ width: 100% }} }}
 @media print {{ body {{ margin: 0; font-size: 11pt }} h2 {{ break-after: avoid }} }}
@@ -204,6 +272,7 @@ border-radius: 6px; font-size: .85rem; overflow-wrap: anywhere; break-inside: av
 {rows}{cells("all (micro)", metrics)}</table></div>
 <p>An answer is right if it equals the gold value exactly; per cent; {how}; n = {metrics["n"]}, answered in
 {metrics["seconds"]} s.</p>
+{confidence_html(metrics) if "confidence" in metrics else ""}
 <h2>The most confident mistakes</h2><div class="cards">{cards(right=False)}</div>
 <h2>Right answers</h2><div class="cards">{cards(right=True)}</div>
 <h2>Which values are confused</h2>{matrices}

@@ -23,10 +23,11 @@ from base.console import UserError, first_line, naming, write_text
 from support.config import FIELDS, PROJECT, Config
 from vit import weight_file
 
+LATER = {"holdout_values": 0, "held_out": {}}           # what older run folders do not have, and how they were run
 SAVE_EVERY = 60                                         # seconds: what a power cut costs at most, besides the current step
 
 # What config.json holds besides the flags: {field: (type, allowed, default)}
-RECORD = {"values": (dict, None), "data_fingerprint": (dict, None), "weights_fingerprint": (dict, None)}
+RECORD = {"values": (dict, None), "held_out": (dict, None), "data_fingerprint": (dict, None), "weights_fingerprint": (dict, None)}
 SPLITS = {"train": (str, None), "val": (str, None), "test": (str, None)}
 WEIGHTS = {"llama": (str, None), "vit": (str, None, None)}
 STATE = {"trained": (dict, None), "optimizer": (dict, None), "scaler": (dict, None)}       # and step, of state.pt
@@ -78,7 +79,7 @@ def read_config(run):
     path = Path(run) / "config.json"
     if not path.exists():
         raise UserError(f"{run}: is not a run folder: it has no config.json. train.py writes one (--out RUN)")
-    record = read_json(path, "a run's config")
+    record = LATER | read_json(path, "a run's config")
     absent = [name for name in [*FIELDS, *RECORD] if name not in record]
     if absent:
         raise UserError(f"{path}: lacks {', '.join(absent)}; was it written by another version?")
@@ -208,6 +209,27 @@ def read_log(folder):
 def read_losses(folder):
     """The training loss of each step, from the log of a run; [] if there is no log."""
     return [line["loss"] for line in read_log(folder)]
+
+
+def save_temperature(folder, temperature, n, values):
+    """Write RUN/calibration.json: a temperature that was fitted on n products of val, which chose from so many values."""
+    calibration = {"temperature": temperature, "split": "val", "n": n, "values": values}
+    write_text(folder / "calibration.json", json.dumps(calibration, indent=2) + "\n")
+    return calibration
+
+
+def read_temperature(folder):
+    """What save_temperature wrote, or None if nothing was fitted yet.  UserError for a file that does not hold it."""
+    path = folder / "calibration.json"
+    if not path.exists():
+        return None
+    calibration = read_json(path, "the temperature of a run's values")
+    temperature, n, values = (calibration.get(name) for name in ("temperature", "n", "values"))
+    fine = isinstance(temperature, (int, float)) and 0 < temperature < float("inf")
+    if not (fine and isinstance(n, int) and isinstance(values, int)):
+        raise UserError(f"{path}: should hold a temperature above 0, n and values, but holds {str(calibration)[:100]}; delete "
+                        f"it, and fit the temperature again: python evaluate.py {folder} --constrain --split val")
+    return calibration
 
 
 @contextmanager

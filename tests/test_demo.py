@@ -141,9 +141,10 @@ def test_tables_stand_beside_the_papers(tmp_path):
         else:
             with pytest.raises(UserError, match="different data or weights"):
                 paper_tables.markdown(tmp_path, "general", ["50"], [0, 1])
-    path.write_text(json.dumps({**told, "sources": "data X; LLaMA Y; ViT Z.", "constrained": True}))
-    with pytest.raises(UserError, match="was scored again with other settings"):
-        paper_tables.markdown(tmp_path, "general", ["50"], [0, 1])
+    for other_settings in ({"constrained": True}, {"min_confidence": 0.5}):
+        path.write_text(json.dumps({**told, "sources": "data X; LLaMA Y; ViT Z.", **other_settings}))
+        with pytest.raises(UserError, match="was scored again with other settings"):
+            paper_tables.markdown(tmp_path, "general", ["50"], [0, 1])
 
 
 @pytest.mark.parametrize("flag", ["--seed=5", "--out=x", "--resume", "--lbc", "--epochs=1"])

@@ -380,8 +380,8 @@ def test_a_product_from_flags_is_explained(run_folder, data_root, tmp_path):
     (["--explain", "--text", "a boot", "--attribute", "Boot Style"], "this run was trained with images: give --image"),
     (["--explain", "--image", "gone.jpg", "--attribute", "Boot Style"], "gone.jpg: there is no such file"),
     (["--explain", "B0041", "--text", "a boot"], "--explain follows one free answer"),
-    (["--explain", "B0041", "--constrain"], "leave --input, --export and --constrain out"),
-    (["--explain", "B0041", "--export", "out"], "leave --input, --export and --constrain out"),
+    (["--explain", "B0041", "--constrain"], "leave --input, --export, --constrain, --values and --min-confidence out"),
+    (["--explain", "B0041", "--export", "out"], "leave --input, --export, --constrain, --values and --min-confidence out"),
 ])
 def test_mistakes_are_one_line(run_folder, tmp_path, arguments, said):
     outcome = command("evaluate.py", [str(run_folder), *arguments], tmp_path)

@@ -539,7 +539,7 @@ def test_a_folder_that_is_no_finished_run(fails, run, tmp_path):
 
 def test_an_mlp_adapter_cannot_be_merged(fails, flags, tmp_path):
     train.main([*flags, "--epochs", "1", "--adapter", "mlp", "--out", str(tmp_path / "run")])
-    assert "this run has MLP-Adapters, whose non-linearity cannot be merged" in fails("evaluate.py", tmp_path / "run", "--merge")
+    assert "this run has MLP-Adapters, which are not linear and cannot be merged" in fails("evaluate.py", tmp_path / "run", "--merge")
 
 
 def test_the_commands_themselves(run, tmp_path):
