@@ -26,7 +26,7 @@ from urllib.parse import urljoin, urlsplit
 from PIL import Image
 
 from base.console import Progress, UserError, duration, whole_file
-from base.photo import open_picture
+from base.photo import on_white, open_picture, upright
 
 MOST_BYTES = 10_000_000         # of one photo's file; Amazon's largest are about 2 MB
 MOST_PIXELS = 16_000_000        # of one photo; Amazon's largest have 7 million.  Only one is decoded at a time
@@ -89,14 +89,13 @@ def as_jpeg(content):
             picture.draft("RGB", (224, 224))    # the whole file is read, yet far fewer pixels are computed
         try:
             picture.load()
+            if jpeg:
+                return content
+            picture = on_white(upright(picture))        # what is see-through becomes white, as in a shop
         except Exception as error:              # a decoder meets bytes from anywhere: any failure means one thing
             raise NoPhoto(f"a broken picture ({error})", again=True) from None
-        if jpeg:
-            return content
-        picture = picture.convert("RGBA")       # what is see-through becomes white, as in a shop
-        white = Image.new("RGBA", picture.size, "white")
         file = io.BytesIO()
-        Image.alpha_composite(white, picture).convert("RGB").save(file, "JPEG", quality=95)
+        picture.save(file, "JPEG", quality=95)
         return file.getvalue()
 
 
