@@ -75,7 +75,8 @@ def many(n=40):
 
 
 @pytest.mark.parametrize("strategy, ratio, comparisons", [("judge_last", 1.0, 40), ("none", 1.0, 0), ("judge_first", 2.5, 100),
-                                                          ("better_instance", 0.5, 20), ("judge_last", 0.0, 0)])
+                                                          ("better_instance", 0.5, 20), ("judge_last", 0.0, 0),
+                                                          ("judge_last", 0.19, 8)])
 def test_an_epoch_shows_each_product_once_and_compares_it(strategy, ratio, comparisons):
     epoch = Epoch(many(), 0, 0, strategy, ratio)
     examples = [epoch[i] for i in range(len(epoch))]
@@ -133,6 +134,16 @@ def test_each_partner_is_a_draw_of_its_own():
 def test_a_product_without_peers_is_not_compared():
     epoch = Epoch([SHORT, Product("B", "b.jpg", "", "t", "Neckline", "Cowl")], 0, 0)
     assert sorted(len(epoch[i].photos) for i in range(len(epoch))) == [1, 1]
+    epoch = Epoch([SHORT, LONG], 0, 0)                  # one peer is enough
+    assert sorted(len(epoch[i].photos) for i in range(len(epoch))) == [1, 1, 2, 2]
+
+
+def test_where_some_are_compared_they_are_drawn_for_each_epoch():
+    def compared(number):
+        epoch = Epoch(many(), 0, number, ratio=0.25)
+        return {e.photos[0] for e in (epoch[i] for i in range(len(epoch))) if len(e.photos) == 2}
+    assert [len(compared(number)) for number in range(3)] == [10] * 3
+    assert compared(0) == compared(0) != compared(1) != compared(2)
 
 
 # ------------------------------------------------------------------------------------------------ labels, ids
@@ -289,13 +300,13 @@ def test_doubles_are_counted_and_said_once(capsys):
 
 
 def test_doubles_take_little_memory(capsys):
-    """100,000 products a split, made as they are read: hashes of 8 bytes are kept, no texts."""
+    """20,000 products a split, made as they are read: hashes of 8 bytes are kept, no texts (of 13 MB)."""
     class Many:
         def __init__(self, first):
             self.first = first
 
         def __len__(self):
-            return 100_000
+            return 20_000
 
         def __iter__(self):
             return (self[i] for i in range(len(self)))
@@ -304,8 +315,8 @@ def test_doubles_take_little_memory(capsys):
             return Product(f"B{self.first + i}", f"{self.first + i}.jpg", "", "a long title " * 50, "Boot Style", "Chelsea")
 
     tracemalloc.start()
-    note_doubles({"train": Many(0), "test": Many(90_000)})
+    note_doubles({"train": Many(0), "test": Many(15_000)})
     _, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert most < 20e6
-    assert "note: 10,000 of 100,000 products of test have the id of a product of train, e.g. 'B90000'" in capsys.readouterr().err
+    assert most < 3e6
+    assert "note: 5,000 of 20,000 products of test have the id of a product of train, e.g. 'B15000'" in capsys.readouterr().err
