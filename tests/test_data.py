@@ -113,6 +113,16 @@ def test_an_epoch_depends_on_seed_and_number_alone():
     assert texts(0, 3) == texts(0, 3)
     assert texts(0, 3) != texts(0, 4) and texts(0, 3) != texts(1, 3)
 
+    def order(seed, number):                            # of the products alone, whoever their partners are
+        return [e.photos[0] for e in texts(seed, number) if len(e.photos) == 1]
+    assert order(0, 3) != order(0, 4) and order(0, 3) != order(1, 3)
+
+
+def test_better_instance_asks_for_either_product_as_often():
+    epoch = Epoch(many(400), 0, 0, "better_instance")
+    answers = Counter(epoch[i].answer.split()[0] for i in range(len(epoch)) if len(epoch[i].photos) == 2)
+    assert 90 < answers["First"] < 180 and 90 < answers["Second"] < 180         # of some 267 pairs with different values
+
 
 def test_each_partner_is_a_draw_of_its_own():
     """Another seed, epoch, repetition or attribute of the same product gives other partners, whatever the order."""
