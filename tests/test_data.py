@@ -1,5 +1,7 @@
 """Products, few labels, and the texts of figure 3, letter for letter."""
 
+import dataclasses
+import os
 import tracemalloc
 from collections import Counter
 
@@ -192,6 +194,16 @@ def test_an_answer_is_a_new_word_after_its_prompt(tmp_path):
     assert ids == tokenizer.encode(" Flat") + [tokenizer.eos_id]
 
 
+def test_a_context_is_title_and_category_as_far_as_there_are():
+    assert SHORT.context == "Jersey Tee, Shirts"
+    assert dataclasses.replace(SHORT, title="").context == "Shirts" and dataclasses.replace(SHORT, category="").context == "Jersey Tee"
+
+
+@pytest.mark.parametrize("field", ["id", "image", "category", "title", "attribute", "value"])
+def test_a_fingerprint_depends_on_every_field(field):
+    assert fingerprint([dataclasses.replace(SHORT, **{field: "other"})]) != fingerprint([SHORT])
+
+
 def test_values_and_fingerprint():
     assert values_of([LONG, SHORT, SHORT2]) == {"Sleeve Style": ["Long Sleeve", "Short Sleeve"]}
     assert fingerprint([LONG, SHORT]) != fingerprint([SHORT, LONG])
@@ -243,6 +255,11 @@ def test_a_file_that_changes_under_a_run_is_an_error(tmp_path):
     path.write_text(HEADER + LINE)                      # cut off in place
     with pytest.raises(UserError, match="was changed while it is in use"):
         products[1]
+    products = Products(path)
+    path.write_text(HEADER + LINE.replace("B1", "B2"))  # as long as before
+    os.utime(path, ns=(1, 1))
+    with pytest.raises(UserError, match="was changed while it is in use"):
+        products[0]
 
 
 def test_memory_holds_no_texts(tmp_path):

@@ -300,6 +300,15 @@ def test_answering_a_file_and_merging(run, data_root, tmp_path, says):
     assert answers[0] == answers[1] and len(answers[0]) == 15
 
 
+def test_merge_merges(run, data_root, says, monkeypatch, tmp_path):
+    from eiven import EIVEN
+    merged, merge = [], EIVEN.merge_adapters
+    monkeypatch.setattr(EIVEN, "merge_adapters", lambda model: merged.append(1) or merge(model))
+    for more in ([], ["--merge"]):
+        says("evaluate.py", run, *more, "--input", data_root / "shoes" / "test.tsv", "--output", tmp_path / "out.tsv")
+    assert merged == [1]
+
+
 def test_answers_go_to_their_products(run, data_root, monkeypatch):
     """Each product alone, with its photo and its own seed, answers as in the file; at a temperature that draws."""
     loaded = evaluate.load(run, data_needed=True)
@@ -519,6 +528,8 @@ def test_a_broken_state_is_named(fails, run, tmp_path):
     (["--image", "nowhere.jpg", "--attribute", "Boot Style"], "--image nowhere.jpg: there is no such file"),
     (["--text", "a shoe"], "give --attribute"),
     (["--input", __file__, "--output", __file__], "is a folder, or the input itself"),
+    (["--input", __file__, "--output", os.path.relpath(__file__)], "is a folder, or the input itself"),
+    (["--input", __file__, "--output", "x.tsv", "--text", "a shoe", "--attribute", "Boot Style"], "for one product, give"),
     (["--export", "x", "--text", "a shoe", "--attribute", "Boot Style"], "--export does not answer"),
     (["--split", "dev"], "invalid choice: 'dev'"),
     (["--input", "nowhere.tsv", "--output", "x.tsv"], "nowhere.tsv: not found"),
@@ -540,6 +551,23 @@ def test_a_folder_that_is_no_finished_run(fails, run, tmp_path):
 def test_an_mlp_adapter_cannot_be_merged(fails, flags, tmp_path):
     train.main([*flags, "--epochs", "1", "--adapter", "mlp", "--out", str(tmp_path / "run")])
     assert "this run has MLP-Adapters, whose non-linearity cannot be merged" in fails("evaluate.py", tmp_path / "run", "--merge")
+    assert "cannot be merged" in fails("evaluate.py", tmp_path / "run", "--export", tmp_path / "out")
+
+
+def test_constrain_checks_attributes_and_lengths_before_any_answer(fails, run, data_root, tmp_path):
+    import shutil
+    shutil.copytree(run, tmp_path / "run")
+    lines = (data_root / "shoes" / "test.tsv").read_text()
+    (tmp_path / "in.tsv").write_text(lines.replace("Heel Height", "Toe Style"))
+    how = ["--constrain", "--output", tmp_path / "out.tsv", "--input"]
+    said = fails("evaluate.py", tmp_path / "run", *how, tmp_path / "in.tsv")
+    assert "--constrain knows no values of Toe Style; the run was trained on Boot Style, Heel Height" in said
+    record = json.loads((run / "config.json").read_text())
+    record["values"]["Boot Style"].append("black " * 3000)
+    (tmp_path / "run" / "config.json").write_text(json.dumps(record))
+    for more in ([*how, data_root / "shoes" / "test.tsv"], ["--constrain"]):
+        assert "tokens, more than the 2,048 that this LLaMA was trained to read" in fails("evaluate.py", tmp_path / "run", *more)
+    assert not (tmp_path / "out.tsv").exists()
 
 
 def test_the_commands_themselves(run, tmp_path):
