@@ -165,6 +165,9 @@ def test_val_is_as_small_as_the_labels_and_test_is_whole(flags, tmp_path):
     train.main([*flags, "--labels", "1", "--epochs", "1", "--out", str(tmp_path / "run")])
     metrics = [json.loads((tmp_path / "run" / name / "metrics.json").read_text()) for name in ("val", "")]
     assert [m["n"] for m in metrics] == [5, 15]
+    train.main([*flags, "--labels", "1", "--epochs", "1", "--seed", "1", "--out", str(tmp_path / "other")])
+    zero, one = (json.loads((tmp_path / name / "config.json").read_text())["data_fingerprint"] for name in ("run", "other"))
+    assert [zero[split] == one[split] for split in ("train", "val", "test")] == [False, False, True]
 
 
 def test_epochs_draw_their_own_partners_and_end_with_a_smaller_batch(flags, tmp_path, monkeypatch):
@@ -239,6 +242,8 @@ def test_learning_rate():
     assert rates[20 + 65] == pytest.approx(0.5e-3)      # the middle of the cosine
     assert rates == sorted(rates[:20]) + sorted(rates[20:], reverse=True) and rates[-1] < 1e-6
     assert all(rate > 0 for rate in (train.learning_rate(step, 3, 3, 1.0) for step in range(3)))
+    # One epoch alone: the warm-up is half of its four steps.
+    assert [train.learning_rate(step, 4, 4, 1.0) for step in range(4)] == pytest.approx([0.5, 1, 1, 0.5])
 
 
 def test_the_optimizer_has_all_that_is_trained_and_biases_do_not_decay(tiny):
