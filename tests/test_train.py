@@ -170,6 +170,19 @@ def test_val_is_as_small_as_the_labels_and_test_is_whole(flags, tmp_path):
     assert [zero[split] == one[split] for split in ("train", "val", "test")] == [False, False, True]
 
 
+def test_doubles_are_said_before_the_training(flags, data_root, tmp_path, capsys):
+    import shutil
+    shutil.copytree(data_root, tmp_path / "data")
+    lines = (data_root / "shoes" / "train.tsv").read_text().splitlines(keepends=True)
+    with open(tmp_path / "data" / "shoes" / "test.tsv", "a") as file:
+        file.write(lines[1])
+    (tmp_path / "data" / "shoes" / "train.tsv").write_text("".join([*lines, lines[1]]))
+    train.main([*flags, "--data", str(tmp_path / "data"), "--labels", "all", "--epochs", "1", "--out", str(tmp_path / "run")])
+    said = capsys.readouterr().err
+    assert "note: 1 of 31 products of train repeat the id and attribute of another, e.g. 'B0001'\n" in said
+    assert said.count("of a product of train") == 2 and "1 of 16 products of test have the title and photo of" in said
+
+
 def test_epochs_draw_their_own_partners_and_end_with_a_smaller_batch(flags, tmp_path, monkeypatch):
     """40 examples in batches of 7: six steps an epoch, the last of them 5 examples."""
     batches, step = [], train.train_step
