@@ -173,12 +173,14 @@ class TrainingState:
 
         PyTorch does not compare shapes with those of the parameters, and AdamW would write beyond the end of a moment.
         """
-        order = [p for group in self.optimizer.param_groups for p in group["params"]]
-        moments = state["optimizer"]["state"]           # a parameter that had no gradient yet has none
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        moments = state["optimizer"]["state"]           # empty before the first update
+        if moments and moments.keys() != set(range(len(parameters))):
+            raise UserError(f"{self.path}: the optimizer's state is not that of {len(parameters)} parameters; {START_AGAIN}")
         for i, moment in moments.items():
-            shapes = {"step": (), "exp_avg": order[i].shape, "exp_avg_sq": order[i].shape}
+            shape = tuple(parameters[i].shape)
             found = {name: tuple(tensor.shape) for name, tensor in moment.items()}
-            if found != {name: tuple(shape) for name, shape in shapes.items()}:
+            if found != {"step": (), "exp_avg": shape, "exp_avg_sq": shape}:
                 raise UserError(f"{self.path}: the optimizer's state of parameter {i} does not fit this model: {found}; "
                                 f"{START_AGAIN}")
             if not_finite(moment) or moment["exp_avg_sq"].min() < 0 or not 1 <= moment["step"] <= state["step"]:

@@ -1,6 +1,8 @@
 """Products, few labels, and the texts of figure 3, letter for letter."""
 
 import csv
+import dataclasses
+import os
 import tracemalloc
 from collections import Counter
 
@@ -78,7 +80,8 @@ def many(n=40):
 
 
 @pytest.mark.parametrize("strategy, ratio, comparisons", [("judge_last", 1.0, 40), ("none", 1.0, 0), ("judge_first", 2.5, 100),
-                                                          ("better_instance", 0.5, 20), ("judge_last", 0.0, 0)])
+                                                          ("better_instance", 0.5, 20), ("judge_last", 0.0, 0),
+                                                          ("judge_last", 0.19, 8)])
 def test_an_epoch_shows_each_product_once_and_compares_it(strategy, ratio, comparisons):
     epoch = Epoch(many(), 0, 0, strategy, ratio)
     examples = [epoch[i] for i in range(len(epoch))]
@@ -115,6 +118,16 @@ def test_an_epoch_depends_on_seed_and_number_alone():
     assert texts(0, 3) == texts(0, 3)
     assert texts(0, 3) != texts(0, 4) and texts(0, 3) != texts(1, 3)
 
+    def order(seed, number):                            # of the products alone, whoever their partners are
+        return [e.photos[0] for e in texts(seed, number) if len(e.photos) == 1]
+    assert order(0, 3) != order(0, 4) and order(0, 3) != order(1, 3)
+
+
+def test_better_instance_asks_for_either_product_as_often():
+    epoch = Epoch(many(400), 0, 0, "better_instance")
+    answers = Counter(epoch[i].answer.split()[0] for i in range(len(epoch)) if len(epoch[i].photos) == 2)
+    assert 90 < answers["First"] < 180 and 90 < answers["Second"] < 180         # of some 267 pairs with different values
+
 
 def test_each_partner_is_a_draw_of_its_own():
     """Another seed, epoch, repetition or attribute of the same product gives other partners, whatever the order."""
@@ -136,6 +149,16 @@ def test_each_partner_is_a_draw_of_its_own():
 def test_a_product_without_peers_is_not_compared():
     epoch = Epoch([SHORT, Product("B", "b.jpg", "", "t", "Neckline", "Cowl")], 0, 0)
     assert sorted(len(epoch[i].photos) for i in range(len(epoch))) == [1, 1]
+    epoch = Epoch([SHORT, LONG], 0, 0)                  # one peer is enough
+    assert sorted(len(epoch[i].photos) for i in range(len(epoch))) == [1, 1, 2, 2]
+
+
+def test_where_some_are_compared_they_are_drawn_for_each_epoch():
+    def compared(number):
+        epoch = Epoch(many(), 0, number, ratio=0.25)
+        return {e.photos[0] for e in (epoch[i] for i in range(len(epoch))) if len(e.photos) == 2}
+    assert [len(compared(number)) for number in range(3)] == [10] * 3
+    assert compared(0) == compared(0) != compared(1) != compared(2)
 
 
 # ------------------------------------------------------------------------------------------------ labels, ids
@@ -172,6 +195,16 @@ def test_an_answer_is_a_new_word_after_its_prompt(tmp_path):
     ids = encode_answer("Flat", tokenizer)
     assert tokenizer.decode(tokenizer.encode("Answer:") + ids[:-1]) == "Answer: Flat"
     assert ids == tokenizer.encode(" Flat") + [tokenizer.eos_id]
+
+
+def test_a_context_is_title_and_category_as_far_as_there_are():
+    assert SHORT.context == "Jersey Tee, Shirts"
+    assert dataclasses.replace(SHORT, title="").context == "Shirts" and dataclasses.replace(SHORT, category="").context == "Jersey Tee"
+
+
+@pytest.mark.parametrize("field", ["id", "image", "category", "title", "attribute", "value"])
+def test_a_fingerprint_depends_on_every_field(field):
+    assert fingerprint([dataclasses.replace(SHORT, **{field: "other"})]) != fingerprint([SHORT])
 
 
 def test_values_and_fingerprint():
@@ -225,6 +258,11 @@ def test_a_file_that_changes_under_a_run_is_an_error(tmp_path):
     path.write_text(HEADER + LINE)                      # cut off in place
     with pytest.raises(UserError, match="was changed while it is in use"):
         products[1]
+    products = Products(path)
+    path.write_text(HEADER + LINE.replace("B1", "B2"))  # as long as before
+    os.utime(path, ns=(1, 1))
+    with pytest.raises(UserError, match="was changed while it is in use"):
+        products[0]
 
 
 def test_memory_holds_no_texts(tmp_path):
@@ -336,13 +374,13 @@ def test_doubles_are_counted_and_said_once(capsys):
 
 
 def test_doubles_take_little_memory(capsys):
-    """100,000 products a split, made as they are read: hashes of 8 bytes are kept, no texts."""
+    """20,000 products a split, made as they are read: hashes of 8 bytes are kept, no texts (of 13 MB)."""
     class Many:
         def __init__(self, first):
             self.first = first
 
         def __len__(self):
-            return 100_000
+            return 20_000
 
         def __iter__(self):
             return (self[i] for i in range(len(self)))
@@ -351,8 +389,8 @@ def test_doubles_take_little_memory(capsys):
             return Product(f"B{self.first + i}", f"{self.first + i}.jpg", "", "a long title " * 50, "Boot Style", "Chelsea")
 
     tracemalloc.start()
-    note_doubles({"train": Many(0), "test": Many(90_000)})
+    note_doubles({"train": Many(0), "test": Many(15_000)})
     _, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert most < 20e6
-    assert "note: 10,000 of 100,000 products of test have the id of a product of train, e.g. 'B90000'" in capsys.readouterr().err
+    assert most < 3e6
+    assert "note: 5,000 of 20,000 products of test have the id of a product of train, e.g. 'B15000'" in capsys.readouterr().err

@@ -165,6 +165,22 @@ def test_val_is_as_small_as_the_labels_and_test_is_whole(flags, tmp_path):
     train.main([*flags, "--labels", "1", "--epochs", "1", "--out", str(tmp_path / "run")])
     metrics = [json.loads((tmp_path / "run" / name / "metrics.json").read_text()) for name in ("val", "")]
     assert [m["n"] for m in metrics] == [5, 15]
+    train.main([*flags, "--labels", "1", "--epochs", "1", "--seed", "1", "--out", str(tmp_path / "other")])
+    zero, one = (json.loads((tmp_path / name / "config.json").read_text())["data_fingerprint"] for name in ("run", "other"))
+    assert [zero[split] == one[split] for split in ("train", "val", "test")] == [False, False, True]
+
+
+def test_doubles_are_said_before_the_training(flags, data_root, tmp_path, capsys):
+    import shutil
+    shutil.copytree(data_root, tmp_path / "data")
+    lines = (data_root / "shoes" / "train.tsv").read_text().splitlines(keepends=True)
+    with open(tmp_path / "data" / "shoes" / "test.tsv", "a") as file:
+        file.write(lines[1])
+    (tmp_path / "data" / "shoes" / "train.tsv").write_text("".join([*lines, lines[1]]))
+    train.main([*flags, "--data", str(tmp_path / "data"), "--labels", "all", "--epochs", "1", "--out", str(tmp_path / "run")])
+    said = capsys.readouterr().err
+    assert "note: 1 of 31 products of train repeat the id and attribute of another, e.g. 'B0001'\n" in said
+    assert said.count("of a product of train") == 2 and "1 of 16 products of test have the title and photo of" in said
 
 
 def test_epochs_draw_their_own_partners_and_end_with_a_smaller_batch(flags, tmp_path, monkeypatch):
@@ -239,6 +255,8 @@ def test_learning_rate():
     assert rates[20 + 65] == pytest.approx(0.5e-3)      # the middle of the cosine
     assert rates == sorted(rates[:20]) + sorted(rates[20:], reverse=True) and rates[-1] < 1e-6
     assert all(rate > 0 for rate in (train.learning_rate(step, 3, 3, 1.0) for step in range(3)))
+    # One epoch alone: the warm-up is half of its four steps.
+    assert [train.learning_rate(step, 4, 4, 1.0) for step in range(4)] == pytest.approx([0.5, 1, 1, 0.5])
 
 
 def test_the_optimizer_has_all_that_is_trained_and_biases_do_not_decay(tiny):
@@ -298,6 +316,15 @@ def test_answering_a_file_and_merging(run, data_root, tmp_path, says):
         with open(tmp_path / name, encoding="utf-8", newline="") as file:
             answers.append([line["prediction"] for line in csv.DictReader(file, dialect="excel-tab")])
     assert answers[0] == answers[1] and len(answers[0]) == 15
+
+
+def test_merge_merges(run, data_root, says, monkeypatch, tmp_path):
+    from eiven import EIVEN
+    merged, merge = [], EIVEN.merge_adapters
+    monkeypatch.setattr(EIVEN, "merge_adapters", lambda model: merged.append(1) or merge(model))
+    for more in ([], ["--merge"]):
+        says("evaluate.py", run, *more, "--input", data_root / "shoes" / "test.tsv", "--output", tmp_path / "out.tsv")
+    assert merged == [1]
 
 
 def test_answers_go_to_their_products(run, data_root, monkeypatch):
@@ -519,6 +546,8 @@ def test_a_broken_state_is_named(fails, run, tmp_path):
     (["--image", "nowhere.jpg", "--attribute", "Boot Style"], "--image nowhere.jpg: there is no such file"),
     (["--text", "a shoe"], "give --attribute"),
     (["--input", __file__, "--output", __file__], "is a folder, or the input itself"),
+    (["--input", __file__, "--output", os.path.relpath(__file__)], "is a folder, or the input itself"),
+    (["--input", __file__, "--output", "x.tsv", "--text", "a shoe", "--attribute", "Boot Style"], "for one product, give"),
     (["--export", "x", "--text", "a shoe", "--attribute", "Boot Style"], "--export does not answer"),
     (["--split", "dev"], "invalid choice: 'dev'"),
     (["--input", "nowhere.tsv", "--output", "x.tsv"], "nowhere.tsv: not found"),
@@ -540,6 +569,23 @@ def test_a_folder_that_is_no_finished_run(fails, run, tmp_path):
 def test_an_mlp_adapter_cannot_be_merged(fails, flags, tmp_path):
     train.main([*flags, "--epochs", "1", "--adapter", "mlp", "--out", str(tmp_path / "run")])
     assert "this run has MLP-Adapters, which are not linear and cannot be merged" in fails("evaluate.py", tmp_path / "run", "--merge")
+    assert "cannot be merged" in fails("evaluate.py", tmp_path / "run", "--export", tmp_path / "out")
+
+
+def test_constrain_checks_attributes_and_lengths_before_any_answer(fails, run, data_root, tmp_path):
+    import shutil
+    shutil.copytree(run, tmp_path / "run")
+    lines = (data_root / "shoes" / "test.tsv").read_text()
+    (tmp_path / "in.tsv").write_text(lines.replace("Heel Height", "Toe Style"))
+    how = ["--constrain", "--output", tmp_path / "out.tsv", "--input"]
+    said = fails("evaluate.py", tmp_path / "run", *how, tmp_path / "in.tsv")
+    assert "there are no known values of Toe Style; the run's training data has those of Boot Style, Heel Height" in said
+    record = json.loads((run / "config.json").read_text())
+    record["values"]["Boot Style"].append("black " * 3000)
+    (tmp_path / "run" / "config.json").write_text(json.dumps(record))
+    for more in ([*how, data_root / "shoes" / "test.tsv"], ["--constrain"]):
+        assert "tokens, more than the 2,048 that this LLaMA was trained to read" in fails("evaluate.py", tmp_path / "run", *more)
+    assert not (tmp_path / "out.tsv").exists()
 
 
 def test_the_commands_themselves(run, tmp_path):
