@@ -152,13 +152,19 @@ def across(parts, images=None):
     rows = [(part, row) for part, each in parts.items() for row in each]
     found = {part: defaultdict(list) for part in parts if part != "train"}
 
+    def label(row):
+        return row["attribute_names"], row["attribute_values"]
+
     def look(sign, keys, like=None):
-        """Note the rows whose key, or one that is `like` it, stands in train."""
-        in_train = {key: row for key, (part, row) in zip(keys, rows) if part == "train" and key is not None}
+        """Note the rows whose key, or one that is `like` it, stands in train, with a row of the same label if there is one."""
+        in_train = defaultdict(list)
         for key, (part, row) in zip(keys, rows):
-            others = [key] if like is None else like[key]
-            if part != "train" and (known := [in_train[other] for other in others if other in in_train]):
-                found[part][sign].append((row, known[0]))
+            if part == "train" and key is not None:
+                in_train[key].append(row)
+        for key, (part, row) in zip(keys, rows):
+            others = [key] if like is None else like.get(key, ())
+            if part != "train" and (known := [each for other in others for each in in_train.get(other, ())]):
+                found[part][sign].append((row, next((each for each in known if label(each) == label(row)), known[0])))
 
     look("same title words", [title_key(row["texts"].removeprefix("[Title]")) for _, row in rows])
     if images:
