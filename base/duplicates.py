@@ -10,8 +10,6 @@ import re
 import unicodedata
 from collections import defaultdict
 
-import numpy as np
-
 from base.console import Progress
 
 SIDE = 32                       # pixels: an average hash has SIDE * SIDE bits
@@ -43,7 +41,8 @@ def average_hash(path):
 
     None if it cannot be read, or shows one colour alone: all such photos would be the same.
     """
-    from PIL import Image  # here, so that everything else starts without Pillow
+    import numpy as np  # here, so that those who go by titles alone need neither numpy nor Pillow
+    from PIL import Image
 
     from base.photo import open_picture
     try:
@@ -56,11 +55,12 @@ def average_hash(path):
 
 
 def similar_pairs(hashes, most=MOST_DIFFERENT):
-    """[(i, j)] of the average hashes, i < j, that differ in at most `most` bits.  hashes: (N, 16) uint64.
+    """[(i, j)] of the average hashes, i < j, that differ in at most `most` bits.  hashes: N of (16,) uint64.
 
     Every pair is compared, in blocks: first a quarter of the bits, then the rest of the few pairs that are left.
     """
-    pairs = []
+    import numpy as np
+    hashes, pairs = np.reshape(hashes, (-1, SIDE * SIDE // 64)), []
     with Progress("photos compared", len(hashes), "photos") as progress:
         for first in range(0, len(hashes), 256):
             block, rest = hashes[first:first + 256], hashes[first:]
@@ -116,8 +116,7 @@ def similar_photos(photos):
                 hashes[key] = average_hash(photo)
             progress.step()
     known = [key for key, each in hashes.items() if each is not None]
-    pairs = similar_pairs(np.stack([hashes[key] for key in known])) if known else ()
-    return keys, [(known[i], known[j]) for i, j in pairs]
+    return keys, [(known[i], known[j]) for i, j in similar_pairs([hashes[key] for key in known])]
 
 
 def keys_of(products, images=None):
@@ -153,13 +152,19 @@ def across(parts, images=None):
     rows = [(part, row) for part, each in parts.items() for row in each]
     found = {part: defaultdict(list) for part in parts if part != "train"}
 
+    def label(row):
+        return row["attribute_names"], row["attribute_values"]
+
     def look(sign, keys, like=None):
-        """Note the rows whose key, or one that is `like` it, stands in train."""
-        in_train = {key: row for key, (part, row) in zip(keys, rows) if part == "train" and key is not None}
+        """Note the rows whose key, or one that is `like` it, stands in train, with a row of the same label if there is one."""
+        in_train = defaultdict(list)
         for key, (part, row) in zip(keys, rows):
-            others = [key] if like is None else like[key]
-            if part != "train" and (known := [in_train[other] for other in others if other in in_train]):
-                found[part][sign].append((row, known[0]))
+            if part == "train" and key is not None:
+                in_train[key].append(row)
+        for key, (part, row) in zip(keys, rows):
+            others = [key] if like is None else like.get(key, ())
+            if part != "train" and (known := [each for other in others for each in in_train.get(other, ())]):
+                found[part][sign].append((row, next((each for each in known if label(each) == label(row)), known[0])))
 
     look("same title words", [title_key(row["texts"].removeprefix("[Title]")) for _, row in rows])
     if images:

@@ -8,6 +8,7 @@ import numpy as np
 from base.console import Progress, UserError
 from base.duplicates import across
 from base.photo import open_photo
+from base.tsv import COLUMNS
 from data import Products, base_question, comparison, encode_examples
 from dataset.mentions import clean, find, folded, mentions
 from dataset.stats import SPLITS
@@ -160,7 +161,7 @@ def check_values(page, products, values, labels):
 def check_duplicates(page, folder, products):
     """Products of val and test that training has shown."""
     images = folder.resolve().parent / "images"
-    rows = {part: [{"id": p.id, "texts": p.title, "images": p.image or "-"} for p in each] for part, each in products.items()}
+    rows = {part: [dict(zip(COLUMNS, (p.id, p.image or "-", p.category, p.title, p.attribute, p.value))) for p in each] for part, each in products.items()}
     for part, signs in across(rows, images if images.is_dir() else None).items() if "train" in products else ():
         for sign, pairs in signs.items():
             page.note(page.spoils, f"products of {part}.tsv with the {sign} as one of train.tsv: their score measures memory"

@@ -17,6 +17,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections import deque
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from datetime import UTC, datetime
 from functools import cache
@@ -212,10 +213,9 @@ def retry_after(text):
         return int(text)
     try:
         date = email.utils.parsedate_to_datetime(text)
-    except ValueError:
+        return max(0, (date.replace(tzinfo=date.tzinfo or UTC) - datetime.now(UTC)).total_seconds())
+    except (ValueError, OverflowError):
         return 0
-    now = datetime.now(UTC)
-    return max(0, (date.replace(tzinfo=date.tzinfo or UTC) - now).total_seconds())
 
 
 class Host:
@@ -223,8 +223,8 @@ class Host:
 
     def __init__(self, name):
         self.name = name
-        self.good = None                        # a URL that gave a photo, in this start or an earlier one
-        self.alive = -1.0                       # when the latest request began that it answered: with a photo, or that there is none
+        self.good = deque(maxlen=5)             # URLs that gave a photo last, in this start or an earlier one
+        self.alive = -1.0                       # when the latest request began that it answered, be it that there is no photo
         self.failures = 0                       # photos that failed although they were tried again
         self.not_before = 0.0                   # until when it has asked not to be asked
         self.gone = None                        # why it is given up
@@ -246,12 +246,12 @@ class Host:
     def was_down(self, failed, timeout, deadline, stop):
         """Whether the server, not the photo, was the reason for a failure.  Returns when it answers again or is given up.
 
-        It is asked for a photo that it gave before: at once, then after longer and longer pauses, by one thread alone.
+        It is asked for photos that it gave before: at once, then after longer and longer pauses, by one thread alone.
         failed  when the failure came; an answer to a request that began later says that the server is fine
         """
         with self.checking:
-            for pause in (0, *PAUSES):
-                if self.alive > failed or self.good is None or self.gone or stop.is_set():
+            for n, pause in enumerate((0, *PAUSES)):
+                if self.alive > failed or not self.good or self.gone or stop.is_set():
                     return False
                 if pause:
                     self.note = f"{self.name} does not answer, asked again in {duration(pause)}"
@@ -259,7 +259,7 @@ class Host:
                     self.wait(stop)
                 began = time.monotonic()
                 try:
-                    as_jpeg(fetch(self.good, timeout, deadline))
+                    as_jpeg(fetch(self.good[n % len(self.good)], timeout, deadline))
                 except NoPhoto as error:
                     reason = error
                     self.failed(error, began)
@@ -293,7 +293,8 @@ def from_url(url, host, timeout, deadline, tries, pause, stop):
         began = time.monotonic()
         try:
             content = as_jpeg(fetch(url, timeout, deadline))
-            host.good, host.alive = url, max(host.alive, began)
+            host.good.append(url)
+            host.alive = max(host.alive, began)
             return content
         except NoPhoto as error:
             host.failed(error, began)
@@ -360,7 +361,7 @@ def download(wanted, folder, connections=8, timeout=20, deadline=60, tries=3, pa
         if not have_photo(folder / f"{name}.jpg"):
             todo.append(name)
         elif wanted[name]:
-            hosts[host_name(wanted[name][0])].good = wanted[name][0]
+            hosts[host_name(wanted[name][0])].good.append(wanted[name][0])
     failed, tried, answered, stop = {}, 0, False, threading.Event()
     how_to_go_on = "No split was written. Start the same command again to go on from here, or build with --no-photos."
     with Progress("photos", total=len(wanted), unit="photos", done=len(wanted) - len(todo)) as progress, \

@@ -794,7 +794,8 @@ def test_no_split_is_written_without_the_photos(made, server, patient, monkeypat
 
 
 def test_retry_after_is_a_number_or_a_date():
-    assert [photos.retry_after(text) for text in ("", "7", "-7", "soon", "Wed, 21 Oct 2015 07:28:00 GMT", "²")] == [0, 7, 0, 0, 0, 0]
+    assert [photos.retry_after(text) for text in ("", "7", "-7", "soon", "Wed, 21 Oct 2015 07:28:00 GMT", "²",
+                                                         "Mon, 01 Jan 0001 00:00:00 +2359")] == [0, 7, 0, 0, 0, 0, 0]
     in_a_minute = email.utils.format_datetime(datetime.now(UTC) + timedelta(seconds=60), usegmt=True)
     assert 58 <= photos.retry_after(in_a_minute) <= 60
 

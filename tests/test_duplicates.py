@@ -143,6 +143,8 @@ def test_stats_count_duplicates_of_train(tmp_path, capsys):
     write_tsv(tmp_path / "general/train.tsv", [a_row(1, "Red shirt"), a_row(2, "Blue shirt"), a_row(3, "Green shirt", "Stripe")])
     write_tsv(tmp_path / "general/val.tsv", [a_row(4, "A new one"), a_row(5, "Another")])
     write_tsv(tmp_path / "general/test.tsv", [a_row(6, "SHIRT, red"), a_row(7, "shirt green")])
+    with open(tmp_path / "general/train.tsv", "a") as file:
+        file.write("B000000009\t9.jpg\tShirts & Tops\t[Title] red shirt\tPattern\tStripe\n")     # another label, after the same
     stats.stats(tmp_path, ["general"], {})
     out = capsys.readouterr().out
     assert "val: 1 of 2 (50.0 %) are in train with the same photo bytes, 1 of them with the same label; e.g. B000000004 and B000000001" in out
