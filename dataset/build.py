@@ -129,19 +129,25 @@ def table_rows(db, dataset, chosen, names):
     return rows
 
 
+def without_giants(group):
+    """Group numbers, where the members of a giant group stand alone.
+
+    More than 20 products, and more than a tenth of all, are one group by a photo or a title that says nothing, such as "photo
+    not available".
+    """
+    size, most = Counter(group), max(20, len(group) // 10)
+    return [number if size[number] <= most else (number, i) for i, number in enumerate(group)]
+
+
 def split(rows, group, seed, dataset):
     """{split: rows}: each value's products 0.75 : 0.15 : 0.15, in an order drawn for (seed, product).
 
     group  a number for each row; rows of one group go to one split, so that the test does not ask what training has shown.
            val takes the first groups that fit into its share of each value, test the next, and train has the rest.
-    A group of more than 20 rows and more than a tenth of all comes from a photo or a title that says nothing, such as "photo
-    not available"; its rows are drawn one by one.
     """
-    size = Counter(group)
     together = defaultdict(list)
     for number, row in zip(group, rows):
-        alone = size[number] > max(20, len(rows) // 10)
-        together[number, row[0] if alone else ""].append(row)
+        together[number].append(row)
     share = SPLITS["val"] / sum(SPLITS.values())
     room = {part: {value: round(n * share) for value, n in Counter((row[4], row[5]) for row in rows).items()}
             for part in ("val", "test")}
@@ -242,8 +248,8 @@ def build(labels, metadata, root, values=VALUES, datasets=tuple(ATTRIBUTES), see
     write_text(ours, json.dumps(sorted({*built, *datasets})))
     for dataset, rows in chosen.items():
         rows = [row for row, _ in rows if row[0] not in failed]
-        group = groups([row[3].removeprefix("[Title]") for row in rows],
-                       [root / "images" / row[1] for row in rows] if photos else None)
+        group = without_giants(groups([row[3].removeprefix("[Title]") for row in rows],
+                                      [root / "images" / row[1] for row in rows] if photos else None))
         print(f"{dataset}: {sum(n for n in Counter(group).values() if n > 1):,} products are nearly the same as others, and "
               "in one split with them")
         remove_splits(root / dataset)

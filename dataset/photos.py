@@ -226,6 +226,7 @@ class Host:
         self.good = deque(maxlen=5)             # URLs that gave a photo last, in this start or an earlier one
         self.alive = -1.0                       # when the latest request began that it answered, be it that there is no photo
         self.failures = 0                       # photos that failed although they were tried again
+        self.early = set()                      # names of those that failed so before it gave any photo
         self.not_before = 0.0                   # until when it has asked not to be asked
         self.gone = None                        # why it is given up
         self.note = None                        # what it is waited for
@@ -303,7 +304,7 @@ def from_url(url, host, timeout, deadline, tries, pause, stop):
                 host.failures += again
                 if host.failures >= 3 and host.alive < 0 and not host.good:
                     host.gone = host.gone or str(error)         # it has never answered: no reason to wait for it
-                raise NoPhoto(str(error) + (f" ({attempt} times)" if attempt > 1 else "")) from None
+                raise NoPhoto(str(error) + (f" ({attempt} times)" if attempt > 1 else ""), again) from None
             if not last:
                 stop.wait(max(min(error.after, LONGEST_WAIT), pause * 2 ** (attempt - 1)))  # 1 s, 2 s, ...: it is busy
         attempt = 1 if last else attempt + 1
@@ -318,9 +319,12 @@ def one_photo(name, urls, folder, timeout, deadline, tries, pause, stop, hosts):
     """
     failures = []
     for url in urls:
+        host = hosts[host_name(url)]
         try:
-            content = from_url(url, hosts[host_name(url)], timeout, deadline, tries, pause, stop)
+            content = from_url(url, host, timeout, deadline, tries, pause, stop)
         except NoPhoto as error:
+            if error.again and not host.good:
+                host.early.add(name)
             failures.append((url, str(error)))
             continue
         with whole_file(folder / f"{name}.jpg") as partial:
@@ -374,6 +378,13 @@ def download(wanted, folder, connections=8, timeout=20, deadline=60, tries=3, pa
                     running[job] = name
                     if len(running) >= 2 * connections:
                         break
+                if not running and (early := {name for host in hosts.values() if host.good for name in host.early} & failed.keys()):
+                    for host in hosts.values():         # there was nothing to check the server with: now there is
+                        host.early -= early
+                    failed = {name: failures for name, failures in failed.items() if name not in early}
+                    progress.done -= len(early)
+                    todo = iter(sorted(early))
+                    continue
                 if not running:
                     gone = [host for host in hosts.values() if host.gone]
                     lost = [name for name in failed if any(hosts[host_name(url)] in gone for url in wanted[name])]

@@ -7,6 +7,7 @@ import gzip
 import http.server
 import io
 import json
+import math
 import os
 import random
 import re
@@ -639,8 +640,10 @@ BAD = {"404": "HTTP 404", "500": "HTTP 500 (2 times)", "to/file": "redirected fr
 
 
 def test_a_server_that_misbehaves(server, tmp_path):
+    wanted = {"GOOD000000": [f"{server}/good/0"]}               # there from an earlier start: this server is known to work
+    assert photos.download(wanted, tmp_path / "images", **ROUGH) == {}
     asked.clear()
-    wanted = {f"BAD{n:07}": [f"{server}/{path}"] for n, path in enumerate(BAD)}
+    wanted |= {f"BAD{n:07}": [f"{server}/{path}"] for n, path in enumerate(BAD)}
     wanted |= {"GOOD000001": [f"{server}/good/1"], "GOOD000002": [f"{server}/busy-once"], "GOOD000003": [f"{server}/cut-once"],
                "GOOD000004": [f"{server}/to/good"], "GOOD000005": [f"{server}/404/5", f"{server}/good/5"],
                "GOOD000006": [f"{server}/png"]}
@@ -657,7 +660,7 @@ def test_a_server_that_misbehaves(server, tmp_path):
     assert failed["EVIL000001"] == [("file:///etc/passwd", "not an http(s) URL")]
     assert failed["EVIL000003"] == [("", "no http(s) URL")]
     there = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file())
-    assert there == [f"images/GOOD{n:06}.jpg" for n in range(1, 7)]         # nothing else, nowhere else, nothing half
+    assert there == [f"images/GOOD{n:06}.jpg" for n in range(7)]            # nothing else, nowhere else, nothing half
     assert (tmp_path / "images/GOOD000002.jpg").read_bytes() == GOOD
     with Image.open(tmp_path / "images/GOOD000006.jpg") as picture:
         assert picture.format == "JPEG" and picture.size == (60, 40)
@@ -756,6 +759,23 @@ def test_a_server_that_comes_back_has_lost_nothing(outage, patient, monkeypatch,
     failed = photos.download({f"P{n:04}": [f"http://x/{n}"] for n in range(500)}, tmp_path, connections=4, **patient)
     assert time.monotonic() - start > 0.4
     assert sorted(failed) == sorted({f"P{n:04}" for n in range(0, 500, 5)} | {"P0007"})
+
+
+def test_a_server_that_is_away_before_it_gave_any_photo(patient, monkeypatch, tmp_path):
+    """The first answer is that there is no photo; then it is away for the next ten, of which one never comes."""
+    asked = []
+
+    def fetch(url, *_):
+        asked.append(url)
+        if url.endswith("/0"):
+            raise photos.NoPhoto("HTTP 404")
+        if len(asked) < 30 or url.endswith("/5"):
+            raise OUTAGES[0]
+        return GOOD
+
+    monkeypatch.setattr(photos, "fetch", fetch)
+    failed = photos.download({f"P{n:03}": [f"http://x/{n}"] for n in range(40)}, tmp_path, connections=1, **patient)
+    assert sorted(failed) == ["P000", "P005"]
 
 
 def test_another_server_that_never_answers(patient, monkeypatch, tmp_path):
@@ -896,7 +916,8 @@ class OwnPhotos(http.server.BaseHTTPRequestHandler):
         pass
 
     def do_GET(self):
-        time.sleep(0.01)
+        self.server.asked += 1
+        time.sleep(0.005)
         blocks = np.random.default_rng(zlib.crc32(self.path.encode())).integers(0, 256, (6, 8, 3), dtype=np.uint8)
         file = io.BytesIO()
         Image.fromarray(blocks).resize((80, 60)).save(file, "JPEG")
@@ -907,30 +928,29 @@ class OwnPhotos(http.server.BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def own_photos(port=0, away=None):
-    """The port of a server of OwnPhotos that ends with the block; connections are refused then.
-
-    away  (after, for) seconds: it goes once and comes back
-    """
+def own_photos(port=0, gone_after=None, away=0):
+    """The port of a server of OwnPhotos that ends with the block.  It goes once, after so many requests, for `away` seconds:
+    connections are refused then."""
     over = threading.Event()
 
-    def serve(server, seconds):
+    def listen(port):
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", port), OwnPhotos)
+        server.daemon_threads, server.block_on_close, server.asked = True, False, 0
+        return server
+
+    def serve(server, most):
         threading.Thread(target=server.serve_forever, args=[0.05], daemon=True).start()
-        over.wait(seconds)
+        while not over.wait(0.02) and (most is None or server.asked < most):
+            pass
         server.shutdown()
         server.server_close()
 
     def life(server):
-        if away:
-            serve(server, away[0])
-            over.wait(away[1])
+        if gone_after is not None:
+            serve(server, gone_after)
+            over.wait(away)
             server = listen(port)
-        serve(server, 600)
-
-    def listen(port):
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", port), OwnPhotos)
-        server.daemon_threads, server.block_on_close = True, False
-        return server
+        serve(server, None)
 
     server = listen(port)
     port = server.server_port
@@ -944,43 +964,47 @@ def own_photos(port=0, away=None):
 
 
 def test_killed_while_photos_come_and_the_server_goes(tmp_path):
-    """Killed while photos are fetched, and the server goes away each time: the same bytes as undisturbed.
+    """Killed before, while and after the server is away, again and again: the same bytes as undisturbed.
 
     More of it: KILLS=10 AWAY=60 (seconds) in the environment.
     """
     kills, away = int(os.environ.get("KILLS", 3)), float(os.environ.get("AWAY", 1))
-    pauses = [away * share for share in (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)]         # in all 3 times as long as the server is away
-
-    def before():
-        photos.PAUSES = pauses
-        os.closerange(3, 1000)                                  # the server's socket: a child would keep it open
-
-    def start(root, limit_s):
-        return conftest.command("-m dataset", ["build", "--labels", str(labels), "--metadata", str(metadata), "--data",
-                                               str(tmp_path / root), "--more-than", "5", "--at-most", "30", "--connections", "1"],
-                                tmp_path, limit_s, before)
+    images = tmp_path / "killed/images"
 
     def fetched():
-        return len(list((tmp_path / "killed/images").glob("*.jpg")))
+        return len(list(images.glob("[!.]*.jpg")))
+
+    def start(root, ends=None):
+        """Run a build; ends: (photos, seconds) it kills itself so many seconds after it has so many photos."""
+        def kill():
+            while fetched() < ends[0]:
+                time.sleep(0.01)
+            time.sleep(ends[1])
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        def before():
+            photos.PAUSES = [away * share for share in (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)]     # in all 3 times as long as `away`
+            os.closerange(3, 1000)                              # the server's socket: a child would keep it open
+            if ends:
+                threading.Thread(target=kill, daemon=True).start()
+
+        return conftest.command("-m dataset", ["build", "--labels", str(labels), "--metadata", str(metadata), "--data",
+                                               str(tmp_path / root), "--more-than", "5", "--at-most", "30", "--connections", "2"],
+                                tmp_path, 120 + 10 * math.ceil(away), before)
 
     with own_photos() as port:
         labels, metadata = make_mave.make(tmp_path, 6000, 6000, photos=f"http://127.0.0.1:{port}/photo")
-        whole = start("whole", 120)
+        whole = start("whole")
     assert whole.code == 0, whole.err
-    progress, killed, slice_s = [], 0, whole.seconds / kills
-    for _ in range(kills):                                      # killed before, while and after the server is away
-        gone = (1 if any(progress) else 0.7 * whole.seconds) + slice_s * random.random()
-        with own_photos(port, (gone, away)):
-            outcome = start("killed", gone + away * random.choice((-0.2, 0.5, 1.1)) + slice_s * random.random())
-        # On a slow machine it may have ended before, or not have had a photo yet when the server went.
-        assert outcome.signal or outcome.code == 0 or "Start again to go on" in outcome.err and not any(progress), outcome.err
-        killed += outcome.signal == signal.SIGKILL
+    slice_n, progress = len(list((tmp_path / "whole/images").iterdir())) // (kills + 1), []
+    for n in range(kills + 1):                                  # the last one is not killed
+        ends = (fetched() + slice_n // 2, away * random.choice((0, 0.5, 1.2))) if n < kills else None
+        with own_photos(port, slice_n // 2, away):
+            outcome = start("killed", ends)
+        assert outcome.signal == signal.SIGKILL if ends else outcome.code == 0 and outcome.seconds > away, outcome.err
         progress.append(fetched())
-    with own_photos(port, (1 + slice_s, away)):
-        last = start("killed", 120 + 10 * away)
-    assert last.code == 0 and (fetched() == progress[-1] or last.seconds > away), last.err
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
-    print(f"{killed} of {kills} starts killed, with {progress} photos; then {len(contents(tmp_path / 'whole')):,} files with the same bytes")
+    print(f"{kills} kills with {progress[:-1]} photos; then {len(contents(tmp_path / 'whole')):,} files with the same bytes")
 
 
 # ---- import and stats
