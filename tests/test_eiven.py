@@ -321,6 +321,8 @@ def test_nucleus_limits():
 def test_the_nucleus_is_the_smallest_set_that_reaches_top_p():
     """Four tokens of exactly 0.25: two of them reach top-p 0.5, so the third is never drawn."""
     assert {nucleus(torch.zeros(1, 4), 1.0, 0.5, [u / 100]).item() for u in range(100)} == {0, 1}
+    assert nucleus(torch.zeros(1, 4), 1.0, 0.5, [1 - 2 ** -53]).item() == 1     # 1.0 in fp32
+    assert [nucleus(torch.zeros(1, 4), 1.0, 1.0, [u]).item() for u in (0, 0.25, 0.5, 0.75)] == [0, 1, 2, 3]
 
 
 # ------------------------------------------------------------------------------------------------ files
