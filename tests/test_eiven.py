@@ -244,9 +244,10 @@ def test_examples_that_end_leave_the_batch_and_change_nothing(model, batch, monk
 
 def test_an_answer_ends_where_the_model_has_no_more_positions(model, monkeypatch):
     """30 positions: a prompt of 27 ids and the begin token leaves 2 for the answer, one of 2 leaves all of the limit."""
+    monkeypatch.setattr(eiven, "nucleus", lambda logits, temperature, top_p, draws: torch.full((len(logits),), 9))
+    assert model.generate([Encoded((), [5, 6], [])])[0][0] == [9] * 32          # the limit that nobody gave
     config = dataclasses.replace(model.llama.config, max_position_embeddings=30)
     monkeypatch.setattr(model.llama, "config", config)
-    monkeypatch.setattr(eiven, "nucleus", lambda logits, temperature, top_p, draws: torch.full((len(logits),), 9))
     prompts = [[5] * 27, [5, 6], [7, 8], [5] * 28]
     found = model.generate([Encoded((), prompt, []) for prompt in prompts], limit=8)
     assert [ids for ids, _ in found] == [[9] * 2, [9] * 8, [9] * 8, [9]]
@@ -320,6 +321,8 @@ def test_nucleus_limits():
 def test_the_nucleus_is_the_smallest_set_that_reaches_top_p():
     """Four tokens of exactly 0.25: two of them reach top-p 0.5, so the third is never drawn."""
     assert {nucleus(torch.zeros(1, 4), 1.0, 0.5, [u / 100]).item() for u in range(100)} == {0, 1}
+    assert nucleus(torch.zeros(1, 4), 1.0, 0.5, [1 - 2 ** -53]).item() == 1     # 1.0 in fp32
+    assert [nucleus(torch.zeros(1, 4), 1.0, 1.0, [u]).item() for u in (0, 0.25, 0.5, 0.75)] == [0, 1, 2, 3]
 
 
 # ------------------------------------------------------------------------------------------------ files

@@ -496,6 +496,27 @@ def test_a_title_that_is_too_long_is_named_before_any_answer(fails, run, data_ro
     assert not (tmp_path / "out.tsv").exists()
 
 
+def test_two_titles_that_do_not_fit_together_are_found_before_the_training(flags, data_root, tmp_path):
+    import shutil
+    shutil.copytree(data_root, tmp_path / "data")
+    path = tmp_path / "data" / "shoes" / "train.tsv"
+    path.write_text(path.read_text().replace("[Title] ", "[Title] " + "black " * 1200, 1))
+    how = [*flags, "--data", str(tmp_path / "data"), "--labels", "all", "--epochs", "1"]
+    with pytest.raises(UserError, match="its question with another product as long has 2,[0-9]{3} tokens, more than the 2,048"):
+        train.main([*how, "--out", str(tmp_path / "run")])
+    train.main([*how, "--lbc", "none", "--out", str(tmp_path / "run")])         # alone it fits
+
+
+def test_a_run_that_was_stopped_before_its_scores_is_scored_with_what_it_learned(run, tmp_path):
+    import shutil
+    shutil.copytree(run, tmp_path / "run")
+    for name in ("", "val"):
+        (tmp_path / "run" / name / "predictions.tsv").unlink()
+    train.main(["--resume", str(tmp_path / "run")])
+    for name in ("", "val"):
+        assert (tmp_path / "run" / name / "predictions.tsv").read_bytes() == (run / name / "predictions.tsv").read_bytes()
+
+
 def test_two_processes_do_not_train_in_one_folder(fails, run, tmp_path):
     import shutil
     shutil.copytree(run, tmp_path / "run")
