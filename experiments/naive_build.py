@@ -6,12 +6,12 @@ compares ROOT's files with it, product by product (titles by their words: commas
 uses the tables alone - attributes, categories, values.tsv - and the documented order of drawing.
 """
 
+import argparse
 import csv
 import hashlib
 import html
 import json
 import re
-import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -147,7 +147,10 @@ def differences(labels, metadata, root, **settings):
 
 
 if __name__ == "__main__":
-    found = differences(*sys.argv[1:4])
+    parser = argparse.ArgumentParser(prog="python -m experiments.naive_build", description=__doc__.split("\n")[0])
+    for name in ("labels", "metadata", "root"):
+        parser.add_argument(name, type=Path)
+    found = differences(**vars(parser.parse_args()))
     for each in found[:10]:
         print(*each, sep="\n    ")
     raise SystemExit(bool(found))

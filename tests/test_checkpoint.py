@@ -1,10 +1,11 @@
 """Broken checkpoints, made here, and the message that each gets.
 
-WEIGHTS.md shows the table that `python tests/test_weights.py` prints of this list.
+docs/weights.md shows ten of them.
 """
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from llama import load_llama
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4665\nsize 9976576392\n"
 NORM = "model.norm.weight"
+PROJECT = Path(__file__).resolve().parent.parent
 
 
 def edit(name, change):
@@ -134,28 +136,16 @@ def test_a_mapped_checkpoint_is_not_copied(tmp_path, tiny_config, tokenizer_file
     assert model.norm.weight[0] == 7.0 and before[0] == 1.0
 
 
-def main():
-    """Print the table: what is wrong, and the message."""
-    import tempfile
-    from pathlib import Path
-
-    from conftest import train_tokenizer
-
-    from llama import LlamaConfig, Tokenizer
-    with tempfile.TemporaryDirectory() as scratch:
-        tokenizer = train_tokenizer(Path(scratch) / "tokenizer.model")
-        sizes = LlamaConfig(Tokenizer(tokenizer).vocab_size, 32, 56, 3, 4, 2, 12, 1e-6)
-        print("| what is wrong | what is said |\n|---|---|")
-        for i, (what, shards, breaks, _) in enumerate(BROKEN):
-            folder = Path(scratch) / str(i) / "LLAMA"
-            write_llama(folder, sizes, tokenizer, torch.float32, shards)
+def test_the_messages_in_the_docs_are_the_real_ones(tmp_path, tiny_config, tokenizer_file):
+    docs, shown = (PROJECT / "docs" / "weights.md").read_text(encoding="utf-8"), 0
+    for what, shards, breaks, _ in BROKEN:
+        if f"| {what} | " in docs:
+            folder = tmp_path / str(shown) / "LLAMA"
+            write_llama(folder, tiny_config, tokenizer_file, torch.float32, shards)
             breaks(folder)
-            try:
+            with pytest.raises(UserError) as error:
                 load_llama(folder)
-            except UserError as error:
-                said = str(error).replace(f"{folder.parent}/", "").replace("|", "\\|")
-                print(f"| {what} | {said} |")
-
-
-if __name__ == "__main__":
-    main()
+            said = str(error.value).replace(f"{folder.parent}/", "").replace("|", "\\|")
+            assert f"| {what} | {said} |" in docs
+            shown += 1
+    assert shown == 10

@@ -51,6 +51,7 @@ def test_the_table_of_the_paper_is_complete():
 
 def commands(text):
     """[script or module, arguments] of each command line of this project in code blocks and code spans."""
+    text = text.replace("\\\n", " ")                    # a command on two lines
     blocks = re.findall(r"```\w*\n(.*?)```", text, re.S)
     spans = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
     for line in [line for block in blocks for line in block.splitlines()] + spans:
