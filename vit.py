@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from base.checkpoint import check_fields, check_file, load_strict, map_safetensors, read_json
-from base.console import UserError, first_line
+from base.checkpoint import check_fields, check_file, load_strict, read_json, read_state_dict
+from base.console import UserError
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)         # of CLIP's training photos, RGB in 0..1
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -215,23 +215,6 @@ def weight_file(path):
     return path
 
 
-def read_tensors(path):
-    """{name: tensor} of a safetensors file, or of a pickled state dict (.bin, .pt), read with weights_only."""
-    if path.suffix == ".safetensors":
-        return map_safetensors(path, "CLIP's ViT weights")
-    check_file(path, "CLIP's ViT weights")
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:                          # torch raises many kinds of errors for a broken file
-        raise UserError(f"{path}: is not a whole PyTorch state dict ({first_line(error)}); OpenAI's own .pt archive is "
-                        "TorchScript and is not supported: use the safetensors or pytorch_model.bin") from None
-    if isinstance(tensors, dict) and isinstance(tensors.get("state_dict"), dict):
-        tensors = tensors["state_dict"]
-    if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
-        raise UserError(f"{path}: holds something other than a dict of tensors")
-    return tensors
-
-
 SETTINGS = {                                            # of config.json: {field: (type, allowed, default)}
     "hidden_act": (str, ("quick_gelu",), "quick_gelu"),
     "num_attention_heads": (int, (1, 1024), None),
@@ -262,22 +245,22 @@ def load_vit(path, device="cpu"):
     Errors   UserError for whatever is missing, broken, unsupported, or does not fit
     """
     file = weight_file(path)
-    tensors = vision_tower(read_tensors(file), file)
+    tensors = vision_tower(read_state_dict(file, "CLIP's ViT weights"), file)
     patch = tensors.get("embeddings.patch_embedding.weight")
-    place = tensors.get("embeddings.position_embedding.weight")
-    wide = tensors.get("encoder.layers.0.mlp.fc1.weight")
-    if (patch is None or place is None or wide is None or (patch.dim(), place.dim(), wide.dim()) != (4, 2, 2)
-            or min(*patch.shape, *wide.shape, len(place) - 1) < 1):
+    position = tensors.get("embeddings.position_embedding.weight")
+    fc1 = tensors.get("encoder.layers.0.mlp.fc1.weight")
+    if (patch is None or position is None or fc1 is None or (patch.dim(), position.dim(), fc1.dim()) != (4, 2, 2)
+            or min(*patch.shape, *fc1.shape, len(position) - 1) < 1):
         raise UserError(f"{file}: its patch embedding, position embedding or first layer is missing or misshapen")
     layers = {name.split(".")[2] for name in tensors if name.startswith("encoder.layers.")}
     settings = read_settings(file.parent)
     config = ViTConfig(
         hidden_size=patch.shape[0],
-        intermediate_size=len(wide),
+        intermediate_size=len(fc1),
         num_hidden_layers=len(layers),
         num_attention_heads=settings["num_attention_heads"] or max(1, patch.shape[0] // 64),
         patch_size=patch.shape[-1],
-        image_size=patch.shape[-1] * math.isqrt(len(place) - 1),
+        image_size=patch.shape[-1] * math.isqrt(len(position) - 1),
         layer_norm_eps=settings["layer_norm_eps"],
     )
     if config.hidden_size % config.num_attention_heads:

@@ -145,6 +145,23 @@ def tensor_file(path):
             raise UserError(f"{path}: cannot be written ({str(error).splitlines()[0][:160]}). Is the disk full?") from None
 
 
+def read_state_dict(path, kind):
+    """{name: tensor} of a safetensors file, or of a pickled state dict (.bin, .pt), which is read with weights_only."""
+    if path.suffix == ".safetensors":
+        return map_safetensors(path, kind)
+    check_file(path, kind)
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:                          # torch raises many kinds of errors for a broken file
+        raise UserError(f"{path}: is not a whole PyTorch state dict ({first_line(error)}); OpenAI's own .pt archive is "
+                        "TorchScript and is not supported: use the safetensors or pytorch_model.bin") from None
+    if isinstance(tensors, dict) and isinstance(tensors.get("state_dict"), dict):
+        tensors = tensors["state_dict"]
+    if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
+        raise UserError(f"{path}: holds something other than a dict of tensors")
+    return tensors
+
+
 def sample_digest(paths):
     """A short hash that identifies weights without reading gigabytes: the size of each file, and 64 evenly spread pieces of
     16 kB; small files are read completely."""
