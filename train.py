@@ -18,11 +18,11 @@ import torch
 
 from base.checkpoint import check_frozen
 from base.console import Progress, UserError, duration
+from base.duplicates import note_duplicates
 from data import Epoch, encode_examples, fingerprint, read_split, sample_labels, values_of
 from evaluate import evaluate
 from support.answering import Run, check_lengths, prepare_photos
 from support.config import Config, add_flags, build_model, choose_device, describe, find_sources
-from support.doubles import note_doubles
 from support.run_folder import SAVE_EVERY, TrainingState, check_weights, new_run_folder, only_process, read_config, write_config
 from support.values import hold_out, without
 
@@ -169,7 +169,7 @@ def train_and_score(config, folder, resumed):
     val = without(sample_labels(read_split(sources.data, config.dataset, "val"), config.labels, config.seed), held_out)
     test = read_split(sources.data, config.dataset, "test")
     data = {split: fingerprint(p) for split, p in (("train", products), ("val", val), ("test", test))}
-    note_doubles({"train": products, "val": val, "test": test})
+    note_duplicates({"train": products, "val": val, "test": test})
     if resumed:
         record = read_config(folder)[1]
         check_weights(folder, record, sources)

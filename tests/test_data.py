@@ -10,10 +10,11 @@ import pytest
 from conftest import train_tokenizer
 
 from base.console import UserError
+from base.duplicates import note_duplicates
 from base.tsv import Reader, write_tsv
 from data import (
-    Example,
     Epoch,
+    Example,
     Product,
     Products,
     base_question,
@@ -26,7 +27,6 @@ from data import (
     values_of,
 )
 from llama import Tokenizer
-from support.doubles import note_doubles
 
 SHORT = Product("A1", "a1.jpg", "Shirts", "Jersey Tee", "Sleeve Style", "Short Sleeve")
 LONG = Product("A2", "a2.jpg", "Dresses", "Evening Gown", "Sleeve Style", "Long Sleeve")
@@ -357,15 +357,15 @@ def test_prompt_and_answer_are_tokenised_apart():
     assert encoded.prompt == Pairs().encode("abc") and encoded.answer == [*Pairs().encode("de"), 2]
 
 
-# ------------------------------------------------------------------------------------------------ doubles
+# ------------------------------------------------------------------------------------------------ duplicates
 
 
-def test_doubles_are_counted_and_said_once(capsys):
+def test_duplicates_are_counted_and_said_once(capsys):
     """By hand: B1 twice in train with one attribute; val has B2 and the title and photo of B3; test has nothing of them."""
     def product(number, attribute="Boot Style", like=None):
         return Product(f"B{number}", f"{like or number}.jpg", "Shoes", f"title {like or number}", attribute, "Chelsea")
 
-    note_doubles({"train": [product(1), product(2), product(3), product(1), product(1, "Heel Height")],
+    note_duplicates({"train": [product(1), product(2), product(3), product(1), product(1, "Heel Height")],
                   "val": [product(2), product(7, like=3)], "test": [product(8), product(9)]})
     assert capsys.readouterr().err.splitlines() == [
         "note: 1 of 5 products of train repeat the id and attribute of another, e.g. 'B1'",
@@ -373,7 +373,7 @@ def test_doubles_are_counted_and_said_once(capsys):
         "note: 2 of 2 products of val have the title and photo of a product of train, e.g. 'B2'"]
 
 
-def test_doubles_take_little_memory(capsys):
+def test_duplicates_take_little_memory(capsys):
     """20,000 products a split, made as they are read: hashes of 8 bytes are kept, no texts (of 13 MB)."""
     class Many:
         def __init__(self, first):
@@ -389,7 +389,7 @@ def test_doubles_take_little_memory(capsys):
             return Product(f"B{self.first + i}", f"{self.first + i}.jpg", "", "a long title " * 50, "Boot Style", "Chelsea")
 
     tracemalloc.start()
-    note_doubles({"train": Many(0), "test": Many(15_000)})
+    note_duplicates({"train": Many(0), "test": Many(15_000)})
     _, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert most < 3e6

@@ -170,7 +170,7 @@ def test_val_is_as_small_as_the_labels_and_test_is_whole(flags, tmp_path):
     assert [zero[split] == one[split] for split in ("train", "val", "test")] == [False, False, True]
 
 
-def test_doubles_are_said_before_the_training(flags, data_root, tmp_path, capsys):
+def test_duplicates_are_said_before_the_training(flags, data_root, tmp_path, capsys):
     import shutil
     shutil.copytree(data_root, tmp_path / "data")
     lines = (data_root / "shoes" / "train.tsv").read_text().splitlines(keepends=True)
