@@ -106,13 +106,13 @@ def summary(confidence, right, n, choose):
     return found
 
 
-def advice(thresholds, precision, where):
-    """One line: above which confidence answers have this precision.  where: split and n."""
+def advice(thresholds, precision, split, n):
+    """One line: from which confidence on answers have this precision, chosen on a split of n products."""
     point = thresholds[str(precision)]
     if point is None:
-        return f"no confidence gives answers of {precision} % precision ({where})"
-    return (f"for {precision} % precision answer only with confidence {point['min_confidence']:.4f} or more "
-            f"(--min-confidence), which covers {point['coverage']:.1f} % ({where})")
+        return f"no confidence gives answers of {precision} % precision ({split}, n = {n})"
+    return (f"for {precision} % precision answer only with confidence {point['min_confidence']:.4f} or more (--min-confidence), "
+            f"which covers {point['coverage']:.1f} % ({split}: {round(point['coverage'] * n / 100)} of {n} products)")
 
 
 # ------------------------------------------------------------------------------------------------ the answers of a run
@@ -170,7 +170,7 @@ def lines(run, metrics, split):
     before = f"; at temperature 1: {confidence['calibration_error_at_1']:.1f} %" if confidence.get("temperature", 1) != 1 else ""
     yield f"expected calibration error: {confidence['calibration_error']:.1f} %{before} ({where}, {BINS} bins)"
     if "thresholds" in confidence:
-        yield advice(confidence["thresholds"], ADVISED, f"{split}, n = {metrics['n']}")
+        yield advice(confidence["thresholds"], ADVISED, split, metrics["n"])
 
 
 def temperature_note(run):

@@ -23,7 +23,7 @@ from experiments.plain import answer_log_probs
 from llama import load_llama
 from support import answering
 from support.answering import Answer, likeliest, score_values
-from support.confidence import calibration_error, coverage_curve, fit_temperature, summary, threshold
+from support.confidence import advice, calibration_error, coverage_curve, fit_temperature, summary, threshold
 from support.report import coverage_diagram, reliability_diagram
 from support.values import hold_out, outside, read_values, without
 
@@ -290,7 +290,9 @@ def test_thresholds_come_from_val(run, says):
     found = metrics_of(run / "val")["confidence"]["thresholds"]
     assert set(found) == {"90", "95", "99"}
     assert (f"for 95 % precision answer only with confidence {found['95']['min_confidence']:.4f} or more" if found["95"]
-            else "no confidence gives answers of 95 % precision") in out and "(val, n = 10)" in out
+            else "no confidence gives answers of 95 % precision") in out and ("of 10 products)" if found["95"] else "(val, n = 10)") in out
+    assert advice({"95": {"min_confidence": 0.8, "coverage": 40.0, "accuracy": 96.0}}, 95, "val", 5).endswith(
+        "0.8000 or more (--min-confidence), which covers 40.0 % (val: 2 of 5 products)")
 
 
 def test_the_temperature_is_fitted_on_val_and_used_from_then_on(run, says, data_root):
