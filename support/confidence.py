@@ -143,7 +143,7 @@ def measure(run, products, found, values, split):
         answered = [(a.probability, a.value == p.value) for p, a in zip(products, answers) if a.value]
         return [p for p, _ in answered], [right for _, right in answered]
 
-    confidence = summary(*sure(found), len(products), choose=split == "val")
+    confidence = summary(*sure(found), len(products), choose=split.startswith("val"))
     if values is None:
         answers = outside(products, found, run.values)
         return {"confidence": confidence, "outside": {"n": sum(sum(c.values()) for c in answers.values()), "answers": answers}}

@@ -295,6 +295,13 @@ def test_thresholds_come_from_val(run, says):
         "0.8000 or more (--min-confidence), which covers 40.0 % (val: 2 of 5 products)")
 
 
+def test_a_part_of_val_is_val(run, data_root):
+    loaded, products = evaluate.load(run, data_needed=True), read_split(data_root, "shoes", "val")
+    answering.prepare_photos(loaded, products)
+    metrics = evaluate.evaluate(loaded, products, "val (without a part)", run / "part", loaded.values)
+    assert "thresholds" in metrics["confidence"] and loaded.calibration["n"] == 10
+
+
 def test_the_temperature_is_fitted_on_val_and_used_from_then_on(run, says, data_root):
     assert "not calibrated (temperature 1); to calibrate them: python evaluate.py" in says(run, "--constrain")
     before, at_1 = rows(run / "predictions.tsv"), metrics_of(run)["confidence"]
