@@ -87,12 +87,12 @@ def evaluate(run, products, split, folder, values=None, merged=False, temperatur
     start, config = time.monotonic(), run.config
     found = list(answers(run, products, values, temperature, top_p, f"answering {split}"))
     seconds = round(time.monotonic() - start, 1)
-    if values and split == "val":
+    if values and split.startswith("val"):              # the split's name may say what was left out of it
         found = calibrate(run, products, found, values)
     confidence = measure(run, products, found, values, split)       # of all answers, also of those left out below
     found = [a.above(min_confidence) for a in found]
     metrics = score(products, [a.value for a in found])
-    if run.held_out and split == "test":
+    if run.held_out and split.startswith("test"):
         metrics["seen_and_held_out"] = {
             name: micro_f1([(a.value, p.value) for p, a in zip(products, found)
                             if (p.value in run.held_out.get(p.attribute, ())) == held])

@@ -16,6 +16,7 @@ from support.values import outside
 
 BINS = 10
 PRECISIONS, ADVISED = (90, 95, 99), 95                  # per cent: val's thresholds for these are saved; for one, printed
+LEAST = 30                                              # answers that a threshold must rest on; with fewer it is chance
 LOWEST, HIGHEST = 0.05, 20.0                            # the range of temperatures that are tried
 
 
@@ -84,9 +85,13 @@ def coverage_curve(confidence, right, n):
     return curve
 
 
-def threshold(curve, precision):
-    """The point of a coverage curve that covers most at this precision or more (per cent); None if there is none."""
-    return max((point for point in curve if point["accuracy"] >= precision), key=lambda point: point["coverage"], default=None)
+def threshold(curve, precision, coverage=0.0):
+    """The point of a coverage curve that covers most at this precision or more, and at least this coverage (per cent).
+
+    None if there is none.
+    """
+    fine = [point for point in curve if point["accuracy"] >= precision and point["coverage"] >= coverage]
+    return max(fine, key=lambda point: point["coverage"], default=None)
 
 
 def summary(confidence, right, n, choose):
@@ -102,7 +107,7 @@ def summary(confidence, right, n, choose):
     found = {"n": len(confidence), "calibration_error": error, "bins": bins,
              "coverage": [curve[i] for i in sorted({i for i in steps if i is not None})]}
     if choose:
-        found["thresholds"] = {str(precision): threshold(curve, precision) for precision in PRECISIONS}
+        found["thresholds"] = {str(precision): threshold(curve, precision, 100 * LEAST / n) for precision in PRECISIONS}
     return found
 
 
@@ -110,7 +115,7 @@ def advice(thresholds, precision, split, n):
     """One line: from which confidence on answers have this precision, chosen on a split of n products."""
     point = thresholds[str(precision)]
     if point is None:
-        return f"no confidence gives answers of {precision} % precision ({split}, n = {n})"
+        return f"no confidence gives {LEAST} answers or more of {precision} % precision ({split}, n = {n})"
     return (f"for {precision} % precision answer only with confidence {point['min_confidence']:.4f} or more (--min-confidence), "
             f"which covers {point['coverage']:.1f} % ({split}: {round(point['coverage'] * n / 100)} of {n} products)")
 
@@ -143,7 +148,7 @@ def measure(run, products, found, values, split):
         answered = [(a.probability, a.value == p.value) for p, a in zip(products, answers) if a.value]
         return [p for p, _ in answered], [right for _, right in answered]
 
-    confidence = summary(*sure(found), len(products), choose=split == "val")
+    confidence = summary(*sure(found), len(products), choose=split.startswith("val"))
     if values is None:
         answers = outside(products, found, run.values)
         return {"confidence": confidence, "outside": {"n": sum(sum(c.values()) for c in answers.values()), "answers": answers}}

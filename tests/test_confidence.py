@@ -63,7 +63,16 @@ def test_a_threshold_typed_as_it_is_printed_gives_the_coverage_that_was_promised
         assert (100 * len(given) / 300, 100 * sum(given) / len(given)) == pytest.approx((point["coverage"], point["accuracy"]))
 
 
-def test_thresholds_are_chosen_only_where_that_is_allowed():
+def test_a_threshold_rests_on_30_answers_or_more():
+    """29 right answers are too few.  Of 40, 30 with a wrong one among them have 97 %."""
+    few = summary([0.9] * 29 + [0.1] * 11, [True] * 29 + [False] * 11, 40, choose=True)
+    assert few["thresholds"]["95"] is None
+    enough = summary([0.9] * 30 + [0.1] * 10, [True] * 29 + [False] * 11, 40, choose=True)
+    assert enough["thresholds"]["95"]["coverage"] == 75.0 and enough["thresholds"]["99"] is None
+
+
+def test_thresholds_are_chosen_only_where_that_is_allowed(monkeypatch):
+    monkeypatch.setattr("support.confidence.LEAST", 1)
     found = summary([0.9, 0.8, 0.3], [True, True, False], 3, choose=True)
     assert found["thresholds"]["95"] == {"min_confidence": 0.8, "coverage": pytest.approx(200 / 3), "accuracy": 100.0}
     assert "thresholds" not in summary([0.9, 0.8, 0.3], [True, True, False], 3, choose=False)
@@ -290,9 +299,16 @@ def test_thresholds_come_from_val(run, says):
     found = metrics_of(run / "val")["confidence"]["thresholds"]
     assert set(found) == {"90", "95", "99"}
     assert (f"for 95 % precision answer only with confidence {found['95']['min_confidence']:.4f} or more" if found["95"]
-            else "no confidence gives answers of 95 % precision") in out and ("of 10 products)" if found["95"] else "(val, n = 10)") in out
+            else "no confidence gives 30 answers or more of 95 % precision") in out and ("of 10 products)" if found["95"] else "(val, n = 10)") in out
     assert advice({"95": {"min_confidence": 0.8, "coverage": 40.0, "accuracy": 96.0}}, 95, "val", 5).endswith(
         "0.8000 or more (--min-confidence), which covers 40.0 % (val: 2 of 5 products)")
+
+
+def test_a_part_of_val_is_val(run, data_root):
+    loaded, products = evaluate.load(run, data_needed=True), read_split(data_root, "shoes", "val")
+    answering.prepare_photos(loaded, products)
+    metrics = evaluate.evaluate(loaded, products, "val (without a part)", run / "part", loaded.values)
+    assert "thresholds" in metrics["confidence"] and loaded.calibration["n"] == 10
 
 
 def test_the_temperature_is_fitted_on_val_and_used_from_then_on(run, says, data_root):
