@@ -147,8 +147,8 @@ def not_in(train, products, images=None):
 def across(parts, images=None):
     """Duplicates of train in the other splits: {split: {sign: [(row, row of train)]}}, with one row of train for each.
 
-    parts  {split: rows}, rows as dicts of the data set's columns; signs: "same title words", and with `images` (a folder)
-           "same photo bytes" and "photos that look the same" (but have other bytes)
+    parts  {split: rows}, rows as dicts of the data set's columns; signs: "the same title words", and with `images` (a folder)
+           "the same photo bytes" and "a photo that looks the same" (but has other bytes)
     """
     rows = [(part, row) for part, each in parts.items() for row in each]
     found = {part: defaultdict(list) for part in parts if part != "train"}
@@ -167,15 +167,15 @@ def across(parts, images=None):
             if part != "train" and (known := [each for other in others for each in in_train.get(other, ())]):
                 found[part][sign].append((row, next((each for each in known if label(each) == label(row)), known[0])))
 
-    look("same title words", [title_key(row["texts"].removeprefix("[Title]")) for _, row in rows])
+    look("the same title words", [title_key(row["texts"].removeprefix("[Title]")) for _, row in rows])
     if images:
         keys, pairs = similar_photos([images / row["images"] for _, row in rows])
         like = defaultdict(list)
         for one, other in pairs:
             like[one].append(other)
             like[other].append(one)
-        look("same photo bytes", keys)
-        look("photos that look the same", keys, like)
+        look("the same photo bytes", keys)
+        look("a photo that looks the same", keys, like)
     return found
 
 

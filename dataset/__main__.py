@@ -23,8 +23,8 @@ DATA = Path(__file__).resolve().parent.parent / "data"
 
 
 def arguments():
-    parser = argparse.ArgumentParser("python -m dataset", description="The paper's data sets: build, import, stats; own products: check "
-                                     "(docs/data.md).")
+    parser = argparse.ArgumentParser("python -m dataset", description="The paper's data sets: build, import, stats; own "
+                                     "products: check (docs/data.md).")
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(name, what):

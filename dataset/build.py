@@ -215,9 +215,9 @@ def build(labels, metadata, root, values=VALUES, datasets=tuple(ATTRIBUTES), see
         for folder in (root, *(root / name for name in datasets)):
             for litter in folder.glob(".*.partial"):    # of a start that was killed
                 litter.unlink()
-        passes = [("labels", 1, labels, label_mark, partial(parse_labels, dict(wanted)), store_labels)]
-        passes += [("metadata", number, path, metadata_mark, partial(parse_metadata, str(work / "sources.sqlite")), store_metadata)
-                   for number, path in enumerate(metadata, 1)]
+        parse = partial(parse_metadata, str(work / "sources.sqlite"))
+        passes = [("labels", 1, labels, label_mark, partial(parse_labels, dict(wanted)), store_labels),
+                  *(("metadata", n, path, metadata_mark, parse, store_metadata) for n, path in enumerate(metadata, 1))]
         for name, *how in passes:
             print_counts(name, one_pass(db, name, *how, jobs))
         print_counts("labels", map_values(db, table))

@@ -130,14 +130,15 @@ def check_titles(page, products):
                      if len(known) > 1]
     page.note(page.spoils, "titles or categories that hold their answer: the model learns to copy", named,
               "no title or category holds its answer")
-    page.note(page.spoils, "ids that stand twice in a file for one attribute", twice, "every id stands once in a file for an attribute")
+    page.note(page.spoils, "ids that stand twice in a file for one attribute", twice,
+              "every id stands once in a file for an attribute")
     page.note(page.spoils, "ids with two values of one attribute", contradictory, "no id has two values of one attribute")
 
 
 def check_values(page, products, values, labels):
     """Values with few labels, with twins, without a test or without training."""
     train = Counter((p.attribute, p.value) for p in products.get("train", next(iter(products.values()), ())))
-    few = [f"{attribute} = {value}: {n:,}" for (attribute, value), n in sorted(train.items(), key=lambda item: item[1]) if n < labels]
+    few = [f"{attribute} = {value}: {n:,}" for (attribute, value), n in reversed(train.most_common()) if n < labels]
     page.note(page.spoils, f"values with fewer than {labels} labels to train on", few, f"every value has {labels} labels or more")
     page.note(page.spoils, "attributes with one value alone: there is nothing to learn",
               [f"{attribute} = {', '.join(n)}" for attribute, n in values.items() if len(n) == 1],
@@ -147,7 +148,8 @@ def check_values(page, products, values, labels):
         alike = defaultdict(list)
         for value in n:
             alike[folded(value) or value].append(value)
-        twins += [f"{attribute}: " + ", ".join(f"{value!r} {n[value]:,}" for value in same) for same in alike.values() if len(same) > 1]
+        twins += [f"{attribute}: " + ", ".join(f"{value!r} {n[value]:,}" for value in same)
+                  for same in alike.values() if len(same) > 1]
     page.note(page.spoils, "values that differ only in case, plural or hyphens: an exact match takes them for two", twins,
               "no two values differ only in case, plural or hyphens")
     if "train" in products:
@@ -160,12 +162,15 @@ def check_values(page, products, values, labels):
 
 def check_duplicates(page, folder, products):
     """Products of val and test that training has shown."""
+    if "train" not in products:
+        return
     images = folder.resolve().parent / "images"
-    rows = {part: [dict(zip(COLUMNS, (p.id, p.image or "-", p.category, p.title, p.attribute, p.value))) for p in each] for part, each in products.items()}
-    for part, signs in across(rows, images if images.is_dir() else None).items() if "train" in products else ():
+    rows = {part: [dict(zip(COLUMNS, (p.id, p.image or "-", p.category, p.title, p.attribute, p.value))) for p in each]
+            for part, each in products.items()}
+    for part, signs in across(rows, images if images.is_dir() else None).items():
         for sign, pairs in signs.items():
-            page.note(page.spoils, f"products of {part}.tsv with the {sign} as one of train.tsv: their score measures memory"
-                      .replace("the photos that look", "a photo that looks"), [f"{row['id']} as {other['id']}: {row['texts'][:100]}" for row, other in pairs], "")
+            page.note(page.spoils, f"products of {part}.tsv with {sign} as one of train.tsv: their score measures memory",
+                      [f"{row['id']} as {other['id']}: {row['texts'][:100]}" for row, other in pairs], "")
         if not signs:
             page.fine.append(f"no product of {part}.tsv has the title or the photo of one in train.tsv")
 

@@ -378,8 +378,9 @@ def download(wanted, folder, connections=8, timeout=20, deadline=60, tries=3, pa
                     running[job] = name
                     if len(running) >= 2 * connections:
                         break
-                if not running and (early := {name for host in hosts.values() if host.good for name in host.early} & failed.keys()):
-                    for host in hosts.values():         # there was nothing to check the server with: now there is
+                early = {name for host in hosts.values() if host.good for name in host.early} & failed.keys()
+                if not running and early:               # there was nothing to check their server with: now there is
+                    for host in hosts.values():
                         host.early -= early
                     failed = {name: failures for name, failures in failed.items() if name not in early}
                     progress.done -= len(early)
@@ -405,7 +406,8 @@ def download(wanted, folder, connections=8, timeout=20, deadline=60, tries=3, pa
                 if tried == len(failed) >= min(ENOUGH_FAILURES, len(wanted)) and not (answered and progress.done > tried):
                     name, ((url, reason), *_) = next(iter(failed.items()))
                     raise UserError(f"the first {len(failed):,} photos all failed, {name} with {reason!r} at "
-                                    f"{url or 'no URL'}. Is this machine online? Start again to go on, or build with --no-photos.")
+                                    f"{url or 'no URL'}. Is this machine online? Start again to go on, or build "
+                                    "with --no-photos.")
                 for host in hosts.values():
                     if host.gone and host.good:         # it gave photos: what is missing now is not gone for good
                         raise UserError(f"{host.name} has stopped answering ({host.gone}) after {progress.done - len(failed):,} "

@@ -115,8 +115,7 @@ def print_duplicates(parts, images):
             same = sum(label(row) == label(other) for row, other in pairs)
             row, other = pairs[0]
             print(f"  {part}: {len(pairs):,} of {len(parts[part]):,} ({100 * len(pairs) / len(parts[part]):.1f} %) are in train "
-                  f"with the {sign}, {same:,} of them with the same label; e.g. {row['id']} and {other['id']}"
-                  .replace("the photos that look", "a photo that looks"))
+                  f"with {sign}, {same:,} of them with the same label; e.g. {row['id']} and {other['id']}")
 
 
 def stats(root, given, names, plot=None):

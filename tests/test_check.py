@@ -76,11 +76,14 @@ def two_values(rows):
 
 
 @pytest.mark.parametrize("change, says", [
-    (answer_in_title, "titles or categories that hold their answer: 1 (the model learns to copy)\n      P1 (train.tsv) Boot Style = Chelsea"),
+    (answer_in_title, "titles or categories that hold their answer: 1 (the model learns to copy)\n"
+                      "      P1 (train.tsv) Boot Style = Chelsea"),
     (few_labels, "values with fewer than 12 labels to train on: 1\n      Boot Style = Chelsea: 10"),
     (one_value, "attributes with one value alone: 1 (there is nothing to learn)\n      Colour = Red"),
-    (same_title, "products of test.tsv with the same title words as one of train.tsv: 1 (their score measures memory)\n      P43 as P5"),
-    (same_photo, "products of val.tsv with the same photo bytes as one of train.tsv: 1 (their score measures memory)\n      P37 as P1"),
+    (same_title, "products of test.tsv with the same title words as one of train.tsv: 1 (their score measures memory)\n"
+                 "      P43 as P5"),
+    (same_photo, "products of val.tsv with the same photo bytes as one of train.tsv: 1 (their score measures memory)\n"
+                 "      P37 as P1"),
     (twins, "values that differ only in case, plural or hyphens: 1 (an exact match takes them for two)\n"
             "      Boot Style: \"chelsea's\" 6, 'Chelsea' 10"),
     (unknown_value, "values of test.tsv that train.tsv does not have: 1 (no answer to them can be right)\n"
@@ -134,8 +137,8 @@ def test_what_train_py_refuses_is_refused(change, says, tmp_path, capsys, llama_
     out = capsys.readouterr().out
     assert out.index("REFUSED") < out.index(says.format(tmp_path)), out
     with pytest.raises(UserError):
-        train.main(["--data", str(tmp_path), "--dataset", "shop", "--llama", str(llama_dir), "--vit", str(vit_dir), "--epochs", "1",
-                    "--device", "cpu", "--out", str(tmp_path / "run")])
+        train.main(["--data", str(tmp_path), "--dataset", "shop", "--llama", str(llama_dir), "--vit", str(vit_dir),
+                    "--epochs", "1", "--device", "cpu", "--out", str(tmp_path / "run")])
 
 
 def test_a_shop_with_one_file_is_told_what_is_missing(tmp_path, capsys):
@@ -168,8 +171,8 @@ def test_the_command_and_its_errors(tmp_path):
     folder = write_shop(tmp_path / "root")
     fine = command("-m dataset", ["check", str(folder), "--labels", "12"], tmp_path)
     assert fine.code == 0 and not held(fine) and "It can be trained" in fine.out
-    for arguments, says in (([str(tmp_path / "none")], "is not a folder"), ([str(tmp_path / "root")], "Its folders shop do: give one"),
-                            ([str(tmp_path)], "holds no TSV file"), ([str(folder), "--llama", str(tmp_path)], "config.json")):
+    for arguments, says in (([str(tmp_path / "none")], "is not a folder"),
+                            ([str(tmp_path / "root")], "Its folders shop do: give one"), ([str(tmp_path)], "holds no TSV file"), ([str(folder), "--llama", str(tmp_path)], "config.json")):
         outcome = command("-m dataset", ["check", *arguments], tmp_path)
         assert outcome.code == 2 and not held(outcome), held(outcome)
         assert outcome.err.startswith("python -m dataset: error: ") and says in outcome.err, outcome.err

@@ -196,7 +196,8 @@ TABLE = "dataset\tattribute\traw\tvalue\tcategory\n"
 
 
 @pytest.mark.parametrize("text, says", [
-    ("clothing\tLength\tCapri\tCapri\tTrousers\n", "v.tsv, line 2: no category 'Trousers' in clothing, Length. Allowed: Dresses;"),
+    ("clothing\tLength\tCapri\tCapri\tTrousers\n",
+     "v.tsv, line 2: no category 'Trousers' in clothing, Length. Allowed: Dresses;"),
     ("clothing\tLength\tCapri\tCapri\tPants\n\nclothing\tLength\tcropped\tCapri\tDresses\n",
      "v.tsv, line 4: 'Capri' does not exist in 'Dresses'"),
     ("clothing\tLength\tlong\tMaxi\tDresses\nclothing\tLength\tLong\tMidi\tnot Pants\n",
@@ -472,7 +473,8 @@ def test_metadata_as_python_dicts(made, tmp_path):
         except ValueError:
             lines.append(line)
     lines[1:1] = [b"{'asin': __import__('os').mkdir('" + str(tmp_path / "evil").encode() + b"')}", b"{'asin': " + b"[" * 90_000,
-                  b"{'asin': " + b"-" * 150_000 + b"1}", b"{'a': " * 30_000, b"{'asin': 'B000000000', 'title': '" + b"x" * 10**6 + b"'}",
+                  b"{'asin': " + b"-" * 150_000 + b"1}", b"{'a': " * 30_000,
+                  b"{'asin': 'B000000000', 'title': '" + b"x" * 10**6 + b"'}",
                   b"{'asin': {}, 'title': {1: b'x'}}", b"{'asin': 'B000000000', 'title': '\\d\\ud800'}"]
     (tmp_path / "m").write_bytes(b"\n".join(lines))
     start = time.monotonic()
@@ -787,7 +789,8 @@ def test_another_server_that_never_answers(patient, monkeypatch, tmp_path):
         return GOOD
 
     monkeypatch.setattr(photos, "fetch", fetch)
-    failed = photos.download({f"P{n:04}": [f"http://{'dead' if n % 50 == 1 else 'x'}/{n}"] for n in range(200)}, tmp_path, **patient)
+    wanted = {f"P{n:04}": [f"http://{'dead' if n % 50 == 1 else 'x'}/{n}"] for n in range(200)}
+    failed = photos.download(wanted, tmp_path, **patient)
     assert len(failed) == 4 and any("dead does not answer" in reason for [(_, reason)] in failed.values())
     with pytest.raises(UserError, match="20 of 200 photos are on servers that do not answer: dead "):
         photos.download({f"Q{n:04}": [f"http://{'dead' if n % 10 == 1 else 'x'}/{n}"] for n in range(200)}, tmp_path, **patient)
