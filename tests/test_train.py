@@ -110,7 +110,7 @@ def test_a_killed_process_is_resumed(flags, tmp_path, run):
     out = tmp_path / "killed"
     process = subprocess.Popen([sys.executable, "-c", "import train; from support import run_folder; run_folder.SAVE_EVERY = -1; train.main()", *flags,
                                 "--out", str(out)], cwd=PROJECT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"})      # sums depend on the number of threads
+                               env={**os.environ, "OMP_NUM_THREADS": "1", "EIVEN_CACHE": str(tmp_path)})   # sums depend on threads
     give_up = time.monotonic() + 200
     while time.monotonic() < give_up and (not (out / "log.jsonl").exists() or len(losses_so_far(out)) < 4):
         time.sleep(0.05)
