@@ -7,8 +7,8 @@
 Only the adapters (theta_a) and the projector (theta_p) are trained.  The ViT is not part of this class: it is frozen, so
 support/features.py runs it once for each photo.  What the paper leaves open, and what we do:
     X           starts with the BOS token, as in LLaMA's pretraining
-    projector   SwiGLU has its gate, as Shazeer 2020 (arXiv 2002.05202) defines it; LaVIN, the code that the authors built
-                on, has the plain swish
+    projector   SwiGLU has its gate, as Shazeer 2020 (arXiv 2002.05202) defines it; LaVIN (Luo et al. 2023b, cited for
+                the projector) has the plain swish
     I_k         is the output of a ViT block, without CLIP's final LayerNorm
     R           ends with the EOS token, which is part of the loss
 

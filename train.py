@@ -1,7 +1,7 @@
 """Train EIVEN, then score it on the test split:  python train.py --dataset general --labels 50
 
-The defaults are the paper's (section 4.1).  Where it is silent, they are those of LaVIN, the code that its authors built on:
-15 epochs, AdamW (0.9, 0.95) with weight decay 0.02, batch 32, peak learning rate 9e-3 * batch / 256, warm-up over 2 epochs.
+Section 4.1 gives AdamW and 15 epochs.  The rest is LaVIN's (Luo et al. 2023b), which the paper cites for its adapters: betas
+(0.9, 0.95), weight decay 0.02, batch 32, peak learning rate 9e-3 * batch / 256, warm-up over 2 epochs.
 """
 
 import argparse

@@ -7,7 +7,7 @@ An epoch with comparisons shows twice as many examples, so it has twice as many 
 comparisons for as many steps (row no-lbc-twice).  The first command trains the three arms; this one compares them, with the
 same seeds and the same test products.
 
-For each difference: its mean, and a 95 % interval from 10,000 bootstrap samples over seeds and products.  It is "decided" if
+For each difference: its mean, and a 95 % interval from 10,000 bootstrap samples over seeds and products.  It is "significant" if
 the interval does not contain 0.  Errors are also counted apart: inside a family of values that look alike, and outside.
 """
 
@@ -92,7 +92,7 @@ def compare(name, labels, arms):
         cells = []
         for k in range(3):
             mean, low, high = interval(difference[:, :, k], draw)
-            cells.append(f"{mean:+.1f} ({low:+.1f} to {high:+.1f}), {'decided' if low * high > 0 else 'not decided'}")
+            cells.append(f"{mean:+.1f} ({low:+.1f} to {high:+.1f}), {'significant' if low * high > 0 else 'not significant'}")
         lines.append(f"| {ARMS[a]} - {ARMS[b]} | {len(seeds)} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

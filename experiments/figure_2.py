@@ -20,11 +20,11 @@ WIDTH, HEIGHT = 520, 732
 STYLE = """
 text { font: 15px system-ui, sans-serif; fill: #111 } .small { font-size: 13px } .bold { font-weight: 600 }
 .code { font: 13px ui-monospace, monospace } .middle { text-anchor: middle } .end { text-anchor: end }
-.page { fill: #fff } .frozen { fill: #dbe9f6; stroke: #56b4e9 } .trained { fill: #fbd9c5; stroke: #d55e00; stroke-width: 2.5 }
-.input { fill: #f2f2f2; stroke: #999 } .line { stroke: #444; stroke-width: 1.6; fill: none } .tip { fill: #444 }
+.page { fill: #fff } .frozen { fill: #e9edf0; stroke: #78909c } .trained { fill: #f6dcea; stroke: #b8437f; stroke-width: 2.5 }
+.input { fill: #fff; stroke: #999 } .line { stroke: #444; stroke-width: 1.6; fill: none } .tip { fill: #444 }
 .begin { fill: #999 } .image { fill: #e69f00 } .question { fill: #56b4e9 } .context { fill: #009e73 }
 @media (prefers-color-scheme: dark) {
-  text { fill: #eee } .page { fill: #16191d } .frozen { fill: #1d3347 } .trained { fill: #4b2a18 } .input { fill: #2b2f33 }
+  text { fill: #eee } .page { fill: #16191d } .frozen { fill: #2a3138 } .trained { fill: #4a2439 } .input { fill: #16191d }
   .line { stroke: #bbb } .tip { fill: #bbb }
 }
 """
@@ -62,8 +62,8 @@ def figure():
     count = {part: sum(p.numel() for name, p in trained.items() if name.startswith(part)) for part in ("adapters", "projector")}
     out = [
         box(12, 12, 156, 48, "input", "photo", f"(3, {size}, {size})"),
-        box(182, 12, 156, 48, "input", "question", "Sleeve Style?"),
-        box(352, 12, 156, 48, "input", "title, category", "Floral maxi dress"),
+        box(176, 12, 186, 48, "input", "question", "What is the Neckline …?"),
+        box(370, 12, 138, 48, "input", "title, category", "Maxi dress, Dresses"),
         arrow((90, 60), (90, 88)), arrow((260, 60), (260, 88)), arrow((430, 60), (430, 88)),
         box(12, 88, 156, 66, "frozen", "ViT-B/16", "`vit.ViT`", f"[cls]: {', '.join(map(str, layers))}"),
         box(182, 88, 326, 66, "frozen", "tokenizer, embeddings", "`data.encode_examples`", "`LLaMA.embed`"),
@@ -74,7 +74,7 @@ def figure():
         arrow((430, 154), (430, 316)), text(438, 180, "C", "small"),
         '<rect x="288" y="206" width="16" height="16" rx="3" class="trained"/>', text(312, 219, "trained", "small"),
         '<rect x="288" y="232" width="16" height="16" rx="3" class="frozen"/>', text(312, 245, "frozen", "small"),
-        text(284, 302, "X = [I′, Q, C]", "bold small"),
+        text(284, 302, "X = [BOS, I′, Q, C]", "bold small"),
     ]
     x = 14                                              # X as a row of tokens, the begin token first
     for kind, n in (("begin", 1), ("image", K), ("question", 8), ("context", 10)):
@@ -101,7 +101,7 @@ def figure():
         arrow((260, 588), (260, 612)),
         box(108, 612, 304, 46, "frozen", "`LLaMA.norm, LLaMA.logits`", f"(answer tokens, {vocab:,})"),
         arrow((260, 658), (260, 680)),
-        text(260, 698, "answer R: Short Sleeve", "middle bold"),
+        text(260, 698, "answer R: V-Neck, EOS", "middle bold"),
         text(260, 722, "EIVEN.forward: loss · EIVEN.generate: top-p", "middle code"),
     ]
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" role="img" '

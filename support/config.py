@@ -52,10 +52,10 @@ def flag(default, help, allowed=None, **argparse_words):
 
 @dataclass
 class Config:
-    """Every flag of a run; the defaults are the paper's.  Saved in the run folder and read by evaluate.py."""
+    """Every flag of a run; the defaults are the paper's, or LaVIN's where it gives none.  Saved with the run, read by evaluate.py."""
 
     dataset: str = flag("general", "data set: a folder in ROOT (clothing, footwear, general)", type=utf8_text)
-    labels: int | None = flag(None, "labelled products per attribute value, a number or 'all'", (1, 10 ** 9), metavar="N")
+    labels: int | None = flag(None, "labelled products per attribute value, a number or 'all' (default: all)", (1, 10 ** 9), metavar="N")
     holdout_values: int = flag(0, "values per attribute kept out of training and val, to be answered unseen (default: none)",
                                (0, 10 ** 6), metavar="N")
     data: str | None = flag(None, "folder of data sets and images/ (default: data/, else the demo world)", metavar="ROOT")

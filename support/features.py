@@ -46,7 +46,8 @@ class PhotoFeatures:
         self.width = self.vit.config.hidden_size        # V
         self.cls_layers = cls_layers(self.vit.config.num_hidden_layers)[-1 if single else 0:]
         config = weights.parent / "config.json"         # it says how many heads the weights are for
-        self.vit_key = digest_of(weights) + (digest_of(config) if config.exists() else b"") + PREPROCESSING.encode()
+        every = cls_layers(self.vit.config.num_hidden_layers)
+        self.vit_key = digest_of(weights) + (digest_of(config) if config.exists() else b"") + f"{PREPROCESSING} {every}".encode()
         try:
             Path(cache).parent.mkdir(parents=True, exist_ok=True)
             self.database = sqlite3.connect(cache, timeout=60)

@@ -58,7 +58,7 @@ def test_arms_are_compared_by_seed_and_product(tmp_path):
     found = {arm: {seed: tmp_path / f"w-10-{arm}-seed{seed}" for seed in (1, 2)} for arm in ("no-lbc", "no-lbc-twice", "full")}
     page = comparing.compare("w", "10", found)
     assert "| no comparisons, as many steps | 10 | 2 | 50.0 ± 0.0 | 50.0 | 0.0 |" in page
-    assert "| judge_last - no comparisons, as many steps | 2 | +0.0 (+0.0 to +0.0), not decided" in page
+    assert "| judge_last - no comparisons, as many steps | 2 | +0.0 (+0.0 to +0.0), not significant" in page
     rows = list(csv.reader(page.splitlines(), delimiter="|"))
     assert any(cell.strip().startswith("+50.0") for row in rows for cell in row)
 
