@@ -223,8 +223,8 @@ def read_tensors(path):
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:                          # torch raises many kinds of errors for a broken file
-        raise UserError(f"{path}: is not a whole PyTorch state dict ({first_line(error)}); OpenAI's own .pt archive is TorchScript "
-                        "and is not supported: use the safetensors or pytorch_model.bin") from None
+        raise UserError(f"{path}: is not a whole PyTorch state dict ({first_line(error)}); OpenAI's own .pt archive is "
+                        "TorchScript and is not supported: use the safetensors or pytorch_model.bin") from None
     if isinstance(tensors, dict) and isinstance(tensors.get("state_dict"), dict):
         tensors = tensors["state_dict"]
     if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
