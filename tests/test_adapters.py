@@ -86,3 +86,16 @@ def test_16_bit_input_is_computed_in_fp32_and_returned_as_it_came():
     exact = h + (0.7 * (nn.functional.linear(adapter.down(h.float()), adapter.up_matrix(), adapter.up_bias))).bfloat16()
     assert torch.equal(out, exact)
     assert all(p.dtype == torch.float32 for p in adapter.parameters())
+
+
+def test_sizes_that_two_groups_do_not_divide_are_refused():
+    for width, dimension in ((33, 4), (32, 3)):
+        with pytest.raises(ValueError, match="must be multiples of 2"):
+            Adapter("rep", width, dimension)
+
+
+def test_down_starts_as_xavier_and_zero():
+    """Xavier's bound sqrt(6 / (width + r)); PyTorch's own start would be within 1 / sqrt(width)."""
+    down = Adapter("rep", 512, 8).down
+    bound = (6 / (512 + 8)) ** 0.5
+    assert 0.9 * bound < down.weight.abs().max() <= bound and not down.bias.any()

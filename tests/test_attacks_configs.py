@@ -125,7 +125,7 @@ def outcome_of(world, tmp_path, breaks, name, refused=False):
 
 
 def attack(kind, cases, sample, outcome):
-    """Run a seeded sample of the cases (all of them with ATTACKS=all); a line that tells how many held, and an error for the rest.
+    """Run a seeded sample of the cases (all with ATTACKS=all); print how many held, and fail with those that did not.
 
     cases  a list of (what it is, arguments of `outcome`); `outcome` gives None if the rule was kept
     """
@@ -173,8 +173,8 @@ def set_text(file, text):
     return lambda folder: (folder / file).write_text(text, encoding="utf-8")
 
 
-MORE = {"llama/config.json": ["rope_scaling", "rope_parameters", "hidden_act", "mlp_bias", "quantization_config", "sliding_window",
-                              "pretraining_tp", "partial_rotary_factor"],
+MORE = {"llama/config.json": ["rope_scaling", "rope_parameters", "hidden_act", "mlp_bias", "quantization_config",
+                              "sliding_window", "pretraining_tp", "partial_rotary_factor"],
         "vit/config.json": ["vision_config", "hidden_act"]}
 JSON_FILES = {"llama/config.json": "train", "vit/config.json": "train", "clip/open_clip_config.json": "train with clip",
               "clip/config.json": "train with clip", "llama/model.safetensors.index.json": "train",
@@ -185,7 +185,9 @@ def json_cases(world):
     draw = random.Random("JSON")
     for file, name in JSON_FILES.items():
         record = json.loads((world / file).read_text())
-        paths = list(fields_of(record)) if "index" not in file else [("weight_map",), ("weight_map", next(iter(record["weight_map"])))]
+        paths = list(fields_of(record))
+        if "index" in file:                             # the map and one of its many names
+            paths = [("weight_map",), ("weight_map", next(iter(record["weight_map"])))]
         for path in [*paths, *((field,) for field in MORE.get(file, ()))]:
             value = record
             for key in path:
@@ -259,7 +261,8 @@ FILES = {"data/shoes/train.tsv": "train", "data/shoes/val.tsv": "train", "data/s
          "llama/model-00001-of-00002.safetensors": "train", "llama/model-00002-of-00002.safetensors": "train",
          "llama/tokenizer.model": "train", "vit/model.safetensors": "train", "vit/config.json": "train",
          "clip/pytorch_model.bin": "train with clip", "clip/open_clip_config.json": "train with clip",
-         "run/adapter.safetensors": "constrain", "run/config.json": "answer", "run/log.jsonl": "score", "run/metrics.json": "score",
+         "run/adapter.safetensors": "constrain", "run/config.json": "answer", "run/log.jsonl": "score",
+         "run/metrics.json": "score",
          "stopped/state.pt": "resume", "stopped/log.jsonl": "resume", "stopped/config.json": "resume"}
 
 
@@ -288,8 +291,8 @@ def byte_cases(world):
                 data[:place] + noise + data[place + 40:])), name)
         for other in FILES:
             if other != file:
-                yield (f"{file} is {other}", lambda folder, file=file, other=other: shutil.copyfile(folder / other, folder / file),
-                       name)
+                yield (f"{file} is {other}",
+                       lambda folder, file=file, other=other: shutil.copyfile(folder / other, folder / file), name)
 
 
 def test_every_file_cut_flipped_and_swapped(world, tmp_path):
@@ -321,15 +324,15 @@ def test_weights_that_are_not_finite(world, tmp_path):
 # ------------------------------------------------------------------------------------------------ arguments
 
 
-NUMBERS = ["0", "-1", "1e18", "1" + "0" * 18, "1" + "0" * 400, "1" * 5000, "1e300", "1e-300", "nan", "inf", "-inf", "", " ", "0x10", "٣",
-           os.fsdecode(b"\xff"), "1_0", "3.5", "--"]
-NUMBER_FLAGS = ["--labels", "--lbc-ratio", "--adapter-dim", "--projector-dim", "--epochs", "--batch-size", "--micro-batch-size", "--lr",
-                "--seed"]
+NUMBERS = ["0", "-1", "1e18", "1" + "0" * 18, "1" + "0" * 400, "1" * 5000, "1e300", "1e-300", "nan", "inf", "-inf", "", " ",
+           "0x10", "٣", os.fsdecode(b"\xff"), "1_0", "3.5", "--"]
+NUMBER_FLAGS = ["--labels", "--lbc-ratio", "--adapter-dim", "--projector-dim", "--epochs", "--batch-size",
+                "--micro-batch-size", "--lr", "--seed"]
 TEXT_FLAGS = ["--dataset", "--data", "--llama", "--vit", "--lbc", "--features", "--adapter", "--device", "--dtype", "--out"]
-WORDS = ["", " ", "meta", "cuda:99", "mps", "cpu:1", "..", "/", "/dev/null", "/dev/null/x", "/proc/self/mem", "a\nb", "鞋", "x" * 300,
-         "x" * 5000, os.fsdecode(b"caf\xe9"), "\u202e", "-x", "demo", "~", "."]
-EVALUATE = {"--temperature": NUMBERS, "--top-p": NUMBERS, "--attribute": WORDS, "--text": WORDS, "--image": WORDS, "--split": WORDS,
-            "--device": WORDS, "--dtype": WORDS, "--data": WORDS, "--llama": WORDS}
+WORDS = ["", " ", "meta", "cuda:99", "mps", "cpu:1", "..", "/", "/dev/null", "/dev/null/x", "/proc/self/mem", "a\nb", "鞋",
+         "x" * 300, "x" * 5000, os.fsdecode(b"caf\xe9"), "\u202e", "-x", "demo", "~", "."]
+EVALUATE = {"--temperature": NUMBERS, "--top-p": NUMBERS, "--attribute": WORDS, "--text": WORDS, "--image": WORDS,
+            "--split": WORDS, "--device": WORDS, "--dtype": WORDS, "--data": WORDS, "--llama": WORDS}
 
 
 def argument_cases(world):
@@ -351,7 +354,8 @@ def test_arguments(world, tmp_path):
         if not folder.exists():
             shutil.copytree(world, folder, symlinks=True)
         shutil.rmtree(folder / "new", ignore_errors=True)
-        script, arguments = {"run": ("evaluate.py", []), "continue": ("train.py", ["--resume"])}.get(name) or commands(folder)[name]
+        every = commands(folder) | {"run": ("evaluate.py", []), "continue": ("train.py", ["--resume"])}
+        script, arguments = every[name]
 
         def before():
             own_cache(folder)()
@@ -367,7 +371,7 @@ def test_arguments(world, tmp_path):
 
 
 def test_two_processes_at_once(world, tmp_path):
-    """In one --out folder one trains, with the result of training alone; a cache and an --output file that both write are whole."""
+    """In one --out folder one trains, with the result of training alone; a cache and an --output that both write are whole."""
     expected = (world / "run" / "adapter.safetensors").read_bytes()
 
     def outcome(what, number):
@@ -382,8 +386,8 @@ def test_two_processes_at_once(world, tmp_path):
             name, arguments = commands(folder)["file"]
             calls = [lambda n=n: command(name, arguments, folder / f"say{n}", 40, own_cache(folder)) for n in (1, 2)]
         else:
-            calls = [lambda n=n, out=out: command("train.py", [*sources(folder), *FLAGS, "--out", str(out)], folder / f"say{n}", 40,
-                                                  own_cache(folder)) for n, out in zip((1, 2), outs)]
+            calls = [lambda n=n, out=out: command("train.py", [*sources(folder), *FLAGS, "--out", str(out)],
+                                                  folder / f"say{n}", 40, own_cache(folder)) for n, out in zip((1, 2), outs)]
         outcomes = at_once(calls)
         wrong = [w for w in map(held, outcomes) if w]
         if sorted(o.code for o in outcomes) != ([0, 2] if what == "out" else [0, 0]):

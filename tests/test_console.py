@@ -125,7 +125,7 @@ def test_ctrl_c_during_the_imports_ends_in_one_line(script, tmp_path):
 
 
 def test_text_that_is_no_utf8_is_one_line():
-    done = subprocess.run([sys.executable, "-c", "from base import console\ndef main():\n    'caf\\udce9'.encode()\nconsole.run(main)"],
-                          cwd=PROJECT, capture_output=True, text=True, check=False)
+    text = "from base import console\ndef main():\n    'caf\\udce9'.encode()\nconsole.run(main)"
+    done = subprocess.run([sys.executable, "-c", text], cwd=PROJECT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (2, "-c: error: 'caf\\udce9' is not UTF-8 text; rename the file, or leave those "
                                                  "characters out\n")

@@ -131,7 +131,8 @@ def test_better_instance_asks_for_either_product_as_often():
 
 def test_each_partner_is_a_draw_of_its_own():
     """Another seed, epoch, repetition or attribute of the same product gives other partners, whatever the order."""
-    products = [Product(f"P{i}", f"{attribute} {i}", "", "t", attribute, f"{i % 3}") for attribute in ("A", "B") for i in range(20)]
+    products = [Product(f"P{i}", f"{attribute} {i}", "", "t", attribute, f"{i % 3}")
+                for attribute in ("A", "B") for i in range(20)]
 
     def partners(seed, number):
         epoch, found = Epoch(products, seed, number, ratio=2), {}
@@ -199,7 +200,8 @@ def test_an_answer_is_a_new_word_after_its_prompt(tmp_path):
 
 def test_a_context_is_title_and_category_as_far_as_there_are():
     assert SHORT.context == "Jersey Tee, Shirts"
-    assert dataclasses.replace(SHORT, title="").context == "Shirts" and dataclasses.replace(SHORT, category="").context == "Jersey Tee"
+    assert dataclasses.replace(SHORT, title="").context == "Shirts"
+    assert dataclasses.replace(SHORT, category="").context == "Jersey Tee"
 
 
 @pytest.mark.parametrize("field", ["id", "image", "category", "title", "attribute", "value"])
@@ -313,7 +315,8 @@ def test_a_photo_inside_its_folder_is_fine(tmp_path, name):
 
 @pytest.mark.parametrize("text, said", [
     ("id\timages\n", "line 1: the header lacks category, texts, attribute_names, attribute_values"),
-    (HEADER.replace("category", "id").replace("texts", "texts\ttexts\tcategory"), "line 1: the header names id, texts more than once"),
+    (HEADER.replace("category", "id").replace("texts", "texts\ttexts\tcategory"),
+     "line 1: the header names id, texts more than once"),
     ("", "an empty file"),
     (HEADER, "has a header but no products"),
     (HEADER + LINE + "B2\tB2.jpg\tShoes\n", "line 3: has 3 columns, the header 6"),

@@ -227,7 +227,8 @@ def test_a_config_without_a_size_is_refused(tmp_path):
     with pytest.raises(UserError, match="line 2: .* not valid JSON"):
         read_config(tmp_path / "config.json")
     for text, said in (('{"model_type": ' + "1" * 5000 + "}", "cannot be read as JSON .*4300"),
-                       ("[" * 200_000 + "]" * 200_000, "cannot be read as JSON"), ("[1]", "should be a JSON object, but is a list")):
+                       ("[" * 200_000 + "]" * 200_000, "cannot be read as JSON"),
+                       ("[1]", "should be a JSON object, but is a list")):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(UserError, match=said):
             read_config(tmp_path / "config.json")

@@ -79,7 +79,7 @@ def moment(i, name, value):
     (lambda s: s["optimizer"]["state"][2]["exp_avg_sq"].neg_(), "optimizer's state of parameter 2 is not one that training"),
     (lambda s: s["optimizer"]["state"][2]["exp_avg"].fill_(float("inf")), "parameter 2 is not one that training writes"),
     (lambda s: s["optimizer"]["state"][0].pop("exp_avg"), "optimizer's state of parameter 0 does not fit this model"),
-    (lambda s: s["optimizer"]["state"].update({99: s["optimizer"]["state"][0]}), "optimizer's state is not that of 18 parameters"),
+    (lambda s: s["optimizer"]["state"].update({99: s["optimizer"]["state"][0]}), "state is not that of 18 parameters"),
     (lambda s: s["optimizer"]["state"].pop(4), "optimizer's state is not that of 18 parameters"),
 ])
 def test_a_state_that_does_not_fit_is_refused(stopped, change, said):

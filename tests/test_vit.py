@@ -187,6 +187,17 @@ def test_a_field_of_another_type_or_size_is_refused_by_name(vit_dir, tmp_path, n
     assert name in str(error.value)
 
 
+def test_heads_and_eps_are_those_of_the_config(vit_dir, tmp_path):
+    save_file(hugging_face(vit_dir), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"vision_config": {"num_attention_heads": 6, "layer_norm_eps": 0.001}}')
+    model = load_vit(tmp_path)
+    assert model.config.num_attention_heads == 6
+    assert {m.eps for m in model.modules() if isinstance(m, torch.nn.LayerNorm)} == {0.001}
+    (tmp_path / "config.json").write_text('{"num_attention_heads": 5}')
+    with pytest.raises(UserError, match="5 heads do not divide the width 24"):
+        load_vit(tmp_path)
+
+
 @pytest.mark.parametrize("name, shape", [("embeddings.patch_embedding.weight", (24, 3, 0, 0)),
                                          ("embeddings.position_embedding.weight", (0, 24)),
                                          ("embeddings.position_embedding.weight", (1, 24)),
