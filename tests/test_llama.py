@@ -272,5 +272,5 @@ def test_only_new_words_get_a_space_where_the_tokenizer_adds_none(tmp_path):
 
 @pytest.mark.parametrize("absent", ["bos_id", "eos_id"])
 def test_a_tokenizer_without_begin_or_end_token_is_refused(tmp_path, absent):
-    with pytest.raises(UserError, match="has no begin or no end token"):
+    with pytest.raises(UserError, match="has no BOS or no EOS token"):
         Tokenizer(train_tokenizer(tmp_path / "tokenizer.model", **{absent: -1}))
