@@ -34,6 +34,7 @@ import train
 from base.console import UserError
 from base.photo import open_photo
 from dataset.photos import NoPhoto, as_jpeg, have_photo
+from experiments import make_mave
 from support import config, run_folder
 from support.report import thumbnail
 from vit import CLIP_STD, preprocess
@@ -724,6 +725,38 @@ def test_no_space_for_the_cache_of_features(tally, world, tmp_path_factory):
     limits = [0, 1, 100, 512, 4095, 4096, 8192, 12_000, 16_384, 20_000, 32_000, 32_768, 40_000, 60_000, 100_000]
     cases = [(f"{limit} bytes", limit) for limit in limits]
     attack(tally, "no space for the cache", judge, cases[:1], cases[1:], 3)
+
+
+def test_no_space_in_a_build(tally, tmp_path_factory):
+    """The build of a data set ends with one line, leaves no half split, and gives the same files when there is space again."""
+    folder = tmp_path_factory.mktemp("build")
+    labels, metadata = make_mave.make(folder, 3000, 3000)
+
+    def build(here):
+        return ["build", "--labels", str(labels), "--metadata", str(metadata), "--data", str(here / "data"), "--no-photos",
+                "--more-than", "5", "--jobs", "1"]
+
+    def files(here):
+        return files_in(here / "data") if (here / "data").exists() else {}
+
+    writes = count_writes(("-m dataset", build(folder)), folder)
+    expected = {name: content for name, content in files(folder).items() if not name.startswith(".build")}
+    assert writes >= 9 and sum(name.endswith("train.tsv") for name in expected) == 3
+
+    def judge(after, limit):
+        here = tmp_path_factory.mktemp("full")
+        done = command("-m dataset", build(here), here, before=no_space(after, limit))
+        if wrong := held(done):
+            return wrong
+        if left := [name for name in files(here) if name.endswith(".partial")]:
+            return f"left {left}"
+        if done.code == 2:
+            done = command("-m dataset", build(here), here)
+        found = {name: content for name, content in files(here).items() if not name.startswith(".build")}
+        return None if done.code == 0 and found == expected else f"could not go on: {done.err[-200:]}"
+
+    cases = [(f"after {n} files, {limit} bytes", n, limit) for n in range(writes + 1) for limit in (0, 16, 5000, 40_000)]
+    attack(tally, "no space in a build", judge, cases[:1], cases[1:], 4)
 
 
 @pytest.fixture
