@@ -8,6 +8,7 @@ A photo is identified by its bytes and the ViT by its weights.  Changing either 
 import hashlib
 import os
 import sqlite3
+import time
 from functools import lru_cache
 from pathlib import Path
 
@@ -27,6 +28,24 @@ def digest_of(path):
     """SHA-256 of a file's bytes, read piece by piece."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").digest()
+
+
+def open_cache(path, patience=60):
+    """The SQLite database with the table `cls`, new or old.  Another process that makes it at the same time is waited for.
+
+    SQLite's own time-out does not hold for the change to WAL: there it says at once that the database is locked.
+    """
+    database = sqlite3.connect(path, timeout=patience)
+    give_up = time.monotonic() + patience
+    while True:
+        try:
+            database.execute("pragma journal_mode = wal")           # readers and one writer at the same time
+            database.execute("create table if not exists cls (key blob primary key, layers integer, tokens blob)")
+            return database
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > give_up:
+                raise
+            time.sleep(0.01)
 
 
 class PhotoFeatures:
@@ -50,9 +69,7 @@ class PhotoFeatures:
         self.vit_key = digest_of(weights) + (digest_of(config) if config.exists() else b"") + f"{PREPROCESSING} {every}".encode()
         try:
             Path(cache).parent.mkdir(parents=True, exist_ok=True)
-            self.database = sqlite3.connect(cache, timeout=60)
-            self.database.execute("pragma journal_mode = wal")      # readers and one writer at the same time
-            self.database.execute("create table if not exists cls (key blob primary key, layers integer, tokens blob)")
+            self.database = open_cache(cache)
             # The photos of this run: a temporary table on the disk, since the names of a million fill the memory.
             self.database.execute("create temporary table photo (name blob primary key, key blob)")
         except (sqlite3.Error, OSError) as error:

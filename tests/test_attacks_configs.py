@@ -392,6 +392,8 @@ def test_two_processes_at_once(world, tmp_path):
         wrong = [w for w in map(held, outcomes) if w]
         if sorted(o.code for o in outcomes) != ([0, 2] if what == "out" else [0, 0]):
             wrong.append(f"exit codes {[o.code for o in outcomes]}: {[o.err[-150:] for o in outcomes]}")
+        if wrong:
+            return "; ".join(wrong)
         if what == "output" and (folder / "answers.tsv").read_bytes() != (world / "run" / "predictions.tsv").read_bytes():
             wrong.append("other answers")
         if what != "output" and any((out / "adapter.safetensors").read_bytes() != expected for out in outs):

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import time
 
 import pytest
 import torch
@@ -103,3 +104,25 @@ def test_a_broken_cache_is_named(folder, vit_dir):
     (folder / "cache" / "f.sqlite").write_bytes(b"no database" * 100)
     with pytest.raises(UserError, match="delete it"):
         open_features(folder, vit_dir)
+
+
+def test_two_processes_may_make_the_cache_at_once(tmp_path):
+    """Without waiting, one of the two ends with "database is locked" more often than not."""
+    def child(path, at):
+        while time.monotonic() < at:
+            pass
+        features.open_cache(path).close()
+
+    for n in range(20):
+        at, children = time.monotonic() + 0.02, []
+        for _ in range(2):
+            pid = os.fork()
+            if pid == 0:
+                code = 1
+                try:
+                    child(tmp_path / f"{n}.sqlite", at)
+                    code = 0
+                finally:
+                    os._exit(code)
+            children.append(pid)
+        assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children] == [0, 0]
