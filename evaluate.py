@@ -102,7 +102,7 @@ def evaluate(run, products, split, folder, values=None, merged=False, temperatur
                    merged=merged, dtype=str(run.model.llama.embed_tokens.weight.dtype),
                    sources=describe(config, run.sources), seconds=seconds,
                    temperature=temperature, top_p=top_p, min_confidence=min_confidence, **confidence)
-    title = f"{config.dataset}, {split} split, {config.labels or 'all'} labels a value, seed {config.seed}"
+    title = f"{config.dataset}, {split} split, {config.labels or 'all'} labels per value, seed {config.seed}"
     images = run.sources.data / "images" if config.image else None
     write_results(folder, title, products, found, metrics, images, read_losses(run.folder))
     print(f"\n{title}, n = {metrics['n']}\n{table(metrics)}")
