@@ -87,9 +87,11 @@ def read_config(run):
     check_fields(record, RECORD, path)
     check_fields(record["data_fingerprint"], SPLITS, f"{path}: data_fingerprint")
     check_fields(record["weights_fingerprint"], WEIGHTS, f"{path}: weights_fingerprint")
+    if not record["values"]:
+        raise UserError(f"{path}: values is empty; it must hold each attribute of the training data with its values")
     for attribute, values in record["values"].items():
-        if not (isinstance(values, list) and values and all(isinstance(v, str) for v in values)):
-            raise UserError(f"{path}: the values of {attribute!r} must be a list of texts, and not empty")
+        if not (isinstance(values, list) and values and all(isinstance(v, str) and v.strip() for v in values)):
+            raise UserError(f"{path}: the values of {attribute!r} must be a list of texts, none of them empty")
     return Config(**settings), record
 
 
