@@ -114,7 +114,7 @@ class EIVEN(nn.Module):
         """The training objective L of section 2.2: a scalar, in nats.
 
         batch       B examples (data.Encoded): .photos (indices into cls_tokens), .prompt ([Q, C] as ids), and .answer (R as
-                    ids, with its end token)
+                    ids, with EOS)
         cls_tokens  (P, K, V), I of each photo, from the frozen ViT
         """
         # Summed over the tokens of an answer, averaged over the batch: not PyTorch's default, the mean over all tokens.
@@ -173,7 +173,7 @@ class EIVEN(nn.Module):
 
     @torch.no_grad()
     def generate(self, batch, cls_tokens=None, seeds=None, temperature=TEMPERATURE, top_p=TOP_P, limit=32):
-        """Free answers to a batch (its .answer is not used): a list of (ids without end token, probability of that answer).
+        """Free answers to a batch (its .answer is not used): a list of (ids without EOS, probability of that answer).
 
         seeds     one for each example, so that its answer does not depend on the rest of the batch
         temperature, top_p   nucleus sampling, temperature first (section 4.1)
@@ -225,7 +225,7 @@ class EIVEN(nn.Module):
     def score(self, batch, candidates, cls_tokens=None):
         """log p(R | X) of given answers: for each example of the batch a list of floats, in nats, one for each candidate.
 
-        candidates  for each example a list of answers R (ids with end token), of any lengths
+        candidates  for each example a list of answers R (ids with EOS), of any lengths
         One forward pass.  The candidates of an example share its prompt, which base/packing.py stores once.
         Errors      FloatingPointError if the logits are not finite
         """

@@ -183,7 +183,7 @@ def check_tokens(page, products, llama):
     with Progress("tokens", sum(map(len, products.values())), "products") as progress:
         for part, each in products.items():
             for p in each:
-                # As train.py counts: begin token, 4 visual tokens a photo, question, answer; in training, two products.
+                # As train.py counts: BOS, 4 visual tokens per photo, question, answer; in training, two products.
                 pair = part == "train"
                 question = comparison(p, p, "judge_last") if pair else base_question(p)
                 [encoded], _ = encode_examples([question], tokenizer, image=False)

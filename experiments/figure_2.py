@@ -76,7 +76,7 @@ def figure():
         '<rect x="288" y="232" width="16" height="16" rx="3" class="frozen"/>', text(312, 245, "frozen", "small"),
         text(284, 302, "X = [BOS, I′, Q, C]", "bold small"),
     ]
-    x = 14                                              # X as a row of tokens, the begin token first
+    x = 14                                              # X as a row of tokens, BOS first
     for kind, n in (("begin", 1), ("image", K), ("question", 8), ("context", 10)):
         for _ in range(n):
             out.append(f'<rect x="{x:.1f}" y="320" width="18" height="18" rx="3" class="{kind}"/>')

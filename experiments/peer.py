@@ -75,7 +75,7 @@ class Peer(nn.Module):
 
     @torch.no_grad()
     def generate(self, X, cls_tokens, limit):
-        """Greedy answers, padded on the left: lists of ids without end token."""
+        """Greedy answers, padded on the left: lists of ids without EOS."""
         T = max(map(len, X))
         ids = torch.tensor([[0] * (T - len(x)) + x for x in X])
         mask = torch.tensor([[0] * (T - len(x)) + [1] * len(x) for x in X])

@@ -392,7 +392,7 @@ def bench_scaling(subject, report, rounds, sizes=(256, 1024, 8192), repeats=(4, 
     steps = {}
     for size, times in zip(sizes, repeats):
         ids = torch.randint(3, model.llama.config.vocab_size, (size // length, length), generator=draw).tolist()
-        batch = [Encoded((), row[:-5], row[-5:]) for row in ids]        # with the begin token, without the last: 64 read
+        batch = [Encoded((), row[:-5], row[-5:]) for row in ids]        # with BOS, without the last: 64 read
         steps[size, times] = lambda batch=batch, times=times: [model(batch).backward() for _ in range(times)]
     steps[sizes[0], repeats[0]]()
     took = turns(rounds, **{str(size): do for (size, _), do in steps.items()})

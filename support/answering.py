@@ -27,7 +27,7 @@ SORTED_TOGETHER = 4096                                  # products sorted by len
 
 
 class Answer(NamedTuple):
-    """An answer and its probability; of scored values also the second likeliest, and log p(R | X) of each in the list's order.
+    """An answer and its probability; of scored values also the second most probable, and log p(R | X) of each in the list's order.
 
     A value that was left out by `above` is "", and its probability is kept.
     """
@@ -162,7 +162,7 @@ def prepare_photos(run, products):
 def answers(run, products, values=None, temperature=TEMPERATURE, top_p=TOP_P, what="answering"):
     """Yield an Answer for each product, in order; SORTED_TOGETHER products are in memory at a time.
 
-    values  {attribute: values} to choose from: each value is scored, and the likeliest is the answer; None: free text
+    values  {attribute: values} to choose from: each value is scored, and the most probable is the answer; None: free text
     An answer does not depend on its batch: products are sorted by length only to save padding, and each product draws
     from a generator of its own.
     """
@@ -221,7 +221,7 @@ def score_values(model, batch, values, cls_tokens):
 
 
 def likeliest(values, log_probs, temperature=1.0):
-    """The Answer from scored values: the likeliest, with its probability, softmax(log_probs / temperature)."""
+    """The Answer from scored values: the most probable, with its probability, softmax(log_probs / temperature)."""
     ranked = sorted(range(len(values)), key=lambda i: -log_probs[i])
     weight = [math.exp((lp - log_probs[ranked[0]]) / temperature) for lp in log_probs]
     p = [weight[i] / sum(weight) for i in ranked[:2]]

@@ -21,6 +21,7 @@ from PIL import Image
 import llama
 import vit
 from experiments.random_weights import write_llama, write_vit
+from support import config
 
 torch.set_num_threads(1)                               # the models are tiny: threads would only wait for each other
 
@@ -72,6 +73,12 @@ def vit_dir(tmp_path_factory):
     write_vit(folder, vit.ViTConfig(hidden_size=24, intermediate_size=40, num_hidden_layers=6, num_attention_heads=3,
                                     patch_size=8, image_size=32), std=0.2)
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """The features of a test module's photos go to a file of its own."""
+    config.FEATURE_CACHE = tmp_path_factory.mktemp("cache") / "features.sqlite"
 
 
 @pytest.fixture

@@ -217,13 +217,6 @@ def test_many_values_are_scored_in_parts(tiny, monkeypatch):
 # ------------------------------------------------------------------------------------------------ the commands
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    """Features go to a folder of the tests' own."""
-    from support import config
-    config.FEATURE_CACHE = tmp_path_factory.mktemp("cache") / "features.sqlite"
-
-
 @pytest.fixture(scope="module")
 def flags(data_root, llama_dir, vit_dir):
     return ["--data", str(data_root), "--dataset", "shoes", "--llama", str(llama_dir), "--vit", str(vit_dir),

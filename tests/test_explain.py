@@ -18,16 +18,10 @@ from data import Product, read_split
 from eiven import nucleus
 from experiments.random_weights import VARIANTS
 from llama import Tokenizer
-from support import config, explain
+from support import explain
 from support.explain import answer_token, attention_weights, find_product, label_tokens, page_name, steps, summary
 from support.explain_page import escape, heat_map, page_html, shown_photo
 from vit import CLIP_MEAN, CLIP_STD
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    """Features go to a folder of the tests' own."""
-    config.FEATURE_CACHE = tmp_path_factory.mktemp("cache") / "features.sqlite"
 
 
 @pytest.fixture(scope="module")

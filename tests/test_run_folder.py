@@ -19,11 +19,6 @@ from support import config, run_folder
 from support.run_folder import read_config, read_losses
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    config.FEATURE_CACHE = tmp_path_factory.mktemp("cache") / "features.sqlite"
-
-
 @pytest.fixture(scope="module")
 def flags(data_root, llama_dir, vit_dir):
     return ["--data", str(data_root), "--dataset", "shoes", "--llama", str(llama_dir), "--vit", str(vit_dir),

@@ -29,13 +29,6 @@ def flags(data_root, llama_dir, vit_dir):
             "--labels", "4", "--epochs", "3", "--batch-size", "8", "--device", "cpu"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    """Features go to a folder of the tests' own."""
-    from support import config
-    config.FEATURE_CACHE = tmp_path_factory.mktemp("cache") / "features.sqlite"
-
-
 def losses(run):
     return [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()]
 
