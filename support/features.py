@@ -9,8 +9,14 @@ import hashlib
 import os
 import sqlite3
 import time
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:                                     # not on Windows: there the cache is not locked while it is made
+    fcntl = None
 
 import numpy as np
 import torch
@@ -31,21 +37,31 @@ def digest_of(path):
 
 
 def open_cache(path, patience=60):
-    """The SQLite database with the table `cls`, new or old.  Another process that makes it at the same time is waited for.
+    """The SQLite database with the table `cls`, new or old.  Only one process at a time makes it.
 
-    SQLite's own time-out does not hold for the change to WAL: there it says at once that the database is locked.
+    SQLite's own time-out does not hold for the change to WAL: of two processes that make that change at the same time, one
+    is told at once that the database is locked, or that the disk has an error.
     """
     database = sqlite3.connect(path, timeout=patience)
-    give_up = time.monotonic() + patience
-    while True:
-        try:
-            database.execute("pragma journal_mode = wal")           # readers and one writer at the same time
-            database.execute("create table if not exists cls (key blob primary key, layers integer, tokens blob)")
-            return database
-        except sqlite3.OperationalError as error:
-            if "locked" not in str(error) or time.monotonic() > give_up:
-                raise
+    folder = os.open(Path(path).parent, os.O_RDONLY)
+    try:
+        for _ in range(100 if fcntl else 0):            # 1 s at most: a run in the same folder holds its lock for long
+            with suppress(OSError):
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)      # released when the folder is closed
+                break
             time.sleep(0.01)
+        give_up = {"database is locked": time.monotonic() + patience, "disk I/O error": time.monotonic() + 1}
+        while True:
+            try:
+                database.execute("pragma journal_mode = wal")       # readers and one writer at the same time
+                database.execute("create table if not exists cls (key blob primary key, layers integer, tokens blob)")
+                return database
+            except sqlite3.OperationalError as error:
+                if time.monotonic() > give_up.get(str(error), 0):
+                    raise
+                time.sleep(0.01)
+    finally:
+        os.close(folder)
 
 
 class PhotoFeatures:
