@@ -10,24 +10,29 @@ Discriminative  The idea of CMA-CLIP: a classifier over the known values of each
                 states from the frozen LLaMA, so it sees what EIVEN sees.  It is not CMA-CLIP itself: that has CLIP's text
                 encoder, a sequence-wise attention between the two, and trains its backbones.
 Generative      is EIVEN itself: experiments/paper_tables.py.  DEFLATE needs T5 and its own pretraining, and is not here.
+
+The scores are written to RUNS/DATASET-baselines.json, where paper_tables (Table 1) and figures (figure 4) find them.
 """
 
 import argparse
+import json
 import re
 import statistics
 from collections import defaultdict
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from base import console
-from base.console import Progress
+from base.checkpoint import read_json
+from base.console import Progress, write_text
 from base.packing import pack
 from data import read_split, sample_labels, values_of
 from demo import world
 from evaluate import score
-from support.config import Config, add_flags, build_model, choose_device, describe, find_sources
+from support.config import PROJECT, Config, add_flags, build_model, choose_device, describe, find_sources
 
 EPOCHS, RATE, WIDTH, DROPOUT = 60, 3e-3, 64, 0.3
 
@@ -126,20 +131,33 @@ def discriminative(splits, embedded, seed):
     return best[1]
 
 
+def baselines_file(runs, dataset):
+    return runs / f"{dataset}-baselines.json"
+
+
+def read_baselines(runs, dataset):
+    """{"extractive": ceiling in per cent or None, "discriminative": {labels: micro-F1 of each seed}} as this command left them."""
+    path = baselines_file(runs, dataset)
+    return read_json(path, "scores of baselines") if path.exists() else {"extractive": None, "discriminative": {}}
+
+
 def main():
     parser = argparse.ArgumentParser(prog="python -m experiments.baselines", description=__doc__.split("\n")[0],
                                      allow_abbrev=False)
     parser.add_argument("--labels", nargs="+", default=["10"], metavar="N|all", help="labelled products for each value")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--runs", type=Path, default=PROJECT / "runs" / "tables", help="folder of paper_tables' runs")
     add_flags(parser, ("dataset", "data", "llama", "vit", "demo", "image", "text", "device", "dtype"))
     given = vars(parser.parse_args())
-    labels, seeds = given.pop("labels"), given.pop("seeds")
+    labels, seeds, runs = given.pop("labels"), given.pop("seeds"), given.pop("runs")
     config = Config(**given)
     sources = find_sources(config)
     print(describe(config, sources))
     model, photo_features = build_model(config, sources, choose_device(config.device))
     test = list(read_split(sources.data, config.dataset, "test"))
-    print(f"extractive, ceiling: {extractive_ceiling(test):.2f} % of {len(test)} test products contain their value")
+    found = read_baselines(runs, config.dataset)
+    found["extractive"] = extractive_ceiling(test)
+    print(f"extractive, ceiling: {found['extractive']:.2f} % of {len(test)} test products contain their value")
     cells = []
     for count in labels:
         scores = []
@@ -153,6 +171,8 @@ def main():
             scores.append(score(test, discriminative(splits, embedded, seed))["micro_f1"])
         spread = f" ± {statistics.stdev(scores):.1f}" if len(scores) > 1 else ""
         cells.append(f"{statistics.mean(scores):.1f}{spread} ({len(scores)})")
+        found["discriminative"][count] = scores
+        write_text(baselines_file(runs, config.dataset), json.dumps(found, indent=2) + "\n")
     print(f"discriminative, micro-F1 in per cent, test split, n = {len(test)}, mean ± standard deviation (seeds)\n"
           f"| labels | {' | '.join(labels)} |\n|---|{'---|' * len(labels)}\n| classifier | {' | '.join(cells)} |")
 

@@ -20,13 +20,14 @@ from base.console import UserError, whole_file
 from base.photo import open_photo
 from data import read_split
 from demo import world
+from experiments.baselines import read_baselines
 from experiments.paper_tables import CURVE, DATASETS, run_folder, scores
 from support.config import PROJECT, find_sources
 from support.report import confusion_png
 from support.run_folder import read_config
 
 # Okabe and Ito's colours: colour-blind readers can tell them apart.
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
+BLUE, ORANGE, GREEN, PINK, GREY, BLACK = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#888888", "#000000"
 WITH, WITHOUT, FEWER_STEPS = "full", "no-lbc-twice", "no-lbc"
 WAYS = {"picture": "the picture", "text": "the text", "both": "picture and text together"}
 
@@ -96,11 +97,11 @@ def figure_1(products, images):
 
 
 def figure_4(runs, dataset, labels, seeds):
-    """micro-F1 against labels, with and without comparisons: each seed a point, the means a line; and the paper's curve."""
-    width, height, left, top = 760, 480, 70, 40
+    """micro-F1 against labels, with and without comparisons, and of the baselines: a point for each seed, a line for the means."""
+    width, height, left, top = 760, 530, 70, 40
     image = Image.new("RGB", (width, height), "white")
     pen = ImageDraw.Draw(image)
-    right, bottom = width - 20, height - 130
+    right, bottom = width - 20, height - 180
     places = {count: left + 40 + i * (right - left - 80) // max(1, len(labels) - 1) for i, count in enumerate(labels)}
 
     def y(f1):
@@ -111,23 +112,27 @@ def figure_4(runs, dataset, labels, seeds):
         pen.text((left - 8, y(f1)), str(f1), fill="black", font=font(16), anchor="rm")
     for count, x in places.items():
         pen.text((x, bottom + 8), str(count), fill="black", font=font(16), anchor="ma")
-    pen.text((left, 8), "micro-F1 in per cent, test split", fill="black", font=font(16))
+    pen.text((left, 8), f"{dataset}: micro-F1 in per cent, test split", fill="black", font=font(16))
     pen.text((right, bottom + 30), "labels for each value", fill="black", font=font(16), anchor="ra")
     curves = [(name, colour, {c: scores(runs, dataset, row, c, seeds)[0] for c in labels}) for name, colour, row in (
-        (f"EIVEN, {dataset}", BLUE, WITH), ("without comparisons, as many steps", GREEN, WITHOUT),
+        ("EIVEN", BLUE, WITH), ("without comparisons, as many steps", GREEN, WITHOUT),
         ("without comparisons", ORANGE, FEWER_STEPS))]
+    baselines = read_baselines(runs, dataset)           # empty if experiments.baselines did not run
+    known = [c for c in labels if c in baselines["discriminative"]]
+    curves += [("discriminative: a classifier on the same frozen models", PINK, {c: baselines["discriminative"][c] for c in known}),
+               ("extractive: the ceiling of every method", BLACK, {c: [baselines["extractive"]] for c in known})]
     if dataset in DATASETS:
-        curves.append((f"the paper's EIVEN, its own {dataset.capitalize()}", GREY,
+        curves.append((f"the paper's EIVEN on its {dataset.capitalize()}, with photos and LLaMA-7B", GREY,
                        {c: [float(CURVE[c][DATASETS.index(dataset)])] for c in labels if c in CURVE}))
-    for n, (name, colour, found) in enumerate(curves):
+    for n, (name, colour, found) in enumerate(curve for curve in curves if curve[2]):
         points = [(places[c], y(statistics.mean(f1))) for c, f1 in found.items() if f1]
         for (x1, y1), (x2, y2) in zip(points, points[1:]):
             pen.line((x1, y1, x2, y2), fill=colour, width=3)
         for count, f1 in found.items():
             for one in f1:
                 pen.ellipse((places[count] - 4, y(one) - 4, places[count] + 4, y(one) + 4), fill=colour)
-        pen.rectangle((left, height - 94 + 22 * n, left + 24, height - 90 + 22 * n), fill=colour)
-        pen.text((left + 32, height - 92 + 22 * n), name, fill="black", font=font(16), anchor="lm")
+        pen.rectangle((left, bottom + 52 + 22 * n, left + 24, bottom + 56 + 22 * n), fill=colour)
+        pen.text((left + 32, bottom + 54 + 22 * n), name, fill="black", font=font(16), anchor="lm")
     return image
 
 

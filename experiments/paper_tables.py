@@ -22,6 +22,7 @@ from base import console
 from base.checkpoint import check_fields, read_json
 from base.console import Progress, UserError, write_text
 from eiven import TEMPERATURE, TOP_P
+from experiments.baselines import read_baselines
 
 PROJECT = Path(__file__).resolve().parent.parent
 BASE = ("--features", "single", "--lbc", "none")
@@ -159,22 +160,26 @@ def markdown(runs, dataset, labels, seeds, split="test"):
         raise UserError(f"{runs}: holds runs on different data or weights: {'; '.join(sorted(sources))}")
     lines = [f"micro-F1 in per cent on the {split} split (n = {n}) of `{dataset}`: mean ± standard deviation over seeds "
              f"(how many). {source}", ""]
-    paper = f"paper: {dataset.capitalize()}, 50 / 100 labels"
+    texts_alone = bool(sources) and not seen            # the paper's rows have photos
+    paper = f"paper: {dataset.capitalize()}"
     for title, rows in TABLES:
         if not any(scores(runs, dataset, row, count, seeds, split)[0] for _, row in rows[1:] for count in labels):
             continue
-        lines += [f"**{title}**", "", "| | " + " | ".join(f"{count} labels" for count in labels) + f" | {paper} |",
+        lines += [f"**{title}**", "", "| | " + " | ".join(f"{count} labels" for count in labels) + f" | {paper}, 50 / 100 labels |",
                   "|---|" + "---|" * (len(labels) + 1)]
         for name, row in rows:
             cells = [cell(scores(runs, dataset, row, count, seeds, split)[0]) for count in labels]
-            lines.append(f"| {name} | {' | '.join(cells)} | {papers(PAPER.get(row), dataset)} |")
+            lines.append(f"| {name} | {' | '.join(cells)} | {'not given' if texts_alone else papers(PAPER.get(row), dataset)} |")
         lines.append("")
-    curve = [count for count in CURVE if scores(runs, dataset, "full", count, seeds, split)[0]]
+    curve = [count for count in labels if scores(runs, dataset, "full", count, seeds, split)[0]]
     if curve:
-        lines += ["**Table 1 and figure 4: labels per value, EIVEN**", "", f"| labels | here | paper: {dataset.capitalize()} |",
-                  "|---|---|---|"]
-        lines += [f"| {count} | {cell(scores(runs, dataset, 'full', count, seeds, split)[0])} | {papers(CURVE[count], dataset)} |"
-                  for count in curve]
+        baselines = read_baselines(runs, dataset)
+        ceiling = "-" if baselines["extractive"] is None else f"{baselines['extractive']:.2f}"
+        lines += ["**Table 1 and figure 4: labels per value**", "",
+                  f"| labels | extractive: ceiling | discriminative: classifier | EIVEN | {paper}: EIVEN |", "|---|---|---|---|---|"]
+        lines += [f"| {count} | {ceiling} | {cell(baselines['discriminative'].get(count))} | "
+                  f"{cell(scores(runs, dataset, 'full', count, seeds, split)[0])} | "
+                  f"{'not given' if texts_alone else papers(CURVE.get(count), dataset)} |" for count in curve]
         lines.append("")
     return "\n".join(lines)
 
@@ -196,6 +201,7 @@ def main():
         if count != "all" and not (count.isdigit() and int(count)):
             parser.error(f"--labels {count}: a positive number or 'all'")
     own = {"--out", "--seed", "--resume", *(flag for flags in ROWS.values() for flag in flags if flag.startswith("--"))}
+    own -= {"--no-image", "--no-text"}                  # texts or photos alone, in every row
     for flag in (word.split("=")[0] for word in passed_on):
         if flag in own:
             parser.error(f"{flag}: is set by this command, run by run")

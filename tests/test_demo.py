@@ -128,6 +128,9 @@ def test_tables_stand_beside_the_papers(tmp_path):
     text = paper_tables.markdown(tmp_path, "general", ["50"], [0, 1])
     assert "| EIVEN | 85.0 ± 7.1 (2) | 57.31 / 64.98 |" in text and "n = 550" in text and "DEMO WORLD" in text
     assert "| - MGVF | - | 53.50 / 62.27 |" in text and "paper: General, 50 / 100 labels" in text
+    assert "| 50 | - | - | 85.0 ± 7.1 (2) | 57.31 |" in text
+    (tmp_path / "general-baselines.json").write_text(json.dumps({"extractive": 0.5, "discriminative": {"50": [60.0, 62.0]}}))
+    assert "| 50 | 0.50 | 61.0 ± 1.4 (2) | 85.0 ± 7.1 (2) | 57.31 |" in paper_tables.markdown(tmp_path, "general", ["50"], [0, 1])
     assert paper_tables.papers(paper_tables.PAPER["base"], "footwear") == "64.14 / 73.46"
     assert paper_tables.papers(paper_tables.PAPER["base"], "other") == "not given"
     path = paper_tables.run_folder(tmp_path, "general", "base", "50", 1) / "metrics.json"

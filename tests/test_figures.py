@@ -20,11 +20,13 @@ def runs(tmp_path):
 
 
 def test_figure_4_has_each_curve_at_its_height(runs):
+    (runs / "general-baselines.json").write_text(json.dumps({"extractive": 10.0, "discriminative": {"10": [60.0]}}))
     image = figures.figure_4(runs, "general", ["10"], [0])
-    x, bottom, top = 110, 480 - 130, 40
-    colours = {f1: image.getpixel((x, round(bottom - (bottom - top) * f1 / 100))) for f1 in (80, 40, 32.27, 60)}
-    assert ["#%02X%02X%02X" % colours[f1] for f1 in (80, 40, 32.27)] == [figures.BLUE, figures.GREEN, figures.GREY]
-    assert colours[60] != colours[80] and colours[60] != colours[40]
+    x, bottom, top = 110, 530 - 180, 40
+    colours = {f1: image.getpixel((x, round(bottom - (bottom - top) * f1 / 100))) for f1 in (80, 60, 40, 32.27, 10, 50)}
+    assert ["#%02X%02X%02X" % colours[f1] for f1 in (80, 60, 40, 32.27, 10)] == [
+        figures.BLUE, figures.PINK, figures.GREEN, figures.GREY, figures.BLACK]
+    assert colours[50] not in {colours[f1] for f1 in (80, 60, 40, 32.27, 10)}
 
 
 def test_figures_5_and_6_compare_the_two_runs(monkeypatch):
