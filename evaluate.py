@@ -15,12 +15,15 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
-from base import console
+from base.console import UserError, replaceable, write_text  # before PyTorch: Ctrl-C while that loads ends in one line, too
+
+# isort: split
+
 from base.checkpoint import check_file
-from base.console import UserError, replaceable, write_text
 from base.duplicates import not_in
 from data import Product, Products, fingerprint, read_split, sample_labels
 from eiven import TEMPERATURE, TOP_P
+from support import processes
 from support.answering import answers, check_image, check_lengths, load, prepare_photos, write_predictions
 from support.confidence import calibrate, lines, measure, temperature_note
 from support.config import add_flags, describe, number, utf8_text
@@ -86,6 +89,8 @@ def evaluate(run, products, split, folder, values=None, merged=False, temperatur
     """
     start, config = time.monotonic(), run.config
     found = list(answers(run, products, values, temperature, top_p, f"answering {split}"))
+    if processes.rank() > 0:                            # process 0 has all answers, and goes on with them
+        return None
     seconds = round(time.monotonic() - start, 1)
     if values and split.startswith("val"):              # the split's name may say what was left out of it
         found = calibrate(run, products, found, values)
@@ -258,4 +263,4 @@ def score_split(run, args, values, source):
 
 
 if __name__ == "__main__":
-    console.run(main)
+    processes.run(main)

@@ -14,6 +14,7 @@ from base.tsv import COLUMNS, write_tsv
 from data import Product, base_question, comparison, encode_answer, encode_examples
 from demo import world
 from eiven import EIVEN, TEMPERATURE, TOP_P
+from support import processes
 from support.config import Config, Sources, build_model, choose_device, find_sources
 from support.features import PhotoFeatures
 from support.run_folder import check_weights, read_config, read_temperature
@@ -154,14 +155,16 @@ def prepare_photos(run, products):
     """Compute the features of these products' photos, if the run uses photos; photos of the demo world are drawn first."""
     if run.photo_features is None:
         return
-    if run.config.demo and not run.config.data:
-        world.draw_photos(run.sources.data, [p.image for p in products])
-    run.photo_features.prepare(p.image for p in products)
+    with processes.one_first():
+        if run.config.demo and not run.config.data:
+            world.draw_photos(run.sources.data, [p.image for p in products])
+        run.photo_features.prepare(p.image for p in products)
 
 
 def answers(run, products, values=None, temperature=TEMPERATURE, top_p=TOP_P, what="answering"):
     """Yield an Answer for each product, in order; SORTED_TOGETHER products are in memory at a time.
 
+    Of several processes, each answers its part of the batches; process 0 yields all answers, and the others none.
     values  {attribute: values} to choose from: each value is scored, and the most probable is the answer; None: free text
     An answer does not depend on its batch: products are sorted by length only to save padding, and each product draws
     from a generator of its own.
@@ -178,8 +181,11 @@ def answers(run, products, values=None, temperature=TEMPERATURE, top_p=TOP_P, wh
             examples = [base_question(p, run.config.text) for p in some]
             order = sorted(range(len(some)), key=lambda i: len(examples[i].prompt))
             found = [None] * len(some)
-            for start in range(0, len(some), size):
+            for number, start in enumerate(range(0, len(some), size)):
                 chosen = order[start:start + size]
+                if number % processes.size() != processes.rank():        # another process answers it, about now
+                    progress.step(len(chosen))
+                    continue
                 batch, photos = encode_examples([examples[i] for i in chosen], tokenizer, image)
                 cls_tokens = run.photo_features.read(photos, run.model.device) if run.photo_features else None
                 try:
@@ -198,7 +204,8 @@ def answers(run, products, values=None, temperature=TEMPERATURE, top_p=TOP_P, wh
                 for i, answer in zip(chosen, batch_answers):
                     found[i] = answer
                 progress.step(len(chosen))
-            yield from found
+            for each in zip(*processes.gather(found)):
+                yield next(answer for answer in each if answer is not None)
 
 
 def score_values(model, batch, values, cls_tokens):
@@ -232,6 +239,8 @@ def likeliest(values, log_probs, temperature=1.0):
 def write_predictions(path, products, answers):
     """Write products and their answers as TSV: the data set's columns, then the answer's; the number of empty answers."""
     empty = 0
+    if processes.rank() > 0:                            # process 0 writes; this one only answers its part
+        return sum(1 for _ in answers)
 
     def lines():
         nonlocal empty

@@ -15,6 +15,7 @@ from data import STRATEGIES
 from demo import world
 from eiven import EIVEN
 from llama import LLaMA, load_llama, read_config
+from support import processes
 from support.features import PhotoFeatures
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -151,7 +152,8 @@ def find_sources(config, data_needed=True):
         elif given == "demo" and small:
             sources.append(small)
         elif name == "data" and config.demo and not given:
-            sources.append(world.write_dataset())
+            with processes.one_first():
+                sources.append(world.write_dataset())
         else:
             path = Path(given or default)
             if not path.exists() and (data_needed or name != "data"):

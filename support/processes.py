@@ -44,12 +44,12 @@ def broadcast(value=None):
 
 
 def gather(value):
-    """In process 0 the list of every process's value, in order of rank; None in the others."""
+    """In process 0 the list of every process's value, in order of rank; [] in the others."""
     if size() == 1:
         return [value]
     values = [None] * size() if rank() == 0 else None
     distributed.gather_object(value, values, dst=0, group=objects)
-    return values
+    return values or []
 
 
 @contextmanager
@@ -135,7 +135,7 @@ def run(main):
         code = 0
     except SystemExit as end:
         code = end.code
-    except BaseException:
+    except BaseException:                               # noqa: BLE001   the process ends below, in its own way
         traceback.print_exc()
     if not code:
         return distributed.destroy_process_group()

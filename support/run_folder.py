@@ -20,6 +20,7 @@ import torch
 
 from base.checkpoint import check_fields, not_finite, read_json, restore, sample_digest, shard_files, tensor_file
 from base.console import UserError, first_line, naming, write_text
+from support import processes
 from support.config import FIELDS, PROJECT, Config
 from vit import weight_file
 
@@ -67,7 +68,9 @@ def new_run_folder(config):
 
 
 def write_config(run, config, sources, **more):
-    """Write config.json: every flag, and what else is needed to repeat the run."""
+    """Write config.json: every flag, and what else is needed to repeat the run.  Process 0 writes it, as all of a run folder."""
+    if processes.rank() > 0:
+        return
     # The last bits of sums depend on the number of threads, so it is recorded, too.
     versions = {"python": platform.python_version(), "torch": torch.__version__, "threads": torch.get_num_threads()}
     record = {**asdict(config), "versions": versions, **more, "weights_fingerprint": weights_fingerprint(sources)}
@@ -129,6 +132,9 @@ class TrainingState:
         self.path, self.log_path = folder / "state.pt", folder / "log.jsonl"
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
         self.step = self.load(steps) if self.path.exists() else 0
+        self.first = processes.rank() == 0              # it alone writes
+        if not self.first:
+            return
         if self.log_path.exists():                      # the steps after the state will be done again
             kept = [json.dumps(line) + "\n" for line in read_log(folder) if line["step"] <= self.step]
             write_text(self.log_path, "".join(kept))
@@ -137,6 +143,8 @@ class TrainingState:
 
     def record(self, step, last, **line):
         """Log a finished step; save the state every SAVE_EVERY seconds and after the last step."""
+        if not self.first:
+            return
         with naming(self.log_path):
             self.log.write(json.dumps({"step": step, **line, "seconds": round(time.monotonic() - self.start, 2)}) + "\n")
             self.log.flush()
@@ -146,6 +154,8 @@ class TrainingState:
             self.saved = time.monotonic()
 
     def save(self, step):
+        if not self.first:
+            return
         trained = {name: p.detach() for name, p in self.model.trainable_parameters().items()}
         with tensor_file(self.path) as partial:
             torch.save({"trained": trained, "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
