@@ -150,7 +150,7 @@ def parse():
     parser.add_argument("--explain", metavar="ID", nargs="?", const="", help="follow this product of the split, or the one of "
                         "--image, --text and --attribute, from photo to answer; writes a page to RUN/explain/")
     parser.add_argument("--export", metavar="DIR", type=Path, help="merge, and write an ordinary Hugging Face LLaMA")
-    add_flags(parser, ("data", "llama", "vit", "device", "dtype"))
+    add_flags(parser, ("data", "llama", "vit", "device", "dtype", "shard"))
     args = parser.parse_args()
     described = args.image is not None or args.text is not None
     args.one = not args.explain and (described or args.attribute is not None)
@@ -166,6 +166,10 @@ def parse():
         parser.error("--export does not answer: leave --input, --image, --text and --attribute out")
     if args.without_duplicates and (args.one or args.input or args.export or args.split == "train"):
         parser.error("--without-duplicates scores the test or val split")
+    if hasattr(args, "shard") and (args.merge or args.export or args.explain is not None):
+        parser.error("--shard spreads the weights that --merge, --export and --explain need: leave it out")
+    if processes.size() > 1 and (args.one or args.export or args.explain is not None):
+        parser.error("--image, --text, --explain and --export take one process: leave torchrun out")
     if args.input:
         check_file(args.input, "the TSV file of --input")
         if args.output.is_dir() or args.output.exists() and args.output.samefile(args.input):
@@ -180,7 +184,7 @@ def main():
     # All input is checked before the weights are loaded.
     products = Products(args.input, labelled=False) if args.input else None
     values = read_values(args.values) if args.values else None
-    given = {name: getattr(args, name) for name in ("data", "llama", "vit", "device", "dtype") if hasattr(args, name)}
+    given = {name: getattr(args, name) for name in ("data", "llama", "vit", "device", "dtype", "shard") if hasattr(args, name)}
     run = load(args.run, data_needed=not (args.one or args.input), **given)
     # Where answers may go to stdout (one product's, or --output /dev/stdout), nothing else does.
     answers_only = args.one or args.explain or args.output and not replaceable(args.output)

@@ -139,7 +139,7 @@ def parse(argv=None):
         parser.error("--resume RUN continues in RUN: leave --out out")
     config, _ = read_config(folder)
     # Only these may change: paths, device, and how memory is saved (the last bits of gradients may then differ).
-    movable = ("data", "llama", "vit", "device", "micro_batch_size", "grad_checkpoint")
+    movable = ("data", "llama", "vit", "device", "micro_batch_size", "grad_checkpoint", "shard")
     for name, value in given.items():
         if name in movable:
             setattr(config, name, value)

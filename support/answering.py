@@ -134,7 +134,7 @@ def load(folder, data_needed=False, **given):
     """The Run in a run folder, ready to answer.
 
     data_needed  whether products will be read from the data set's folder
-    given        flags that replace the saved ones: data, llama, vit, device, dtype
+    given        flags that replace the saved ones: data, llama, vit, device, dtype, shard
     Errors       UserError: no run, not finished, other weights than in training
     """
     config, record = read_config(folder)
@@ -204,6 +204,7 @@ def answers(run, products, values=None, temperature=TEMPERATURE, top_p=TOP_P, wh
                 for i, answer in zip(chosen, batch_answers):
                     found[i] = answer
                 progress.step(len(chosen))
+            processes.keep_up(run.model.llama)
             for each in zip(*processes.gather(found)):
                 yield next(answer for answer in each if answer is not None)
 

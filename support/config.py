@@ -81,6 +81,7 @@ class Config:
     dtype: str = flag("auto", "of the frozen weights; what is trained is always fp32",
                       ("auto", "fp32", "bf16", "fp16"))
     grad_checkpoint: bool = flag(False, "recompute each layer in the backward pass: less memory, more time")
+    shard: bool = flag(False, "spread LLaMA's layers over the processes of torchrun, for GPUs that cannot hold it")
     out: str | None = flag(None, "run folder (default: runs/DATASET-LABELS, numbered)", metavar="RUN")
 
 
@@ -226,7 +227,8 @@ def build_model(config, sources, device):
     if config.image:
         photo_features = PhotoFeatures(FEATURE_CACHE, sources.vit, sources.data / "images",
                                        config.features == "single", device)
-    llama, tokenizer = load_llama(sources.llama, choose_dtype(config.dtype, device, sources.llama), device)
+    load = processes.load_shard if config.shard else load_llama
+    llama, tokenizer = load(sources.llama, choose_dtype(config.dtype, device, sources.llama), device)
     llama.grad_checkpoint = config.grad_checkpoint
     torch.manual_seed(config.seed)                      # the initial values of adapters and projector
     try:

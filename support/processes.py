@@ -15,10 +15,14 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch
+from safetensors import safe_open
 from torch import distributed
 
 from base import console
+from base.checkpoint import map_safetensors, shard_files
 from base.console import UserError
+from base.packing import pack
+from llama import load_llama, official_name
 
 LOST = ("gloo", "NCCL", "Connection", "store")          # an error with one of these words: another process has gone
 objects = None                                          # the group for all that is no gradient; it may wait for long
@@ -98,6 +102,65 @@ def sum_over_processes(parameters, *numbers):
     for p, part in zip(parameters, parts):
         p.grad.copy_(part.view_as(p))
     return parts[-1].tolist()
+
+
+# ------------------------------------------------------------------------------------------------ --shard
+
+
+def load_shard(folder, dtype, device):
+    """What load_llama returns; but of each weight of a layer, a process reads and keeps only its part of the rows.
+
+    PyTorch gathers the rows of a layer when it is computed, and drops them afterwards.  All processes must therefore call
+    LLaMA equally often: see `keep_up`.  Embeddings, the last norm and lm_head are whole in every process.
+    Errors  those of load_llama; UserError if there is only one process
+    """
+    if size() == 1:
+        raise UserError("--shard spreads LLaMA's layers over several processes, but there is one: start it with torchrun "
+                        "(docs/scale.md), or leave --shard out")
+    from torch.distributed.device_mesh import init_device_mesh          # 0.6 s, that no other run needs
+    from torch.distributed.fsdp import fully_shard
+
+    llama, tokenizer = load_llama(folder, dtype, "meta")                # every file is checked, and no weight read
+    mesh = init_device_mesh(device.type, (size(),))
+    layers = set(llama.layers.parameters())
+    whole = {p for p in llama.parameters() if p not in layers}
+    for block in llama.layers:
+        fully_shard(block, mesh=mesh, reshard_after_forward=True)
+        block.to_empty(device=device)
+    fully_shard(llama, mesh=mesh, ignored_params=whole)
+    files = {name: path for path in shard_files(folder, "LLaMA weights") for name in map_safetensors(path, "LLaMA weights")}
+    for name, parameter in list(llama.named_parameters()):
+        official, owner, leaf = official_name(name), *name.rpartition(".")[::2]
+        with safe_open(files[official], framework="pt") as file:        # closed after each tensor: its pages are given back
+            if parameter in whole:
+                weight = file.get_tensor(official).to(device, parameter.dtype)
+                setattr(llama.get_submodule(owner), leaf, torch.nn.Parameter(weight, requires_grad=False))
+            else:
+                part, rows = parameter.to_local(), -(-len(parameter) // size())         # fully_shard's rule
+                part.copy_(file.get_slice(official)[rank() * rows:rank() * rows + len(part)])
+    llama.idle = pack([[0]], [1], device)               # one token: what a process computes that has no work of its own
+    llama.register_forward_pre_hook(announce)
+    return llama, tokenizer
+
+
+def announce(llama, inputs):
+    """Before each call of a sharded LLaMA: tell the others that there is work."""
+    if inputs[1] is not llama.idle:
+        working(llama, 1)
+
+
+@torch.no_grad()
+def keep_up(llama):
+    """Call a sharded LLaMA for as long as another process calls it; without --shard, nothing."""
+    while hasattr(llama, "idle") and working(llama, 0):
+        llama(llama.embed(llama.idle.ids), llama.idle)
+
+
+def working(llama, here):
+    """How many processes have work for a sharded LLaMA; here: 1 if this one has, else 0."""
+    count = torch.tensor(here, device=llama.idle.ids.device)
+    distributed.all_reduce(count)
+    return count.item()
 
 
 # ------------------------------------------------------------------------------------------------ start and end

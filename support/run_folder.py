@@ -24,7 +24,7 @@ from support import processes
 from support.config import FIELDS, PROJECT, Config
 from vit import weight_file
 
-LATER = {"holdout_values": 0, "held_out": {}}           # what older run folders do not have, and how they were run
+LATER = {"holdout_values": 0, "held_out": {}, "shard": False}           # what older run folders do not have, and how they were run
 SAVE_EVERY = 60                                         # seconds: what a power cut costs at most, besides the current step
 
 # What config.json holds besides the flags: {field: (type, allowed, default)}
@@ -86,7 +86,7 @@ def read_config(run):
     absent = [name for name in [*FIELDS, *RECORD] if name not in record]
     if absent:
         raise UserError(f"{path}: lacks {', '.join(absent)}; was it written by another version?")
-    settings = check_fields(record, FIELDS, path)
+    settings = check_fields(record, FIELDS, path) | {"shard": False}    # each start says it anew, with its own processes
     check_fields(record, RECORD, path)
     check_fields(record["data_fingerprint"], SPLITS, f"{path}: data_fingerprint")
     check_fields(record["weights_fingerprint"], WEIGHTS, f"{path}: weights_fingerprint")
