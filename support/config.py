@@ -220,12 +220,12 @@ def keep_freed_memory():
     mallopt(-1, 2 ** 31 - 1)                            # M_TRIM_THRESHOLD: the heap's free end is not given back
 
 
-def build_model(config, sources, device):
+def build_model(config, sources, device, feature_cache=True):
     """(EIVEN with fresh adapters, PhotoFeatures or None) as the config says."""
     keep_freed_memory()
     photo_features = None
     if config.image:
-        photo_features = PhotoFeatures(FEATURE_CACHE, sources.vit, sources.data / "images",
+        photo_features = PhotoFeatures(FEATURE_CACHE if feature_cache else None, sources.vit, sources.data / "images",
                                        config.features == "single", device)
     load = processes.load_shard if config.shard else load_llama
     llama, tokenizer = load(sources.llama, choose_dtype(config.dtype, device, sources.llama), device)

@@ -247,8 +247,8 @@ def read_temperature(folder):
 
 
 @contextmanager
-def only_process(run):
-    """While one process works in a run folder, starting a second one there is an error.
+def only_process(run, doing="training"):
+    """While one process works in a run folder (or another folder), starting a second one there is an error.
 
     The folder itself is locked: unlike the files in it, it is never replaced.  The lock ends with the process, however it
     ends.  Where a file system has no locks, there is none.
@@ -264,7 +264,7 @@ def only_process(run):
         except OSError as error:
             free = not isinstance(error, BlockingIOError)
         if not free:
-            raise UserError(f"{run}: another process is training in this folder; wait for it, or stop it")
+            raise UserError(f"{run}: another process is {doing} in this folder; wait for it, or stop it")
         yield run
     finally:
         os.close(held)
