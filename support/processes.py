@@ -34,6 +34,11 @@ def size():
     return distributed.get_world_size() if objects else 1
 
 
+def size_here():
+    """The number of processes on this machine."""
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if objects else 1
+
+
 def rank():
     """The number of this process, from 0."""
     return distributed.get_rank() if objects else 0

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from torch import distributed
 
 import eiven
-from support import answering, processes, run_folder
+from base.console import UserError
+from support import answering, config, processes, run_folder
 
 PROJECT = Path(__file__).resolve().parent.parent
 STEPS = 20
@@ -109,6 +110,14 @@ def test_answers_of_the_same_weights_are_the_same_bytes(one, tmp_path, more):
     (one / "train" / "predictions.tsv").unlink()
     check_all_finished(start(3, "evaluate.py", [one, "--split", "train", *more], tmp_path, small_batches))
     assert (one / "train" / "predictions.tsv").read_bytes() == expected
+
+
+def test_a_file_of_products_is_answered_together(one, data_root, tmp_path):
+    """The same bytes, and process 0 alone writes."""
+    arguments = [str(one), "--input", str(data_root / "shoes" / "test.tsv"), "--output"]
+    assert command("evaluate.py", [*arguments, str(tmp_path / "alone.tsv")], tmp_path).code == 0
+    check_all_finished(start(3, "evaluate.py", [*arguments, tmp_path / "together.tsv"], tmp_path))
+    assert (tmp_path / "together.tsv").read_bytes() == (tmp_path / "alone.tsv").read_bytes()
 
 
 def in_processes(count, function):
@@ -239,6 +248,15 @@ def test_ctrl_c_says_once_how_to_continue(flags, tmp_path):
     outcomes = start(2, "train.py", [*flags, "--out", tmp_path / "run"], tmp_path, in_forward(None, 3, interrupt))
     assert [o.code for o in outcomes] == [130, 130]
     assert outcomes[0].err.count("Continue with: python train.py --resume") == 1 and not outcomes[1].err
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    monkeypatch.setattr(processes, "size_here", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: torch.ones(1))         # this machine need not have a GPU
+    with pytest.raises(UserError, match="2 processes on this machine, but it has 1 GPU"):
+        config.choose_device("cuda")
+    assert config.choose_device("cpu").type == "cpu"
 
 
 @pytest.mark.parametrize("count, script, arguments, word", [
