@@ -187,6 +187,10 @@ def choose_device(name):
         torch.zeros(1, device=device).item()            # a number that comes back: the meta device keeps none
     except (RuntimeError, AssertionError, ValueError) as error:
         raise UserError(f"--device {name}: cannot be used here ({first_line(error)}); cpu always can") from None
+    here, gpus = processes.size_here(), torch.cuda.device_count()
+    if device.type == "cuda" and here > gpus:
+        raise UserError(f"--device {device}: torchrun started {here} processes on this machine, but it has {gpus} GPU(s); start one "
+                        "for each GPU, or take --device cpu")
     return device
 
 
@@ -209,20 +213,26 @@ def choose_dtype(name, device, llama):
     return torch.float32 if 4 * parameters <= 0.6 * memory else None
 
 
-def keep_freed_memory():
+def keep_freed_memory(keep=True):
     """Let glibc keep large blocks after they are freed, for the next tensor; otherwise each tensor gets new pages from the
-    system.  Saves 5 % of a CPU training step of a 135M LLaMA.  Without glibc it does nothing."""
+    system.  Saves 5 % of a CPU training step of a 135M LLaMA.  Without glibc it does nothing.
+
+    keep  False, for --shard: give them back at once.  Otherwise the gathered layers leave holes, as large as the whole model.
+    """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
         return
-    mallopt(-3, 1 << 30) or mallopt(-3, 1 << 25)        # M_MMAP_THRESHOLD: smaller blocks are not mapped one by one
+    if not keep:
+        mallopt(-3, 1 << 20)                            # M_MMAP_THRESHOLD: larger blocks are mapped one by one
+        return
+    mallopt(-3, 1 << 30) or mallopt(-3, 1 << 25)
     mallopt(-1, 2 ** 31 - 1)                            # M_TRIM_THRESHOLD: the heap's free end is not given back
 
 
 def build_model(config, sources, device, feature_cache=True):
     """(EIVEN with fresh adapters, PhotoFeatures or None) as the config says."""
-    keep_freed_memory()
+    keep_freed_memory(not config.shard)
     photo_features = None
     if config.image:
         photo_features = PhotoFeatures(FEATURE_CACHE if feature_cache else None, sources.vit, sources.data / "images",

@@ -9,6 +9,7 @@ docs/scale.md shows the commands.
 
 import os
 import signal
+import sys
 import time
 import traceback
 from contextlib import contextmanager, suppress
@@ -20,17 +21,22 @@ from torch import distributed
 
 from base import console
 from base.checkpoint import map_safetensors, shard_files
-from base.console import UserError
+from base.console import UserError, first_line
 from base.packing import pack
 from llama import load_llama, official_name
 
-LOST = ("gloo", "NCCL", "Connection", "store")          # an error with one of these words: another process has gone
+ENDED = "another process of this run has ended, or the job was stopped; a training continues with --resume RUN"
 objects = None                                          # the group for all that is no gradient; it may wait for long
 
 
 def size():
     """The number of processes."""
     return distributed.get_world_size() if objects else 1
+
+
+def size_here():
+    """The number of processes on this machine."""
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if objects else 1
 
 
 def rank():
@@ -189,8 +195,8 @@ def run(main):
                 with suppress(RuntimeError):                    # the store has gone
                     speaks = store.add("failed", 1) == 1
             os.dup2(stderr, 2) if speaks else silence()
-            if isinstance(error, RuntimeError) and any(word in str(error) for word in LOST):
-                another_ended()
+            if isinstance(error, distributed.DistError) or isinstance(error, RuntimeError) and "gloo" in str(error):
+                raise UserError(f"{ENDED} ({first_line(error)})") from None
             raise
 
     try:
@@ -202,7 +208,9 @@ def run(main):
         traceback.print_exc()
     if not code:
         return distributed.destroy_process_group()
-    with suppress(RuntimeError):
+    with suppress(RuntimeError, OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
         if speaks:
             store.set("said", "")
         else:
@@ -221,13 +229,13 @@ def join():
     store, number, processes = next(distributed.rendezvous("env://"))
     distributed.init_process_group(store=store, rank=number, world_size=processes)
     objects = distributed.new_group(backend="gloo", timeout=timedelta(days=30))
-    signal.signal(signal.SIGTERM, another_ended)        # torchrun's way to end the other processes
+    signal.signal(signal.SIGTERM, sigterm)              # torchrun's way to end the other processes
     distributed.barrier(group=objects)                  # nobody may fail before all are connected
     return store
 
 
-def another_ended(*_):
-    raise UserError("another process of this run has ended, or the job was stopped; a training continues with --resume RUN") from None
+def sigterm(*_):
+    raise UserError(ENDED)
 
 
 def silence():

@@ -24,7 +24,7 @@ from support import processes
 from support.config import FIELDS, PROJECT, Config
 from vit import weight_file
 
-LATER = {"holdout_values": 0, "held_out": {}, "shard": False}           # what older run folders do not have, and how they were run
+LATER = {"holdout_values": 0, "held_out": {}, "shard": False}   # what older run folders do not have, and how they were run
 SAVE_EVERY = 60                                         # seconds: what a power cut costs at most, besides the current step
 
 # What config.json holds besides the flags: {field: (type, allowed, default)}
