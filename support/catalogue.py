@@ -154,13 +154,11 @@ class Rows:
             cells = self.parse(lines())
             if cells and self.header:
                 cells = named_cells(cells, self.header)
-        except UnicodeError as error:
-            cells = ValueError(f"is not UTF-8 text ({error.reason})")
-        except ValueError as error:
-            cells = error
-        except csv.Error as error:
-            cells = ValueError(f"is not a readable TSV ({error}); cells with a quote in them must be quoted as Python's csv "
-                               "module does it")
+        except (ValueError, csv.Error) as error:
+            said = f"is not UTF-8 text ({error.reason})" if isinstance(error, UnicodeError) else str(error)
+            if isinstance(error, csv.Error) or len(taken) > 1:
+                said = f"is not a readable TSV ({said}); cells with a quote in them must be quoted as Python's csv module does it"
+            cells = ValueError(said)
         if isinstance(cells, ValueError):
             self.back.extendleft(reversed(taken[1:]))
             taken = taken[:1]
@@ -228,7 +226,7 @@ def json_cells(lines):
     if not isinstance(row, dict):
         raise ValueError("is not a JSON object: {\"id\": …, \"attribute_names\": …}")
     cells = {name: text(row.get(name), name) for name in COLUMNS}
-    "".join(cells.values()).encode()                    # JSON can hold halves of characters, and UTF-8 cannot
+    "".join(cells.values()).encode()                    # UnicodeError: JSON can hold halves of characters, and UTF-8 cannot
     return cells
 
 
@@ -342,7 +340,7 @@ class Output:
 
     def __init__(self, path, belongs):
         self.path, self.json, self.gz = path, path.name.endswith((".jsonl", ".jsonl.gz")), path.name.endswith(".gz")
-        self.record = {**belongs, **{name: 0 for name, (kind, _) in RECORD.items() if kind is int}}
+        self.record = {**belongs, "input": "", **{name: 0 for name, (kind, _) in RECORD.items() if kind is int}}
         self.stream = None if replaceable(path) else open(path, "wb")
         if self.stream is None:
             self.path = path = Path(os.path.realpath(path))
