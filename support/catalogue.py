@@ -87,6 +87,8 @@ class Rows:
         self.path = "stdin" if self.stdin else path
         if not self.stdin:
             check_file(path, "the products of --input")
+        if self.stdin and sys.stdin is None:
+            raise UserError("--input -: stdin is closed; pipe the products in, or name a file")
         self.file = sys.stdin.buffer if self.stdin else open(path, "rb")
         self.size = None if self.stdin else os.fstat(self.file.fileno()).st_size
         self.stream = gzip.GzipFile(fileobj=self.file) if self.file.peek(2)[:2] == b"\x1f\x8b" else self.file
@@ -307,8 +309,8 @@ def read_photo(path, size):
     """The pixels of a photo as vit.crop gives them, or a text that says what is wrong."""
     try:
         return crop(open_photo(path), size)
-    except (UserError, OSError) as error:
-        return " ".join(str(error).split())
+    except (UserError, OSError, MemoryError) as error:
+        return " ".join(str(error).split()) or type(error).__name__
 
 
 class BlockFeatures(NamedTuple):
@@ -467,18 +469,18 @@ class Catalogue:
         values   {attribute: values} to choose from, which come from `source`; None: free answers
         status   where the last lines are printed
         """
-        photos = run.photo_features
+        photos, self.draws = run.photo_features, run.config.demo and not run.config.data and not args.images
         if args.images:
             if not photos:
                 raise UserError("this run was trained without photos (--no-image): leave --images out")
             photos.images = args.images
-        if photos and not photos.images.is_dir():
+        if photos and not self.draws and not photos.images.is_dir():
             raise UserError(f"{photos.images}: there is no such folder of photos; name the right one with --images")
         settings = {"values": hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16], "temperature": args.temperature,
                     "top_p": args.top_p, "min_confidence": args.min_confidence, "merge": args.merge,
                     "dtype": str(run.model.llama.embed_tokens.weight.dtype), "value_temperature": run.value_temperature,
-                    "images": photos and os.fsencode(photos.images.resolve()).decode(errors="replace"),
-                    "feature_cache": not args.no_feature_cache, "block": BLOCK}
+                    "images": photos and str(photos.images.resolve()), "feature_cache": not args.no_feature_cache,
+                    "block": BLOCK}
         belongs = {"run": sample_digest([run.folder / name for name in ("config.json", "adapter.safetensors")]),
                    "settings": settings}
         with closing(self.workers), processes.in_process_0(locked(args.output)):
@@ -493,6 +495,8 @@ class Catalogue:
                 if output and output.record["rows"] and not output.stream:
                     print(f"\n{output.record['rows']:,} rows are answered; the same command goes on from there", file=sys.stderr)
                 raise
+            if not self.rows.rows:
+                raise UserError(f"{self.rows.path}: holds no products")
             if not output:
                 return
             failed = output.finish()
@@ -515,9 +519,9 @@ class Catalogue:
                 if block:
                     of_block = replace(run, photo_features=block_features(run.photo_features, block, pixels))
                     products = [p for line, p in block.products if not fails(of_block, block, line, p, values, longest, source)]
+                    block.failed.sort(key=lambda one: one.line)
                     if block.failed and args.strict:
-                        first = min(block.failed)
-                        raise UserError(f"{self.rows.path}, line {first.line}: {first.reason}")
+                        raise UserError(f"{self.rows.path}, line {block.failed[0].line}: {block.failed[0].reason}")
                     found, together = [None] * len(products), batches(run, products, values)
                     before = progress.share
                     for number, chosen in enumerate(together, start=1):
@@ -538,7 +542,7 @@ class Catalogue:
         block, names = several[processes.rank()], []
         if block and photos:
             names = list(dict.fromkeys(p.image for _, p in block.products))
-            if run.config.demo and photos.images == run.sources.data / "images":
+            if self.draws:                              # photos of the demo world
                 world.draw_photos(run.sources.data, names)
             block.photos = photos.look_up(names)
             names = [name for name, found in block.photos.items() if isinstance(found, tuple) and not found[1]]

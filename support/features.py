@@ -181,26 +181,25 @@ class PhotoFeatures:
                     found[name] = name, False
                 else:
                     key = photo_key(self.vit_key, self.images / name)
-                    found[name] = key, bool(self.database.execute("select 1 from cls where key = ?", (key,)).fetchone())
+                    found[name] = key, self._known(key)
         return found
 
-    def complete(self, photos):
-        """The features {name: (K, V)} of photos {name: (key, pixels)}.
+    def look_up(self, names):
+        """{name: (key, whether its features are in the cache)} for `complete`, or a text that says that a photo is not there.
 
-        pixels  of one photo as for `encode`; None: its features are in the cache
-        What is computed is saved in one transaction.  The last bits of features depend on the photo's batch, so a catalogue
-        that was interrupted must find all photos of a block in the cache, or none.
+        Without a cache a photo's key is its name.
         """
-        new = {key: pixels for key, pixels in photos.values() if pixels is not None}       # equal photos are one
-        keys, computed = list(new), {}
-        for start in range(0, len(keys), BATCH):
-            some = keys[start:start + BATCH]
-            computed.update(zip(some, self.encode([new[key] for key in some])))
-        if self.cache is not None:
-            with damage_named():
-                self._save(computed)
-                computed |= {key: self._cached("cls where key = ?", key) for key, _ in photos.values() if key not in computed}
-        return {name: computed[key][-len(self.cls_layers):] for name, (key, _) in photos.items()}
+        found = {}
+        with damage_named():
+            for name in names:
+                if not name or not os.path.isfile(self.images / name):       # False also for a name that no file can have
+                    found[name] = f"there is no photo {name!r} in {self.images}"
+                elif self.cache is None:
+                    found[name] = name, False
+                else:
+                    key = photo_key(self.vit_key, self.images / name)
+                    found[name] = key, self._known(key)
+        return found
 
     def _read_one(self, name):
         return self._cached("photo join cls using (key) where name = ?", os.fsencode(name))[-len(self.cls_layers):]     # (K, V)

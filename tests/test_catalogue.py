@@ -177,6 +177,7 @@ def test_known_values_confidence_and_merge_work_as_for_a_split(answer, rows, run
 
 
 BAD = [                                                 # (what, the line in a TSV, what failed.tsv says)
+    ("no photo", b"B1\tgone.jpg\tShoes\tx\tBoot Style\t\n", "there is no photo 'gone.jpg' in "),
     ("columns", b"B1\tB0001.jpg\tShoes\n", "has 3 columns, the header 6"),
     ("a quote that is never closed", b'B1\tB0001.jpg\tShoes\t"[Title] x\tBoot Style\t\n', "is not a readable TSV"),
     ("not UTF-8", b"B1\tB0001.jpg\tShoes\t\xff\tBoot Style\t\n", "is not UTF-8 text (invalid start byte)"),
@@ -184,7 +185,6 @@ BAD = [                                                 # (what, the line in a T
     ("no attribute", b"B1\tB0001.jpg\tShoes\tx\t\t\n", "attribute_names is empty"),
     ("bars alone", b"B1\tB0001.jpg\tShoes\tx\t | \t\n", "attribute_names is empty"),
     ("outside", b"B1\t../B0001.jpg\tShoes\tx\tBoot Style\t\n", "images is '../B0001.jpg', but must name a file inside"),
-    ("no photo", b"B1\tgone.jpg\tShoes\tx\tBoot Style\t\n", "there is no photo 'gone.jpg' in "),
     ("no name", b"B1\t\tShoes\tx\tBoot Style\t\n", "there is no photo '' in "),
     ("a broken photo", b"B1\tbroken.jpg\tShoes\tx\tBoot Style\t\n", "cannot be read as a photo"),
     ("an HTML page", b"B1\tpage.jpg\tShoes\tx\tBoot Style\t\n", "should be a photo, but is an HTML"),
@@ -230,7 +230,7 @@ def test_rows_that_cannot_be_answered_are_listed_and_the_others_answered(answer,
     assert [int(row["line"]) for row in failed] == numbers
     for row, (what, line, reason) in zip(failed, BAD):
         assert reason in row["reason"], (what, row)
-    assert [row["attribute"] for row in failed[5:]] == [" | ", *["Boot Style"] * 6, "Size"]
+    assert [row["attribute"] for row in failed[6:]] == [" | ", *["Boot Style"] * 5, "Size"]
     assert f"{len(BAD)} could not be answered: {tmp_path / 'failed.tsv'}" in said.out
     (tmp_path / "in.tsv").write_bytes(as_tsv(rows))
     answer(tmp_path / "in.tsv", tmp_path / "out.tsv", "--images", images)
@@ -277,6 +277,7 @@ def test_strict_stops_at_the_first(answer, rows, images, tmp_path, bad):
     (b"id\timages\n", [], "line 1: the header lacks category, texts, attribute_names"),
     (b"\xff\xfei\0d\0", [], "line 1: is not UTF-8 text"), (b"", [], "an empty file"),
     ("\t".join(COLUMNS).encode() + b"\n", [], "has a header but no products"),
+    ("\t".join(COLUMNS).encode() + b"\n\n\n", [], "holds no products"), (b" \n{", [], "line 1: the header lacks"),
     (gzip.compress(b"x" * 100)[:20], [], "the gzip file is damaged or cut off"),
     ("header", ["--images", "nowhere"], "nowhere: there is no such folder of photos"),
 ])
@@ -511,6 +512,20 @@ def test_the_features_of_a_block_are_kept_together(answer, rows, tmp_path, monke
     answer(tmp_path / "in.tsv", tmp_path / "out.tsv", code=None, before=dies_in_the_second_batch)
     [kept] = features.open_cache(config.FEATURE_CACHE).execute("select count(*) from cls").fetchone()
     assert kept == 4                                    # of the first block, not of the second
+
+
+def test_a_photo_in_two_blocks_has_the_features_of_the_first(answer, rows, tmp_path, monkeypatch):
+    """Else an interruption between the two would change last bits: then the second block finds them in the cache."""
+    monkeypatch.setattr(config, "FEATURE_CACHE", tmp_path / "cache" / "features.sqlite")
+    (tmp_path / "in.tsv").write_bytes(as_tsv(rows[:4] * 3))
+
+    def counted():
+        small_blocks()
+        encode = features.PhotoFeatures.encode
+        features.PhotoFeatures.encode = lambda self, pixels: print(f"<{len(pixels)}>") or encode(self, pixels)
+
+    said = answer(tmp_path / "in.tsv", tmp_path / "out.tsv", before=counted)
+    assert said.out.count("<4>") == said.out.count("<") == 1
 
 
 def kills_its_reader(always):
