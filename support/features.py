@@ -168,38 +168,48 @@ class PhotoFeatures:
                 (key, one.shape[0], one.numpy().tobytes()) for key, one in computed.items()])           # (K, V)
 
     def look_up(self, names):
-        """{name: (key, whether its features are in the cache)} for `complete`, or a text that says that a photo is not there.
+        """{name: (key, whether its features are in the cache)} for `complete`, or a text that says what is wrong with a photo.
 
         Without a cache a photo's key is its name.
         """
         found = {}
         with damage_named():
             for name in names:
-                if not name or not os.path.isfile(self.images / name):       # False also for a name that no file can have
+                path = self.images / name
+                if not name or not os.path.isfile(path):       # False also for a name that no file can have
                     found[name] = f"there is no photo {name!r} in {self.images}"
-                elif self.cache is None:
-                    found[name] = name, False
-                else:
-                    key = photo_key(self.vit_key, self.images / name)
+                    continue
+                try:
+                    key = name if self.cache is None else photo_key(self.vit_key, path)
                     found[name] = key, self._known(key)
+                except OSError as error:
+                    found[name] = f"{path}: {error.strerror}"
         return found
 
-    def look_up(self, names):
-        """{name: (key, whether its features are in the cache)} for `complete`, or a text that says that a photo is not there.
+    def complete(self, photos):
+        """The features {name: (K, V)} of photos {name: (key, pixels)}.
 
-        Without a cache a photo's key is its name.
+        pixels  of one photo as for `encode`; None: its features are in the cache
+        What is computed is saved in one transaction, since the last bits of features depend on the photo's batch: after an
+        interruption either all photos of the call are in the cache, or the batches are the same again.
         """
-        found = {}
         with damage_named():
-            for name in names:
-                if not name or not os.path.isfile(self.images / name):       # False also for a name that no file can have
-                    found[name] = f"there is no photo {name!r} in {self.images}"
-                elif self.cache is None:
-                    found[name] = name, False
-                else:
-                    key = photo_key(self.vit_key, self.images / name)
-                    found[name] = key, self._known(key)
-        return found
+            # Another call may have computed them since look_up.  Equal photos have one key.
+            new = {key: pixels for key, pixels in photos.values() if pixels is not None and not self._known(key)}
+            keys, computed = list(new), {}
+            for start in range(0, len(keys), BATCH):
+                some = keys[start:start + BATCH]
+                computed.update(zip(some, self.encode([new[key] for key in some])))
+            if self.cache is not None:
+                self._save(computed)
+            for key, _ in photos.values():
+                if key not in computed:
+                    computed[key] = self._cached("cls where key = ?", key)
+        return {name: computed[key][-len(self.cls_layers):] for name, (key, _) in photos.items()}
+
+    def _known(self, key):
+        """Whether the features of a photo are in the cache."""
+        return self.cache is not None and self.database.execute("select 1 from cls where key = ?", (key,)).fetchone() is not None
 
     def _read_one(self, name):
         return self._cached("photo join cls using (key) where name = ?", os.fsencode(name))[-len(self.cls_layers):]     # (K, V)
