@@ -345,7 +345,7 @@ class Output:
         self.record = {**belongs, "input": "", **{name: 0 for name, (kind, _) in RECORD.items() if kind is int}}
         self.stream = None if replaceable(path) else open(path, "wb")
         if self.stream is None:
-            self.path = path = Path(os.path.realpath(path))
+            self.path = path = Path(os.path.realpath(path)) if path.is_symlink() else path
             name = path.name if len(os.fsencode(path.name)) < 230 else path.name[:50]       # a file name has at most 255 bytes
             self.partial, self.failed, self.record_path = (path.with_name(name + end) for end in (
                 ".partial", ".partial.failed", ".partial.json"))
