@@ -195,7 +195,9 @@ def run(main):
                 with suppress(RuntimeError):                    # the store has gone
                     speaks = store.add("failed", 1) == 1
             os.dup2(stderr, 2) if speaks else silence()
-            if isinstance(error, distributed.DistError) or isinstance(error, RuntimeError) and "gloo" in str(error):
+            if isinstance(error, RuntimeError) and "gloo" in str(error):        # its connection has broken
+                raise UserError(ENDED) from None
+            if isinstance(error, distributed.DistError):
                 raise UserError(f"{ENDED} ({first_line(error)})") from None
             raise
 

@@ -18,7 +18,7 @@ from torch import distributed
 
 import eiven
 from base.console import UserError
-from support import answering, config, processes, run_folder
+from support import answering, config, features, processes, run_folder
 
 PROJECT = Path(__file__).resolve().parent.parent
 STEPS = 20
@@ -118,6 +118,22 @@ def test_a_file_of_products_is_answered_together(one, data_root, tmp_path):
     assert command("evaluate.py", [*arguments, str(tmp_path / "alone.tsv")], tmp_path).code == 0
     check_all_finished(start(3, "evaluate.py", [*arguments, tmp_path / "together.tsv"], tmp_path))
     assert (tmp_path / "together.tsv").read_bytes() == (tmp_path / "alone.tsv").read_bytes()
+
+
+def test_the_features_of_a_photo_are_computed_once(one, tmp_path):
+    """Process 0 of the machine fills an empty cache, and the others find all in it."""
+    def before():
+        config.FEATURE_CACHE = tmp_path / "features.sqlite"
+        compute = features.PhotoFeatures._compute
+
+        def noted(self, batch):
+            (tmp_path / f"by-{os.environ['RANK']}").touch()
+            compute(self, batch)
+
+        features.PhotoFeatures._compute = noted
+
+    check_all_finished(start(3, "evaluate.py", [one], tmp_path, before))
+    assert [p.name for p in tmp_path.glob("by-*")] == ["by-0"]
 
 
 def in_processes(count, function):
