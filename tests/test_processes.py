@@ -149,16 +149,17 @@ def in_processes(count, function):
     return at_once([partial(joined, rank) for rank in range(count)])
 
 
-def test_a_process_holds_only_its_rows_of_a_layer(llama_dir, tiny):
+@pytest.mark.parametrize("count", [3, 10])
+def test_a_process_holds_only_its_rows_of_a_layer(llama_dir, tiny, count):
     whole, _ = tiny
 
     def rows(rank):
         llama, _ = processes.load_shard(llama_dir, torch.float32, torch.device("cpu"))
         return {name: p.to_local().numpy() for name, p in llama.layers.named_parameters()}
 
-    parts = in_processes(3, rows)
+    parts = in_processes(count, rows)
     for name, p in whole.layers.named_parameters():
-        assert all(len(part[name]) <= math.ceil(len(p) / 3) for part in parts), name
+        assert all(len(part[name]) <= math.ceil(len(p) / count) for part in parts), name
         assert torch.equal(torch.cat([torch.from_numpy(part[name]) for part in parts]), p), name
 
 
