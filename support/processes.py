@@ -125,25 +125,24 @@ def load_shard(folder, dtype, device):
                         "(docs/scale.md), or leave --shard out")
     from torch.distributed.device_mesh import init_device_mesh          # 0.6 s, that no other run needs
     from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
 
     llama, tokenizer = load_llama(folder, dtype, "meta")                # every file is checked, and no weight read
     mesh = init_device_mesh(device.type, (size(),))
-    layers = set(llama.layers.parameters())
-    whole = {p for p in llama.parameters() if p not in layers}
     for block in llama.layers:
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
-        block.to_empty(device=device)
+    whole = {p for p in llama.parameters() if not isinstance(p, DTensor)}
     fully_shard(llama, mesh=mesh, ignored_params=whole)
+    llama.to_empty(device=device)
     files = {name: path for path in shard_files(folder, "LLaMA weights") for name in map_safetensors(path, "LLaMA weights")}
-    for name, parameter in list(llama.named_parameters()):
-        official, owner, leaf = official_name(name), *name.rpartition(".")[::2]
+    for name, parameter in llama.named_parameters():
+        part, first = parameter, 0
+        if isinstance(parameter, DTensor):              # one of a layer
+            part = parameter.to_local()
+            first = min(-(-len(parameter) // size()) * rank(), len(parameter))          # fully_shard's rule
+        official = official_name(name)
         with safe_open(files[official], framework="pt") as file:        # closed after each tensor: its pages are given back
-            if parameter in whole:
-                weight = file.get_tensor(official).to(device, parameter.dtype)
-                setattr(llama.get_submodule(owner), leaf, torch.nn.Parameter(weight, requires_grad=False))
-            else:
-                part, rows = parameter.to_local(), -(-len(parameter) // size())         # fully_shard's rule
-                part.copy_(file.get_slice(official)[rank() * rows:rank() * rows + len(part)])
+            part.copy_(file.get_slice(official)[first:first + len(part)])
     llama.idle = pack([[0]], [1], device)               # one token: what a process computes that has no work of its own
     llama.register_forward_pre_hook(announce)
     return llama, tokenizer
@@ -195,7 +194,9 @@ def run(main):
                 with suppress(RuntimeError):                    # the store has gone
                     speaks = store.add("failed", 1) == 1
             os.dup2(stderr, 2) if speaks else silence()
-            if isinstance(error, distributed.DistError) or isinstance(error, RuntimeError) and "gloo" in str(error):
+            if isinstance(error, RuntimeError) and "gloo" in str(error):        # its connection has broken
+                raise UserError(ENDED) from None
+            if isinstance(error, distributed.DistError):
                 raise UserError(f"{ENDED} ({first_line(error)})") from None
             raise
 

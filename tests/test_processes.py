@@ -18,7 +18,7 @@ from torch import distributed
 
 import eiven
 from base.console import UserError
-from support import answering, config, processes, run_folder
+from support import answering, config, features, processes, run_folder
 
 PROJECT = Path(__file__).resolve().parent.parent
 STEPS = 20
@@ -120,6 +120,22 @@ def test_a_file_of_products_is_answered_together(one, data_root, tmp_path):
     assert (tmp_path / "together.tsv").read_bytes() == (tmp_path / "alone.tsv").read_bytes()
 
 
+def test_the_features_of_a_photo_are_computed_once(one, tmp_path):
+    """Process 0 of the machine fills an empty cache, and the others find all in it."""
+    def before():
+        config.FEATURE_CACHE = tmp_path / "features.sqlite"
+        compute = features.PhotoFeatures._compute
+
+        def noted(self, batch):
+            (tmp_path / f"by-{os.environ['RANK']}").touch()
+            compute(self, batch)
+
+        features.PhotoFeatures._compute = noted
+
+    check_all_finished(start(3, "evaluate.py", [one], tmp_path, before))
+    assert [p.name for p in tmp_path.glob("by-*")] == ["by-0"]
+
+
 def in_processes(count, function):
     """What function(rank) returns in each of several processes that are joined."""
     store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -133,16 +149,17 @@ def in_processes(count, function):
     return at_once([partial(joined, rank) for rank in range(count)])
 
 
-def test_a_process_holds_only_its_rows_of_a_layer(llama_dir, tiny):
+@pytest.mark.parametrize("count", [3, 10])
+def test_a_process_holds_only_its_rows_of_a_layer(llama_dir, tiny, count):
     whole, _ = tiny
 
     def rows(rank):
         llama, _ = processes.load_shard(llama_dir, torch.float32, torch.device("cpu"))
         return {name: p.to_local().numpy() for name, p in llama.layers.named_parameters()}
 
-    parts = in_processes(3, rows)
+    parts = in_processes(count, rows)
     for name, p in whole.layers.named_parameters():
-        assert all(len(part[name]) <= math.ceil(len(p) / 3) for part in parts), name
+        assert all(len(part[name]) <= math.ceil(len(p) / count) for part in parts), name
         assert torch.equal(torch.cat([torch.from_numpy(part[name]) for part in parts]), p), name
 
 
