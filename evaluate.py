@@ -145,7 +145,7 @@ def parse():
     parser.add_argument("--text", metavar="TEXT", type=utf8_text,
                         help="title of one product, best with its category: \"title, category\"")
     parser.add_argument("--attribute", metavar="NAME", type=utf8_text, help="the attribute to answer")
-    parser.add_argument("--input", metavar="FILE", type=Path, help="answer the products of this TSV or JSONL, also in gzip; -: stdin")
+    parser.add_argument("--input", metavar="FILE", type=Path, help="answer the products of this TSV or JSONL, also gzip; -: stdin")
     parser.add_argument("--output", metavar="FILE", type=Path, help="where to write their answers: a TSV, or *.jsonl, also *.gz. "
                         "After an interruption the same command goes on; rows that cannot be answered go to failed.tsv beside it")
     parser.add_argument("--images", metavar="DIR", type=Path, help="folder of the photos of --input (default: ROOT/images)")

@@ -79,8 +79,8 @@ def main():
             code, seconds, *_ = follow([*command, str(killed), *more], Path(f"{killed}.partial"), size, kill_at=at)
             print(f"killed at {at / size:.0%} of the bytes, after {duration(seconds)}: exit code {code}", flush=True)
         code, seconds, *_ = follow([*command, str(killed), *more], Path(f"{killed}.partial"), size)
-        same = killed.read_bytes() == whole.read_bytes()
-        print(f"finished after {duration(seconds)}: exit code {code}; {'the same' if same else 'OTHER'} bytes as without the kills")
+        same = "the same" if killed.read_bytes() == whole.read_bytes() else "OTHER"
+        print(f"finished after {duration(seconds)}: exit code {code}; {same} bytes as without the kills")
 
 
 if __name__ == "__main__":

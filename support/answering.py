@@ -74,7 +74,8 @@ class Run:
     @property
     def answer_limit(self):
         """Tokens that a free answer may have: no known value may be cut off."""
-        return max([LEAST_LIMIT, *(len(encode_answer(v, self.model.tokenizer)) for several in self.values.values() for v in several)])
+        known = (value for several in self.values.values() for value in several)
+        return max([LEAST_LIMIT, *(len(encode_answer(value, self.model.tokenizer)) for value in known)])
 
     def known_attribute(self, name):
         """The attribute's name as in the training data, ignoring case; an unknown name unchanged."""

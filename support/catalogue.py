@@ -551,7 +551,7 @@ class Catalogue:
 
 
 def block_features(photos, block, pixels):
-    """The BlockFeatures of a block, or None without photos.  pixels: {name: what read_photo returned} of those not in the cache."""
+    """The BlockFeatures of a block, or None without photos.  pixels: {name: what read_photo returned}, of those not cached."""
     if photos is None:
         return None
     block.photos |= {name: found for name, found in pixels.items() if isinstance(found, str)}

@@ -157,7 +157,8 @@ class PhotoFeatures:
     @torch.no_grad()
     def encode(self, pixels):
         """[cls] tokens of cropped photos, a list of (size, size, 3) uint8: (P, all layers of cls_layers, V), fp32 on the CPU."""
-        tokens = self.vit(normalize(np.stack(pixels)).to(self.device), cls_layers(self.vit.config.num_hidden_layers)).float().cpu()
+        pixels = normalize(np.stack(pixels)).to(self.device)
+        tokens = self.vit(pixels, cls_layers(self.vit.config.num_hidden_layers)).float().cpu()
         if not tokens.isfinite().all():
             raise UserError("the ViT gives features that are not finite; are its weights whole?")
         return tokens

@@ -584,7 +584,8 @@ def test_what_a_killed_process_left_is_removed(world, tmp_path):
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     out = tmp_path / "out.tsv"
-    for name in (f".out.tsv.partial.json.{gone.pid}.partial", f".other.tsv.{gone.pid}.partial", f".out.tsv.partial.json.{os.getpid()}.partial",
+    for name in (f".out.tsv.partial.json.{gone.pid}.partial", f".other.tsv.{gone.pid}.partial",
+                 f".out.tsv.partial.json.{os.getpid()}.partial",
                  ".out.tsv.partial.json.x.partial", ".out.tsv.partial.json.99999999999999999999.partial"):
         (tmp_path / name).write_text("half")
     (tmp_path / f".export.{gone.pid}.partial").mkdir()

@@ -44,8 +44,8 @@ def run(flags, tmp_path_factory):
 @pytest.fixture(scope="module")
 def rows():
     """30 rows with photos, of two attributes in turn; each a dict with the names of the columns."""
-    return [{"id": f"P{i}", "images": f"B{i % 55 + 1:04}.jpg", "category": "Shoes", "texts": f"[Title] black {'leather ' * (i % 4)}shoe",
-             "attribute_names": PRODUCTS[i % 5][0], "attribute_values": ""} for i in range(30)]
+    return [{"id": f"P{i}", "images": f"B{i % 55 + 1:04}.jpg", "category": "Shoes",
+             "texts": f"[Title] black {'leather ' * (i % 4)}shoe", "attribute_names": PRODUCTS[i % 5][0], "attribute_values": ""} for i in range(30)]
 
 
 def as_tsv(rows):
@@ -70,7 +70,7 @@ def small_blocks():
 
 @pytest.fixture
 def answer(run, tmp_path):
-    """answer(input, output, *flags): evaluate.py with blocks of four rows; its Outcome.  code: its exit code, or None if killed."""
+    """answer(input, output, *flags): evaluate.py with blocks of four rows; its Outcome.  code: None if it is killed."""
     def call(given, output, *more, code=0, before=small_blocks, **how):
         outcome = command("evaluate.py", [str(run), "--input", str(given), "--output", str(output), *map(str, more)], tmp_path,
                           before=before, limit_s=60, **how)
@@ -109,7 +109,10 @@ FORMATS = {"in.tsv": as_tsv, "in.tsv.gz": lambda rows: gzip.compress(as_tsv(rows
            "named-wrongly.tsv": as_jsonl}
 
 
-@pytest.mark.parametrize("name, output", list(zip(FORMATS, itertools.cycle(["out.tsv", "out.tsv.gz", "out.jsonl", "out.jsonl.gz"]))))
+OUTPUTS = itertools.cycle(["out.tsv", "out.tsv.gz", "out.jsonl", "out.jsonl.gz"])
+
+
+@pytest.mark.parametrize("name, output", list(zip(FORMATS, OUTPUTS)))
 def test_every_format_has_the_same_answers_in_the_same_order(answer, rows, expected, tmp_path, name, output):
     (tmp_path / name).write_bytes(FORMATS[name](rows))
     said = answer(tmp_path / name, tmp_path / output)
@@ -155,7 +158,8 @@ def test_a_row_may_ask_for_several_attributes(answer, rows, expected, tmp_path):
 def test_the_attributes_of_a_product_share_a_batch(run):
     """Their sequences begin alike; only in one batch is that computed once."""
     loaded = evaluate.load(run)
-    products = [Product(f"P{i}", "B0001.jpg", "Shoes", "black " * (i % 7), a, "") for i in range(64) for a in ("Boot Style", "Heel")]
+    products = [Product(f"P{i}", "B0001.jpg", "Shoes", "black " * (i % 7), attribute, "")
+                for i in range(64) for attribute in ("Boot Style", "Heel")]
     for chosen in answering.batches(loaded, products, None):
         assert len(chosen) == 64 and all(i ^ 1 in chosen for i in chosen)
     for chosen in answering.batches(loaded, products, {"Boot Style": ["Flat"], "Heel": ["Flat"]}):
@@ -165,7 +169,8 @@ def test_the_attributes_of_a_product_share_a_batch(run):
 def test_known_values_confidence_and_merge_work_as_for_a_split(answer, rows, run, tmp_path):
     (tmp_path / "in.tsv").write_bytes(as_tsv(rows))
     (tmp_path / "values.tsv").write_text("Boot Style\tSandal\nBoot Style\tMule\nHeel Height\tFlat\n")
-    answer(tmp_path / "in.tsv", tmp_path / "out.jsonl", "--values", tmp_path / "values.tsv", "--min-confidence", "0.99", "--merge")
+    answer(tmp_path / "in.tsv", tmp_path / "out.jsonl", "--values", tmp_path / "values.tsv", "--min-confidence", "0.99",
+           "--merge")
     found = read(tmp_path / "out.jsonl")
     assert {row["prediction"] for row in found if row["attribute_names"] == "Heel Height"} == {"Flat"}
     assert {row["prediction"] for row in found} <= {"Sandal", "Mule", "Flat", ""}
@@ -251,7 +256,8 @@ def test_bad_json_and_bad_bytes(answer, rows, expected, tmp_path):
 
 
 def test_an_id_may_be_a_number_and_columns_be_absent(answer, rows, tmp_path):
-    row = {"id": 4711, "images": "B0001.jpg", "texts": "x", "attribute_names": "Heel Height", "attribute_values": None, "price": 3.5}
+    row = {"id": 4711, "images": "B0001.jpg", "texts": "x", "attribute_names": "Heel Height", "attribute_values": None,
+           "price": 3.5}
     (tmp_path / "in.jsonl").write_bytes(as_jsonl([row]))
     answer(tmp_path / "in.jsonl", tmp_path / "out.jsonl")
     [found] = read(tmp_path / "out.jsonl")
@@ -285,6 +291,12 @@ def test_what_is_wrong_with_the_whole_file_is_an_error_at_once(answer, rows, tmp
     (tmp_path / "in").write_bytes(as_tsv(rows) if content == "header" else content)
     assert said in answer(tmp_path / "in", tmp_path / "out.tsv", *more, code=2).err
     assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("more", [["--strict"], ["--no-feature-cache"], ["--images", "photos"]])
+def test_flags_of_a_catalogue_go_with_an_input(run, tmp_path, more):
+    outcome = command("evaluate.py", [str(run), *more], tmp_path)
+    assert outcome.code == 2 and "--images, --strict and --no-feature-cache go with --input" in outcome.err
 
 
 def test_a_gzip_file_that_is_cut_off_is_named_and_what_was_answered_kept(answer, rows, tmp_path):
@@ -444,15 +456,15 @@ def lose_bytes(half, run, tmp_path):
     (lambda half, run, _: [str(run)], "is from other settings (images)"),
 ])
 def test_what_was_begun_otherwise_is_not_mixed(half, run, tmp_path, change, said):
-    arguments = change(half, run, tmp_path)
+    arguments = [*change(half, run, tmp_path), "--input", str(half[0]), "--output", str(half[1])]
     before = {p.name: p.read_bytes() for p in tmp_path.glob("out*")}
-    outcome = command("evaluate.py", [*arguments, "--input", str(half[0]), "--output", str(half[1])], tmp_path, before=small_blocks)
+    outcome = command("evaluate.py", arguments, tmp_path, before=small_blocks)
     assert held(outcome) is None and outcome.code == 2 and said in outcome.err
     assert f"delete {half[1]}.partial and {half[1]}.partial.json to begin again" in outcome.err
     assert {p.name: p.read_bytes() for p in tmp_path.glob("out*")} == before
     for end in (".partial", ".partial.json"):           # as the line says
         Path(f"{half[1]}{end}").unlink()
-    outcome = command("evaluate.py", [*arguments, "--input", str(half[0]), "--output", str(half[1])], tmp_path, before=small_blocks)
+    outcome = command("evaluate.py", arguments, tmp_path, before=small_blocks)
     assert outcome.code == 0 and not list(tmp_path.glob("out.tsv.partial*")), outcome.err
 
 
@@ -500,7 +512,7 @@ def test_without_the_feature_cache_the_answers_are_the_same_and_nothing_is_kept(
 
 
 def test_the_features_of_a_block_are_kept_together(answer, rows, tmp_path, monkeypatch):
-    """A block that is interrupted between two ViT batches has none of its photos in the cache, so its batches are the same again."""
+    """A block that is interrupted between two ViT batches has no photo in the cache, so its batches are the same again."""
     monkeypatch.setattr(config, "FEATURE_CACHE", tmp_path / "cache" / "features.sqlite")
 
     def dies_in_the_second_batch():
@@ -587,7 +599,7 @@ def test_a_run_without_photos_takes_no_folder_of_photos(flags, answer, rows, tmp
 
 
 def test_memory_does_not_grow_with_the_rows(answer, rows, tmp_path):
-    """20,000 rows, most of them with a photo and some that fail; the model's own time is left out: its answer is always the same."""
+    """20,000 rows with photos, and one that fails.  The model's own time is left out: its answer is always the same."""
     lines = as_tsv([{**row, "id": f"P{i}"} for i, row in enumerate(rows * 667)]).splitlines(keepends=True)
     (tmp_path / "in.tsv").write_bytes(b"".join([*lines[:20_000], b"broken\n", *lines[20_000:]]))
 
