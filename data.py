@@ -195,32 +195,57 @@ def read_split(root, dataset, split):
     return Products(folder / f"{split}.tsv")
 
 
+def check_header(header, required=COLUMNS):
+    """ValueError if the header of a TSV does not name each required column, or names one of COLUMNS more than once."""
+    absent = [name for name in required if name not in header]
+    if absent:
+        raise ValueError(f"the header lacks {', '.join(absent)}; it must name the columns {' '.join(required)}, "
+                         "separated by tabs")
+    twice = sorted({name for name in COLUMNS if header.count(name) > 1})
+    if twice:
+        raise ValueError(f"the header names {', '.join(twice)} more than once; each column must have its own name")
+
+
+def named_cells(cells, header):
+    """{column: text} of a TSV's line; ValueError if it has not as many cells as the header."""
+    if len(cells) != len(header):
+        raise ValueError(f"has {len(cells)} columns, the header {len(header)}; "
+                         "cells with a tab, a newline or a quote in them must be quoted")
+    return dict(zip(header, cells))
+
+
+def product_of(cells, needed):
+    """The Product of {column: text}.  White space is collapsed; a column that is absent is "".
+
+    ValueError if a needed cell is empty, or if the photo would not be inside the images' folder.
+    """
+    id, image, category, title, attribute, value = (" ".join(cells.get(name, "").split()) for name in COLUMNS)
+    empty = [name for name in needed if not cells.get(name, "").strip()]
+    if empty:
+        raise ValueError(f"{empty[0]} is empty")
+    if not stays_inside(image):
+        raise ValueError(f"images is {image!r}, but must name a file inside ROOT/images/")
+    return Product(id, image, category, title.removeprefix("[Title]").strip(), attribute, value)
+
+
 class Products(Sequence):
     """The products of a TSV file, in file order.  Only the offset of each line is kept in memory, and a line is read when it
     is used, so a million products need little more memory than a thousand.
 
     Every line is read and checked once at the start.  UserError with file and line for a bad line, or if there are none.
-    labelled  True: every line must have a value; False: a missing or empty value is ""
     """
 
-    def __init__(self, path, labelled=True):
+    def __init__(self, path):
         self.path = Path(path)
         check_file(self.path, "a data set's TSV")
         self.file = open(self.path, "rb")
         self.version = file_version(self.file)
-        required = COLUMNS if labelled else COLUMNS[:-1]
         lines = Reader(self.file, self.path)
         self.header = next(lines.cells, [])
-        absent = [name for name in required if name not in self.header]
-        if absent:
-            raise UserError(f"{self.path}, line 1: the header lacks {', '.join(absent)}; it must name the columns "
-                            f"{' '.join(required)}, separated by tabs")
-        twice = sorted({name for name in COLUMNS if self.header.count(name) > 1})
-        if twice:
-            raise UserError(f"{self.path}, line 1: the header names {', '.join(twice)} more than once; each column must have its "
-                            "own name")
-        self.not_empty = [name for name in ("id", "attribute_names", "attribute_values") if name in required]
-        self.column = {name: self.header.index(name) for name in COLUMNS if name in self.header}
+        try:
+            check_header(self.header)
+        except ValueError as error:
+            raise UserError(f"{self.path}, line 1: {error}") from None
         self.starts = array("q")                        # byte offset of each product's line
         self.first = start = lines.end
         with Progress(f"reading {self.path.name}", unit="products") as progress:
@@ -235,17 +260,10 @@ class Products(Sequence):
 
     def product(self, cells, where):
         """The Product of a line's cells."""
-        if len(cells) != len(self.header):
-            raise UserError(f"{where()}: has {len(cells)} columns, the header {len(self.header)}; "
-                            "cells with a tab, a newline or a quote in them must be quoted")
-        cell = {name: " ".join(cells[i].split()) for name, i in self.column.items()}
-        empty = [name for name in self.not_empty if not cell[name]]
-        if empty:
-            raise UserError(f"{where()}: {empty[0]} is empty")
-        if not stays_inside(cell["images"]):
-            raise UserError(f"{where()}: images is {cell['images']!r}, but must name a file inside ROOT/images/")
-        return Product(cell["id"], cell["images"], cell["category"], cell["texts"].removeprefix("[Title]").strip(),
-                       cell["attribute_names"], cell.get("attribute_values", ""))
+        try:
+            return product_of(named_cells(cells, self.header), needed=("id", "attribute_names", "attribute_values"))
+        except ValueError as error:
+            raise UserError(f"{where()}: {error}") from None
 
     def __len__(self):
         return len(self.starts)

@@ -3,7 +3,7 @@
     python evaluate.py RUN                                       score the test split again
     python evaluate.py RUN --without-duplicates                  leave out products that stand in train, too
     python evaluate.py RUN --image shoe.jpg --text "…" --attribute "Boot Style"
-    python evaluate.py RUN --input products.tsv --output predictions.tsv
+    python evaluate.py RUN --input products.tsv --output predictions.tsv         any number (support/catalogue.py)
     python evaluate.py RUN --explain ID                          follow one product from photo to answer
     python evaluate.py RUN --constrain --split val               calibrate the probabilities of known values (docs/answers.md)
 """
@@ -15,13 +15,16 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
-from base import console
-from base.checkpoint import check_file
-from base.console import UserError, replaceable, write_text
+from base.console import UserError, replaceable, write_text  # before PyTorch: Ctrl-C while that loads ends in one line, too
+
+# isort: split
+
 from base.duplicates import not_in
-from data import Product, Products, fingerprint, read_split, sample_labels
+from data import Product, fingerprint, read_split, sample_labels
 from eiven import TEMPERATURE, TOP_P
+from support import processes
 from support.answering import answers, check_image, check_lengths, load, prepare_photos, write_predictions
+from support.catalogue import Catalogue
 from support.confidence import calibrate, lines, measure, temperature_note
 from support.config import add_flags, describe, number, utf8_text
 from support.explain import find_product, show
@@ -86,6 +89,8 @@ def evaluate(run, products, split, folder, values=None, merged=False, temperatur
     """
     start, config = time.monotonic(), run.config
     found = list(answers(run, products, values, temperature, top_p, f"answering {split}"))
+    if processes.rank() > 0:                            # process 0 has all answers, and goes on with them
+        return None
     seconds = round(time.monotonic() - start, 1)
     if values and split.startswith("val"):              # the split's name may say what was left out of it
         found = calibrate(run, products, found, values)
@@ -140,17 +145,24 @@ def parse():
     parser.add_argument("--text", metavar="TEXT", type=utf8_text,
                         help="title of one product, best with its category: \"title, category\"")
     parser.add_argument("--attribute", metavar="NAME", type=utf8_text, help="the attribute to answer")
-    parser.add_argument("--input", metavar="TSV", type=Path, help="answer the products of this file")
-    parser.add_argument("--output", metavar="TSV", type=Path, help="where to write their answers")
+    parser.add_argument("--input", metavar="FILE", type=Path, help="answer the products of this TSV or JSONL, also gzip; -: stdin")
+    parser.add_argument("--output", metavar="FILE", type=Path, help="where to write their answers: a TSV, or *.jsonl, also *.gz. "
+                        "After an interruption the same command goes on; rows that cannot be answered go to failed.tsv beside it")
+    parser.add_argument("--images", metavar="DIR", type=Path, help="folder of the photos of --input (default: ROOT/images)")
+    parser.add_argument("--strict", action="store_true", help="stop at the first row of --input that cannot be answered")
+    parser.add_argument("--no-feature-cache", action="store_true",
+                        help="do not keep the features of the photos of --input (12 kB a photo with ViT-B/16)")
     parser.add_argument("--explain", metavar="ID", nargs="?", const="", help="follow this product of the split, or the one of "
                         "--image, --text and --attribute, from photo to answer; writes a page to RUN/explain/")
     parser.add_argument("--export", metavar="DIR", type=Path, help="merge, and write an ordinary Hugging Face LLaMA")
-    add_flags(parser, ("data", "llama", "vit", "device", "dtype"))
+    add_flags(parser, ("data", "llama", "vit", "device", "dtype", "shard"))
     args = parser.parse_args()
     described = args.image is not None or args.text is not None
     args.one = not args.explain and (described or args.attribute is not None)
     if (args.input is None) != (args.output is None):
         parser.error("--input and --output go together")
+    if args.input is None and (args.images or args.strict or args.no_feature_cache):
+        parser.error("--images, --strict and --no-feature-cache go with --input")
     if args.explain is not None and (args.input or args.export or args.constrain or args.values or args.min_confidence
                                      or bool(args.explain) == described):
         parser.error("--explain follows one free answer: give the ID of a product of the split, or --attribute with --image or "
@@ -161,10 +173,12 @@ def parse():
         parser.error("--export does not answer: leave --input, --image, --text and --attribute out")
     if args.without_duplicates and (args.one or args.input or args.export or args.split == "train"):
         parser.error("--without-duplicates scores the test or val split")
-    if args.input:
-        check_file(args.input, "the TSV file of --input")
-        if args.output.is_dir() or args.output.exists() and args.output.samefile(args.input):
-            raise UserError(f"--output {args.output}: is a folder, or the input itself; name another file")
+    if hasattr(args, "shard") and (args.merge or args.export or args.explain is not None):
+        parser.error("--shard spreads the weights that --merge, --export and --explain need: leave it out")
+    if processes.size() > 1 and (args.one or args.export or args.explain is not None):
+        parser.error("--image, --text, --explain and --export take one process: leave torchrun out")
+    if args.input and (args.output.is_dir() or args.output.exists() and args.input.exists() and args.output.samefile(args.input)):
+        raise UserError(f"--output {args.output}: is a folder, or the input itself; name another file")
     if args.image is not None:
         check_image(args.image)
     return args
@@ -173,10 +187,10 @@ def parse():
 def main():
     args = parse()
     # All input is checked before the weights are loaded.
-    products = Products(args.input, labelled=False) if args.input else None
+    catalogue = Catalogue(args.input) if args.input else None
     values = read_values(args.values) if args.values else None
-    given = {name: getattr(args, name) for name in ("data", "llama", "vit", "device", "dtype") if hasattr(args, name)}
-    run = load(args.run, data_needed=not (args.one or args.input), **given)
+    given = {name: getattr(args, name) for name in ("data", "llama", "vit", "device", "dtype", "shard") if hasattr(args, name)}
+    run = load(args.run, data_needed=not (args.one or args.input), feature_cache=not args.no_feature_cache, **given)
     # Where answers may go to stdout (one product's, or --output /dev/stdout), nothing else does.
     answers_only = args.one or args.explain or args.output and not replaceable(args.output)
     status = sys.stderr if answers_only else sys.stdout
@@ -193,7 +207,7 @@ def main():
     if args.one:
         answer_one(run, args, values, source)
     elif args.input:
-        answer_file(run, args, products, values, source, status)
+        catalogue.answer(run, args, values, source, status)
     else:
         score_split(run, args, values, source)
 
@@ -218,19 +232,6 @@ def answer_one(run, args, values, source):
     answer = run.answer(args.image, args.text, attribute, args.constrain, args.temperature, args.top_p,
                         values and values.get(attribute), args.min_confidence)
     print(f"{attribute}: {answer}")
-
-
-def answer_file(run, args, products, values, source, status):
-    """Answer the products of --input and write them to --output."""
-    check_values(products, values, args.input, source)
-    prepare_photos(run, products)
-    check_lengths(run, products, values=values)
-    found = answers(run, products, values, args.temperature, args.top_p)
-    empty = write_predictions(args.output, products, (a.above(args.min_confidence) for a in found))
-    left = f", {empty:,} of them left empty" if empty else ""
-    print(f"{args.output}: {len(products):,} products answered{left}", file=status)
-    if values:
-        print(temperature_note(run), file=status)
 
 
 def score_split(run, args, values, source):
@@ -258,4 +259,4 @@ def score_split(run, args, values, source):
 
 
 if __name__ == "__main__":
-    console.run(main)
+    processes.run(main)

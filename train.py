@@ -10,17 +10,17 @@ import sys
 import time
 from pathlib import Path
 
-from base import console  # before PyTorch: Ctrl-C while that loads ends in one line, too
+from base.console import Progress, UserError, duration  # before PyTorch: Ctrl-C while that loads ends in one line, too
 
 # isort: split
 
 import torch
 
 from base.checkpoint import check_frozen
-from base.console import Progress, UserError, duration
 from base.duplicates import note_duplicates
 from data import Epoch, encode_examples, fingerprint, read_split, sample_labels, values_of
 from evaluate import evaluate
+from support import processes
 from support.answering import Run, check_lengths, prepare_photos
 from support.config import Config, add_flags, build_model, choose_device, describe, find_sources
 from support.run_folder import SAVE_EVERY, TrainingState, check_weights, new_run_folder, only_process, read_config, write_config
@@ -68,7 +68,8 @@ def train(run, products):
                     f"{state.path}; start a new run with a smaller --lr or with --dtype fp32") from None
             state.record(step + 1, step + 1 == steps, epoch=epoch + 1, loss=round(loss, 6), lr=lr, tokens=tokens)
             progress.step(note=f"epoch {epoch + 1}  loss {loss:.3f}")
-    model.save(run.folder / "adapter.safetensors")
+    if processes.rank() == 0:
+        model.save(run.folder / "adapter.safetensors")
     print(f"trained in {duration(time.monotonic() - start)}; saved {run.folder / 'adapter.safetensors'}")
 
 
@@ -80,15 +81,15 @@ def train_step(run, optimizer, scaler, examples):
     """
     model, config = run.model, run.config
     optimizer.zero_grad(set_to_none=True)
-    size = config.micro_batch_size or len(examples)
     total, tokens = 0.0, 0
-    for start in range(0, len(examples), size):
-        batch, photos = encode_examples(examples[start:start + size], model.tokenizer, config.image)
+    for part, weight in processes.micro_batches(examples, config.micro_batch_size):
+        batch, photos = encode_examples(part, model.tokenizer, config.image)
         cls_tokens = run.photo_features.read(photos, model.device) if run.photo_features else None
-        loss = model(batch, cls_tokens) * (len(batch) / len(examples))          # the average over the full batch
+        loss = model(batch, cls_tokens) * weight        # the average over the full batch
         scaler.scale(loss).backward()
         total += loss.item()
-        tokens += sum(len(example.prompt) + len(example.answer) for example in batch)
+        tokens += sum(len(example.prompt) + len(example.answer) for example in batch) if weight else 0
+    total, tokens = processes.sum_over_processes(list(model.trainable_parameters().values()), total, tokens)
     # fp16 gradients sometimes overflow; GradScaler skips such steps itself.
     finite = scaler.is_enabled() or all(p.grad.isfinite().all() for p in model.trainable_parameters().values()
                                         if p.grad is not None)
@@ -138,7 +139,7 @@ def parse(argv=None):
         parser.error("--resume RUN continues in RUN: leave --out out")
     config, _ = read_config(folder)
     # Only these may change: paths, device, and how memory is saved (the last bits of gradients may then differ).
-    movable = ("data", "llama", "vit", "device", "micro_batch_size", "grad_checkpoint")
+    movable = ("data", "llama", "vit", "device", "micro_batch_size", "grad_checkpoint", "shard")
     for name, value in given.items():
         if name in movable:
             setattr(config, name, value)
@@ -151,7 +152,7 @@ def parse(argv=None):
 def main(argv=None):
     config, folder = parse(argv)
     # Fail early if the folder holds a run already, or is in use.
-    with only_process(folder) if folder else new_run_folder(config) as locked:
+    with processes.in_process_0(only_process(folder) if folder else new_run_folder(config)) as locked:
         train_and_score(config, locked, resumed=folder is not None)
 
 
@@ -199,4 +200,4 @@ def train_and_score(config, folder, resumed):
 
 
 if __name__ == "__main__":
-    console.run(main)
+    processes.run(main)

@@ -43,7 +43,12 @@ class ViTConfig:
 
 
 def preprocess(image, size=224):
-    """CLIP's preprocessing of an RGB image: (3, size, size), fp32, each channel normalised.
+    """CLIP's preprocessing of an RGB image: (3, size, size), fp32, each channel normalised."""
+    return normalize(crop(image, size))
+
+
+def crop(image, size=224):
+    """The part of an RGB image that CLIP sees: (size, size, 3), uint8.
 
     The shorter side is resized to `size` (bicubic), the longer side in proportion, rounded down.  Then the centre is
     cropped; an odd margin is larger at the right and at the bottom.  All as in transformers' CLIP processor.
@@ -54,9 +59,13 @@ def preprocess(image, size=224):
     width, height = size * width // short, size * height // short
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
-    pixels = np.asarray(image.crop((left, top, left + size, top + size)), dtype=np.float32) / 255
-    pixels = (pixels - np.float32(CLIP_MEAN)) / np.float32(CLIP_STD)            # (size, size, 3)
-    return torch.from_numpy(pixels).permute(2, 0, 1)                            # (3, size, size)
+    return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+def normalize(pixels):
+    """(..., size, size, 3), uint8 -> (..., 3, size, size), fp32: each channel with CLIP's mean and deviation."""
+    pixels = (np.float32(pixels) / 255 - np.float32(CLIP_MEAN)) / np.float32(CLIP_STD)
+    return torch.from_numpy(pixels).movedim(-1, -3)
 
 
 # ------------------------------------------------------------------------------------------------ the forward pass

@@ -239,6 +239,8 @@ def not_finite(tensors):
 
 def check_frozen(module, where):
     """UserError if a frozen weight of `module` is NaN or infinite: called once a loss or logits are, to name the reason."""
-    broken = not_finite({name: p for name, p in module.named_parameters() if not p.requires_grad})
+    frozen = {name: p for name, p in module.named_parameters() if not p.requires_grad}
+    # A DTensor is part of a weight that several processes share (--shard); each checks its own rows.
+    broken = not_finite({name: p.to_local() if hasattr(p, "to_local") else p for name, p in frozen.items()})
     if broken:
         raise UserError(f"{where}: the weights are damaged: {broken} holds NaN or infinity; download them again, or take others")

@@ -211,12 +211,14 @@ class Progress:
                 progress.step()
 
     total  number of units, or None if it is unknown; done: units that were finished before this start (resume).
+    share  instead of a total: how much of the work is done, 0 to 1.  The caller sets it before each step.
     On a terminal, nothing is printed within the first second.  A log file gets its first line after 5 s, then a line after
     every further tenth of the time so far, at least every 30 s.  Everything goes to stderr; stdout is for results.
     """
 
-    def __init__(self, what, total=None, unit="", done=0):
+    def __init__(self, what, total=None, unit="", done=0, share=None):
         self.what, self.total, self.unit = what, total, unit
+        self.share = self.share_before = share
         self.done = self.done_before = done
         self.note = ""
         self.terminal = sys.stderr.isatty()
@@ -257,6 +259,9 @@ class Progress:
             parts.append(f"took {duration(elapsed)}")
         elif self.total is not None and rate > 0:
             parts.append(f"{duration((self.total - self.done) / rate)} left")
+        elif self.share is not None and self.share > self.share_before:
+            parts.append(f"{self.share:.1%}")
+            parts.append(f"{duration(elapsed * (1 - self.share) / (self.share - self.share_before))} left")
         if self.note:
             parts.append(self.note)
         line = f"{self.what}  " + "  ".join(parts)

@@ -59,11 +59,16 @@ def stays_inside(name):
     return not os.path.isabs(name) and ".." not in name.replace("\\", "/").split("/")
 
 
-def write_tsv(path, rows, header=COLUMNS):
-    """Write `header` and then `rows` (any iterable of lists of cells); the file is whole or not there at all."""
-    def quoted(cell):                                   # Python's csv.writer leaves a lone carriage return unquoted
+def tsv_line(cells):
+    """A line of a TSV file, with its newline.  (Python's csv.writer leaves a lone carriage return unquoted.)"""
+    def quoted(cell):
         return '"' + cell.replace('"', '""') + '"' if any(mark in cell for mark in '\t\n\r"') else cell
 
+    return "\t".join(quoted(str(cell)) for cell in cells) + "\n"
+
+
+def write_tsv(path, rows, header=COLUMNS):
+    """Write `header` and then `rows` (any iterable of lists of cells); the file is whole or not there at all."""
     with whole_file(path) as partial, open(partial, "w", encoding="utf-8", newline="") as file:
         for row in itertools.chain([header], rows):
-            file.write("\t".join(quoted(str(cell)) for cell in row) + "\n")
+            file.write(tsv_line(row))

@@ -14,6 +14,7 @@ from base.tsv import COLUMNS, write_tsv
 from data import Product, base_question, comparison, encode_answer, encode_examples
 from demo import world
 from eiven import EIVEN, TEMPERATURE, TOP_P
+from support import processes
 from support.config import Config, Sources, build_model, choose_device, find_sources
 from support.features import PhotoFeatures
 from support.run_folder import check_weights, read_config, read_temperature
@@ -24,6 +25,7 @@ SCORE_VALUES = 128                                      # at most so many values
 SCORE_TOKENS = 8192                                     # text tokens of questions with a value that are scored at once
 LEAST_LIMIT = 32                                        # tokens that a free answer may have at least
 SORTED_TOGETHER = 4096                                  # products sorted by length together
+PREDICTED = (*COLUMNS, "prediction", "probability", "runner_up", "runner_up_probability")       # columns of predictions.tsv
 
 
 class Answer(NamedTuple):
@@ -68,6 +70,12 @@ class Run:
     @property
     def value_temperature(self):
         return self.calibration["temperature"] if self.calibration else 1.0
+
+    @property
+    def answer_limit(self):
+        """Tokens that a free answer may have: no known value may be cut off."""
+        known = (value for several in self.values.values() for value in several)
+        return max([LEAST_LIMIT, *(len(encode_answer(value, self.model.tokenizer)) for value in known)])
 
     def known_attribute(self, name):
         """The attribute's name as in the training data, ignoring case; an unknown name unchanged."""
@@ -129,12 +137,13 @@ def check_image(path):
         raise UserError(f"--image {path}: {found}")
 
 
-def load(folder, data_needed=False, **given):
+def load(folder, data_needed=False, feature_cache=True, **given):
     """The Run in a run folder, ready to answer.
 
-    data_needed  whether products will be read from the data set's folder
-    given        flags that replace the saved ones: data, llama, vit, device, dtype
-    Errors       UserError: no run, not finished, other weights than in training
+    data_needed    whether products will be read from the data set's folder
+    feature_cache  False: the features of photos are not kept; only support/catalogue.py can do without
+    given          flags that replace the saved ones: data, llama, vit, device, dtype, shard
+    Errors         UserError: no run, not finished, other weights than in training
     """
     config, record = read_config(folder)
     for name, value in given.items():
@@ -144,7 +153,7 @@ def load(folder, data_needed=False, **given):
         raise UserError(f"{folder}: its training is not finished; continue it with: python train.py --resume {folder}")
     sources = find_sources(config, data_needed)
     check_weights(folder, record, sources)
-    model, photo_features = build_model(config, sources, choose_device(config.device))
+    model, photo_features = build_model(config, sources, choose_device(config.device), feature_cache)
     model.load(trained)
     return Run(Path(folder), config, record["values"], sources, model, photo_features, record["held_out"],
                read_temperature(Path(folder)))
@@ -154,51 +163,71 @@ def prepare_photos(run, products):
     """Compute the features of these products' photos, if the run uses photos; photos of the demo world are drawn first."""
     if run.photo_features is None:
         return
-    if run.config.demo and not run.config.data:
-        world.draw_photos(run.sources.data, [p.image for p in products])
-    run.photo_features.prepare(p.image for p in products)
+    with processes.one_first():
+        if run.config.demo and not run.config.data:
+            world.draw_photos(run.sources.data, [p.image for p in products])
+        run.photo_features.prepare(p.image for p in products)
 
 
 def answers(run, products, values=None, temperature=TEMPERATURE, top_p=TOP_P, what="answering"):
     """Yield an Answer for each product, in order; SORTED_TOGETHER products are in memory at a time.
 
+    Of several processes, each answers its part of the batches; process 0 yields all answers, and the others none.
     values  {attribute: values} to choose from: each value is scored, and the most probable is the answer; None: free text
-    An answer does not depend on its batch: products are sorted by length only to save padding, and each product draws
-    from a generator of its own.
     """
-    tokenizer, image = run.model.tokenizer, run.config.image
-    size = ANSWER_BATCH
-    if values is not None:                              # long lists: fewer products together, so that progress is seen
-        size = max(1, min(SCORE_BATCH, SCORE_VALUES // max(map(len, values.values()))))
-    # No known value may be cut off.
-    limit = max([LEAST_LIMIT, *(len(encode_answer(v, tokenizer)) for several in run.values.values() for v in several)])
     with Progress(what, len(products), "products") as progress:
         for first in range(0, len(products), SORTED_TOGETHER):
             some = products[first:first + SORTED_TOGETHER]
-            examples = [base_question(p, run.config.text) for p in some]
-            order = sorted(range(len(some)), key=lambda i: len(examples[i].prompt))
             found = [None] * len(some)
-            for start in range(0, len(some), size):
-                chosen = order[start:start + size]
-                batch, photos = encode_examples([examples[i] for i in chosen], tokenizer, image)
-                cls_tokens = run.photo_features.read(photos, run.model.device) if run.photo_features else None
-                try:
-                    if values is None:
-                        seeds = [f"answer {run.config.seed} {some[i].id} {some[i].attribute}" for i in chosen]
-                        written = run.model.generate(batch, cls_tokens, seeds, temperature, top_p, limit)
-                        batch_answers = [Answer(tokenizer.decode(ids).strip(), p) for ids, p in written]
-                    else:
-                        known = [values[some[i].attribute] for i in chosen]
-                        log_probs = score_values(run.model, batch, known, cls_tokens)
-                        batch_answers = [likeliest(v, lp, run.value_temperature) for v, lp in zip(known, log_probs)]
-                except FloatingPointError as error:
-                    check_frozen(run.model.llama, run.sources.llama)
-                    raise UserError(f"{error}, in the batch that begins with product {some[chosen[0]].id!r}; start again with "
-                                    "--dtype fp32, whose numbers do not overflow so early") from None
-                for i, answer in zip(chosen, batch_answers):
-                    found[i] = answer
+            for number, chosen in enumerate(batches(run, some, values)):
+                if number % processes.size() == processes.rank():        # else another process answers it, about now
+                    answer_batch(run, some, chosen, found, values, temperature, top_p)
                 progress.step(len(chosen))
-            yield from found
+            processes.keep_up(run.model.llama)
+            for each in zip(*processes.gather(found)):
+                yield next(answer for answer in each if answer is not None)
+
+
+def batches(run, products, values):
+    """Products that are answered together: a list of lists of indices.
+
+    They are sorted by length to save padding; but the attributes of a product stay together, because their sequences begin
+    with the same tokens: BOS, I' and "Question: What is the".  base/packing.py computes those once.
+    """
+    size = ANSWER_BATCH
+    if values is not None:                              # long lists: fewer products together, so that progress is seen
+        size = max(1, min(SCORE_BATCH, SCORE_VALUES // max(map(len, values.values()))))
+    longest = {}                                        # of the prompts of a product, in characters
+    for p in products:
+        longest[p.id] = max(longest.get(p.id, 0), len(base_question(p, run.config.text).prompt))
+    order = sorted(range(len(products)), key=lambda i: longest[products[i].id])
+    return [order[start:start + size] for start in range(0, len(order), size)]
+
+
+def answer_batch(run, products, chosen, found, values, temperature, top_p):
+    """Answer the products with the indices `chosen` as one batch: found[i] becomes the Answer of products[i].
+
+    An answer does not depend on its batch, except for the last bits of its probability: each product draws from a generator
+    of its own.
+    """
+    tokenizer, some = run.model.tokenizer, [products[i] for i in chosen]
+    batch, photos = encode_examples([base_question(p, run.config.text) for p in some], tokenizer, run.config.image)
+    cls_tokens = run.photo_features.read(photos, run.model.device) if run.photo_features else None
+    try:
+        if values is None:
+            seeds = [f"answer {run.config.seed} {p.id} {p.attribute}" for p in some]
+            written = run.model.generate(batch, cls_tokens, seeds, temperature, top_p, run.answer_limit)
+            batch_answers = [Answer(tokenizer.decode(ids).strip(), p) for ids, p in written]
+        else:
+            known = [values[p.attribute] for p in some]
+            log_probs = score_values(run.model, batch, known, cls_tokens)
+            batch_answers = [likeliest(v, lp, run.value_temperature) for v, lp in zip(known, log_probs)]
+    except FloatingPointError as error:
+        check_frozen(run.model.llama, run.sources.llama)
+        raise UserError(f"{error}, in the batch that begins with product {some[0].id!r}; start again with "
+                        "--dtype fp32, whose numbers do not overflow so early") from None
+    for i, answer in zip(chosen, batch_answers):
+        found[i] = answer
 
 
 def score_values(model, batch, values, cls_tokens):
@@ -229,44 +258,54 @@ def likeliest(values, log_probs, temperature=1.0):
     return Answer(values[ranked[0]], p[0], *runner_up, array("d", log_probs))
 
 
+def prediction(p, a):
+    """The cells of a product and its Answer, in the order of PREDICTED."""
+    return [p.id, p.image, p.category, p.title, p.attribute, p.value, a.value, f"{a.probability:.4f}", a.runner_up,
+            "" if a.runner_up_probability is None else f"{a.runner_up_probability:.4f}"]
+
+
 def write_predictions(path, products, answers):
-    """Write products and their answers as TSV: the data set's columns, then the answer's; the number of empty answers."""
-    empty = 0
-
-    def lines():
-        nonlocal empty
-        for p, a in zip(products, answers):
-            empty += not a.value
-            yield [p.id, p.image, p.category, p.title, p.attribute, p.value, a.value, f"{a.probability:.4f}", a.runner_up,
-                   "" if a.runner_up_probability is None else f"{a.runner_up_probability:.4f}"]
-
-    write_tsv(path, lines(), [*COLUMNS, "prediction", "probability", "runner_up", "runner_up_probability"])
-    return empty
+    """Write products and their answers as TSV: the data set's columns, then the answer's."""
+    write_tsv(path, (prediction(p, a) for p, a in zip(products, answers)), PREDICTED)
 
 
 def check_lengths(run, products, compared=False, values=None):
     """UserError before any work if a product's question and answer are longer than LLaMA can read.
 
+    compared, values   as in `too_long`
+    """
+    longest = longest_values(run, values)
+    with Progress("lengths", len(products), "products") as progress:
+        for p in products:
+            progress.step()
+            if reason := too_long(run, p, longest, compared):
+                raise UserError(reason)
+
+
+def longest_values(run, values):
+    """{attribute: the value with the most tokens} of {attribute: values}, or {} of None."""
+    return {attribute: max(several, key=lambda v: len(encode_answer(v, run.model.tokenizer)))
+            for attribute, several in (values or {}).items()}
+
+
+def too_long(run, p, longest, compared=False):
+    """What is wrong if a product's question and answer are longer than LLaMA can read; else None.
+
+    longest   {attribute: value} that the product must fit together with, if it has this attribute
     compared  whether a question may hold two products; then both are assumed to be this long
-    values    {attribute: values} to choose from: then each product must fit together with the longest of them
     """
     model, config = run.model, run.config
     most = model.llama.config.max_position_embeddings
     image_tokens = len(run.photo_features.cls_layers) if run.photo_features else 0
-    longest = {attribute: max(several, key=lambda v: len(encode_answer(v, model.tokenizer)))
-               for attribute, several in (values or {}).items()}
-    with Progress("lengths", len(products), "products") as progress:
-        for p in products:
-            progress.step()
-            if p.attribute in longest:
-                p = replace(p, value=longest[p.attribute])
-            if 3 * (len(p.context.encode()) + len(p.attribute.encode()) + len(p.value.encode())) + 200 < most:
-                continue                                # tokens <= bytes, in two contexts and values, and 200 for the rest
-            example = comparison(p, p, config.lbc, config.text) if compared else base_question(p, config.text)
-            [encoded], _ = encode_examples([example], model.tokenizer, image=False)
-            tokens = 1 + image_tokens * (1 + compared) + len(encoded.prompt) + len(encoded.answer)
-            if tokens > most:
-                chosen = f", with the value {p.value[:60]!r}" if values else ""
-                raise UserError(f"product {p.id!r}: its question{' with another product as long' if compared else ''} has "
-                                f"{tokens:,} tokens, more than the {most:,} that this LLaMA was trained to read{chosen}; shorten "
-                                f"its title: {p.title[:100]!r}…")
+    if p.attribute in longest:
+        p = replace(p, value=longest[p.attribute])
+    if 3 * (len(p.context.encode()) + len(p.attribute.encode()) + len(p.value.encode())) + 200 < most:
+        return None                                     # tokens <= bytes, in two contexts and values, and 200 for the rest
+    example = comparison(p, p, config.lbc, config.text) if compared else base_question(p, config.text)
+    [encoded], _ = encode_examples([example], model.tokenizer, image=False)
+    tokens = 1 + image_tokens * (1 + compared) + len(encoded.prompt) + len(encoded.answer)
+    if tokens <= most:
+        return None
+    chosen = f", with the value {p.value[:60]!r}" if longest else ""
+    return (f"product {p.id!r}: its question{' with another product as long' if compared else ''} has {tokens:,} tokens, more "
+            f"than the {most:,} that this LLaMA was trained to read{chosen}; shorten its title: {p.title[:100]!r}…")

@@ -15,6 +15,7 @@ from data import STRATEGIES
 from demo import world
 from eiven import EIVEN
 from llama import LLaMA, load_llama, read_config
+from support import processes
 from support.features import PhotoFeatures
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -80,6 +81,7 @@ class Config:
     dtype: str = flag("auto", "of the frozen weights; what is trained is always fp32",
                       ("auto", "fp32", "bf16", "fp16"))
     grad_checkpoint: bool = flag(False, "recompute each layer in the backward pass: less memory, more time")
+    shard: bool = flag(False, "spread LLaMA's layers over the processes of torchrun, for GPUs that cannot hold it")
     out: str | None = flag(None, "run folder (default: runs/DATASET-LABELS, numbered)", metavar="RUN")
 
 
@@ -151,7 +153,8 @@ def find_sources(config, data_needed=True):
         elif given == "demo" and small:
             sources.append(small)
         elif name == "data" and config.demo and not given:
-            sources.append(world.write_dataset())
+            with processes.one_first():
+                sources.append(world.write_dataset())
         else:
             path = Path(given or default)
             if not path.exists() and (data_needed or name != "data"):
@@ -184,6 +187,10 @@ def choose_device(name):
         torch.zeros(1, device=device).item()            # a number that comes back: the meta device keeps none
     except (RuntimeError, AssertionError, ValueError) as error:
         raise UserError(f"--device {name}: cannot be used here ({first_line(error)}); cpu always can") from None
+    here, gpus = processes.size_here(), torch.cuda.device_count()
+    if device.type == "cuda" and here > gpus:
+        raise UserError(f"--device {device}: torchrun started {here} processes on this machine, but it has {gpus} GPU(s); start one "
+                        "for each GPU, or take --device cpu")
     return device
 
 
@@ -206,25 +213,32 @@ def choose_dtype(name, device, llama):
     return torch.float32 if 4 * parameters <= 0.6 * memory else None
 
 
-def keep_freed_memory():
+def keep_freed_memory(keep=True):
     """Let glibc keep large blocks after they are freed, for the next tensor; otherwise each tensor gets new pages from the
-    system.  Saves 5 % of a CPU training step of a 135M LLaMA.  Without glibc it does nothing."""
+    system.  Saves 5 % of a CPU training step of a 135M LLaMA.  Without glibc it does nothing.
+
+    keep  False, for --shard: give them back at once.  Otherwise the gathered layers leave holes, as large as the whole model.
+    """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
         return
-    mallopt(-3, 1 << 30) or mallopt(-3, 1 << 25)        # M_MMAP_THRESHOLD: smaller blocks are not mapped one by one
+    if not keep:
+        mallopt(-3, 1 << 20)                            # M_MMAP_THRESHOLD: larger blocks are mapped one by one
+        return
+    mallopt(-3, 1 << 30) or mallopt(-3, 1 << 25)
     mallopt(-1, 2 ** 31 - 1)                            # M_TRIM_THRESHOLD: the heap's free end is not given back
 
 
-def build_model(config, sources, device):
+def build_model(config, sources, device, feature_cache=True):
     """(EIVEN with fresh adapters, PhotoFeatures or None) as the config says."""
-    keep_freed_memory()
+    keep_freed_memory(not config.shard)
     photo_features = None
     if config.image:
-        photo_features = PhotoFeatures(FEATURE_CACHE, sources.vit, sources.data / "images",
+        photo_features = PhotoFeatures(FEATURE_CACHE if feature_cache else None, sources.vit, sources.data / "images",
                                        config.features == "single", device)
-    llama, tokenizer = load_llama(sources.llama, choose_dtype(config.dtype, device, sources.llama), device)
+    load = processes.load_shard if config.shard else load_llama
+    llama, tokenizer = load(sources.llama, choose_dtype(config.dtype, device, sources.llama), device)
     llama.grad_checkpoint = config.grad_checkpoint
     torch.manual_seed(config.seed)                      # the initial values of adapters and projector
     try:

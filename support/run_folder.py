@@ -20,10 +20,11 @@ import torch
 
 from base.checkpoint import check_fields, not_finite, read_json, restore, sample_digest, shard_files, tensor_file
 from base.console import UserError, first_line, naming, write_text
+from support import processes
 from support.config import FIELDS, PROJECT, Config
 from vit import weight_file
 
-LATER = {"holdout_values": 0, "held_out": {}}           # what older run folders do not have, and how they were run
+LATER = {"holdout_values": 0, "held_out": {}, "shard": False}   # what older run folders do not have, and how they were run
 SAVE_EVERY = 60                                         # seconds: what a power cut costs at most, besides the current step
 
 # What config.json holds besides the flags: {field: (type, allowed, default)}
@@ -67,7 +68,9 @@ def new_run_folder(config):
 
 
 def write_config(run, config, sources, **more):
-    """Write config.json: every flag, and what else is needed to repeat the run."""
+    """Write config.json: every flag, and what else is needed to repeat the run.  Process 0 writes it, as all of a run folder."""
+    if processes.rank() > 0:
+        return
     # The last bits of sums depend on the number of threads, so it is recorded, too.
     versions = {"python": platform.python_version(), "torch": torch.__version__, "threads": torch.get_num_threads()}
     record = {**asdict(config), "versions": versions, **more, "weights_fingerprint": weights_fingerprint(sources)}
@@ -83,7 +86,7 @@ def read_config(run):
     absent = [name for name in [*FIELDS, *RECORD] if name not in record]
     if absent:
         raise UserError(f"{path}: lacks {', '.join(absent)}; was it written by another version?")
-    settings = check_fields(record, FIELDS, path)
+    settings = check_fields(record, FIELDS, path) | {"shard": False}    # each start says it anew, with its own processes
     check_fields(record, RECORD, path)
     check_fields(record["data_fingerprint"], SPLITS, f"{path}: data_fingerprint")
     check_fields(record["weights_fingerprint"], WEIGHTS, f"{path}: weights_fingerprint")
@@ -129,6 +132,9 @@ class TrainingState:
         self.path, self.log_path = folder / "state.pt", folder / "log.jsonl"
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
         self.step = self.load(steps) if self.path.exists() else 0
+        self.first = processes.rank() == 0              # it alone writes
+        if not self.first:
+            return
         if self.log_path.exists():                      # the steps after the state will be done again
             kept = [json.dumps(line) + "\n" for line in read_log(folder) if line["step"] <= self.step]
             write_text(self.log_path, "".join(kept))
@@ -137,6 +143,8 @@ class TrainingState:
 
     def record(self, step, last, **line):
         """Log a finished step; save the state every SAVE_EVERY seconds and after the last step."""
+        if not self.first:
+            return
         with naming(self.log_path):
             self.log.write(json.dumps({"step": step, **line, "seconds": round(time.monotonic() - self.start, 2)}) + "\n")
             self.log.flush()
@@ -146,6 +154,8 @@ class TrainingState:
             self.saved = time.monotonic()
 
     def save(self, step):
+        if not self.first:
+            return
         trained = {name: p.detach() for name, p in self.model.trainable_parameters().items()}
         with tensor_file(self.path) as partial:
             torch.save({"trained": trained, "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
@@ -237,8 +247,8 @@ def read_temperature(folder):
 
 
 @contextmanager
-def only_process(run):
-    """While one process works in a run folder, starting a second one there is an error.
+def only_process(run, doing="training"):
+    """While one process works in a run folder (or another folder), starting a second one there is an error.
 
     The folder itself is locked: unlike the files in it, it is never replaced.  The lock ends with the process, however it
     ends.  Where a file system has no locks, there is none.
@@ -254,7 +264,7 @@ def only_process(run):
         except OSError as error:
             free = not isinstance(error, BlockingIOError)
         if not free:
-            raise UserError(f"{run}: another process is training in this folder; wait for it, or stop it")
+            raise UserError(f"{run}: another process is {doing} in this folder; wait for it, or stop it")
         yield run
     finally:
         os.close(held)

@@ -420,7 +420,7 @@ def test_photos_that_leave_their_folder(tally, world, tmp_path_factory):
             done = command("-m dataset", ["stats", "--data", str(root)], folder)
             return judged(done, f"{name!r}" in done.out and "line 2" in done.out)
         arguments = world.flags(folder / "out", root) if script == "train.py" else [
-            str(world.run), "--input", str(root / "shoes" / "test.tsv"), "--output", str(folder / "out.tsv")]
+            str(world.run), "--strict", "--input", str(root / "shoes" / "test.tsv"), "--output", str(folder / "out.tsv")]
         done = command(script, arguments, folder)
         return judged(done, done.code == 2 and ".tsv, line 2: images is " in done.err)
 
@@ -578,12 +578,15 @@ def test_an_export_goes_to_a_new_folder(tally, world, tmp_path):
 
 
 def test_what_a_killed_process_left_is_removed(world, tmp_path):
-    """Of the same file, and only if its process is gone: another live process may be writing there."""
+    """Of the same file, and only if its process is gone: another live process may be writing there.
+
+    Of --output that is the record of a catalogue; its answers so far stay."""
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     out = tmp_path / "out.tsv"
-    for name in (f".out.tsv.{gone.pid}.partial", f".other.tsv.{gone.pid}.partial", f".out.tsv.{os.getpid()}.partial",
-                 ".out.tsv.x.partial", ".out.tsv.99999999999999999999.partial"):
+    for name in (f".out.tsv.partial.json.{gone.pid}.partial", f".other.tsv.{gone.pid}.partial",
+                 f".out.tsv.partial.json.{os.getpid()}.partial",
+                 ".out.tsv.partial.json.x.partial", ".out.tsv.partial.json.99999999999999999999.partial"):
         (tmp_path / name).write_text("half")
     (tmp_path / f".export.{gone.pid}.partial").mkdir()
     (tmp_path / f".export.{gone.pid}.partial" / "model.safetensors").write_text("half")
@@ -592,8 +595,8 @@ def test_what_a_killed_process_left_is_removed(world, tmp_path):
         done = command("evaluate.py", [str(world.run), *arguments], tmp_path)
         assert not held(done) and done.code == 0, done.err
     assert sorted(p.name for p in tmp_path.glob(".*.partial")) == sorted([
-        f".other.tsv.{gone.pid}.partial", f".out.tsv.{os.getpid()}.partial", ".out.tsv.x.partial",
-        ".out.tsv.99999999999999999999.partial"])
+        f".other.tsv.{gone.pid}.partial", f".out.tsv.partial.json.{os.getpid()}.partial", ".out.tsv.partial.json.x.partial",
+        ".out.tsv.partial.json.99999999999999999999.partial"])
 
 
 # ------------------------------------------------------------------------------------------------ no space left

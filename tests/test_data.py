@@ -22,6 +22,7 @@ from data import (
     encode_answer,
     encode_examples,
     fingerprint,
+    product_of,
     read_split,
     sample_labels,
     values_of,
@@ -231,9 +232,14 @@ def test_a_line_becomes_a_product(tmp_path):
     assert list(Products(path)) == [Product("B1", "B1.jpg", "Shoes", '6" Heel pump', "Boot Style", "Chelsea")]
 
 
-def test_columns_may_stand_in_any_order_and_values_be_absent(tmp_path):
-    path = tsv(tmp_path, "attribute_names\tid\timages\ttexts\tcategory\nBoot Style\tB1\t\tA shoe\t\n")
-    assert list(Products(path, labelled=False)) == [Product("B1", "", "", "A shoe", "Boot Style", "")]
+def test_columns_may_stand_in_any_order(tmp_path):
+    path = tsv(tmp_path, "attribute_names\tattribute_values\tid\timages\ttexts\tcategory\nBoot Style\tFlat\tB1\t\tA shoe\t\n")
+    assert list(Products(path)) == [Product("B1", "", "", "A shoe", "Boot Style", "Flat")]
+
+
+def test_values_may_be_absent():
+    assert product_of({"id": "B1", "texts": " A  shoe", "attribute_names": "Boot Style"}, needed=("id",)) == Product(
+        "B1", "", "", "A shoe", "Boot Style", "")
 
 
 def test_products_are_read_from_the_file_one_by_one(tmp_path):

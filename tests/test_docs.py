@@ -59,7 +59,10 @@ def commands(text):
             words = part.split()
             while words and (words[0] in ("time", "$") or re.fullmatch(r"[A-Z_]+=\S*", words[0])):
                 words = words[1:]
-            if len(words) > 1 and re.fullmatch(r"(\.venv/bin/)?python3?", words[0]):
+            if words and words[0] == "torchrun":        # its own flags end where the script is named
+                script = next(word for word in words if word.endswith(".py"))
+                yield script, words[words.index(script) + 1:]
+            elif len(words) > 1 and re.fullmatch(r"(\.venv/bin/)?python3?", words[0]):
                 words = shlex.split(part)[shlex.split(part).index(words[0]) + 1:]
                 if words[0] == "-m" and words[1].split(".")[0] in ("dataset", "demo", "experiments"):
                     yield f"-m {words[1]}", words[2:]
@@ -104,6 +107,7 @@ def test_the_commands_are_found():
     """The test above would pass if the pages were read wrongly."""
     assert ("README.md", "train.py", ("--dataset", "general", "--labels", "50")) in FOUND
     assert any(script == "-m dataset" for _, script, _ in FOUND) and len(FOUND) > 20
+    assert ("scale.md", "train.py", ("--resume", "runs/clothing-100-1")) in FOUND
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

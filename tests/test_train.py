@@ -479,12 +479,12 @@ def test_a_run_goes_with_the_weights_it_was_trained_on(fails, run, llama_dir, tm
         assert "was trained with another llama than the one in" in fails(*command, "--llama", tmp_path / "llama")
 
 
-def test_a_title_that_is_too_long_is_named_before_any_answer(fails, run, data_root, tmp_path):
+def test_with_strict_a_title_that_is_too_long_is_named_before_any_answer(fails, run, data_root, tmp_path):
     lines = (data_root / "shoes" / "test.tsv").read_text().splitlines()
     cells = lines[5].split("\t")
     long = "\t".join([*cells[:3], "word " * 3000, *cells[4:]])
     (tmp_path / "in.tsv").write_text("\n".join([*lines[:5], long, *lines[6:]]) + "\n")
-    said = fails("evaluate.py", run, "--input", tmp_path / "in.tsv", "--output", tmp_path / "out.tsv")
+    said = fails("evaluate.py", run, "--input", tmp_path / "in.tsv", "--output", tmp_path / "out.tsv", "--strict")
     assert f"product {cells[0]!r}: its question has" in said and "shorten its title" in said
     assert not (tmp_path / "out.tsv").exists()
 
@@ -591,7 +591,7 @@ def test_constrain_checks_attributes_and_lengths_before_any_answer(fails, run, d
     shutil.copytree(run, tmp_path / "run")
     lines = (data_root / "shoes" / "test.tsv").read_text()
     (tmp_path / "in.tsv").write_text(lines.replace("Heel Height", "Toe Style"))
-    how = ["--constrain", "--output", tmp_path / "out.tsv", "--input"]
+    how = ["--constrain", "--strict", "--output", tmp_path / "out.tsv", "--input"]
     said = fails("evaluate.py", tmp_path / "run", *how, tmp_path / "in.tsv")
     assert "there are no known values of Toe Style; the run's training data has those of Boot Style, Heel Height" in said
     record = json.loads((run / "config.json").read_text())
