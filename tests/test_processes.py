@@ -175,7 +175,8 @@ def test_objects_and_turns():
     assert min(one[4] for one in found[1:]) >= found[0][4] + 0.1
 
 
-@pytest.mark.parametrize("count, n, at_once", [(1, 7, None), (1, 7, 3), (2, 7, None), (2, 7, 3), (3, 2, None), (4, 1, 1), (3, 8, 2)])
+@pytest.mark.parametrize("count, n, at_once", [(1, 7, None), (1, 7, 3), (2, 7, None), (2, 7, 3), (3, 2, None), (4, 1, 1),
+                                               (3, 8, 2)])
 def test_the_parts_of_a_batch_are_the_batch(monkeypatch, count, n, at_once):
     monkeypatch.setattr(processes, "size", lambda: count)
     parts = []
