@@ -123,7 +123,7 @@ def load_shard(folder, dtype, device):
     if size() == 1:
         raise UserError("--shard spreads LLaMA's layers over several processes, but there is one: start it with torchrun "
                         "(docs/scale.md), or leave --shard out")
-    from torch.distributed.device_mesh import init_device_mesh          # 0.6 s, that no other run needs
+    from torch.distributed.device_mesh import init_device_mesh  # 0.6 s, that no other run needs
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
 
