@@ -81,7 +81,7 @@ def table(metrics):
 
 
 def evaluate(run, products, split, folder, values=None, merged=False, temperature=TEMPERATURE, top_p=TOP_P, min_confidence=0.0):
-    """Answer the products of a split, score them, write the results into `folder`, print the table; the metrics.
+    """Answer the products of a split, score them, write the results into `folder`, print the table; the metrics (in process 0).
 
     values          {attribute: values} to choose from instead of writing freely; on val, this fits their temperature
     merged          whether the adapters were merged (recorded in the results)

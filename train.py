@@ -76,7 +76,8 @@ def train(run, products):
 def train_step(run, optimizer, scaler, examples):
     """One optimizer step on a batch of examples; (loss, number of tokens).
 
-    The batch can be split into micro-batches to save memory.  The accumulated gradient equals that of the full batch.
+    The batch can be split over processes (torchrun), and into micro-batches to save memory.  The accumulated gradient equals
+    that of the full batch.
     FloatingPointError, and no step, if the loss or a gradient is not finite.
     """
     model, config = run.model, run.config

@@ -1,4 +1,4 @@
-"""Several processes that work on one run: on one GPU each, on one machine or on several.
+"""Several processes that work on one run: each on a GPU of its own, on one machine or on several.
 
     torchrun --nproc-per-node 2 train.py --dataset general --labels 50
 
@@ -54,7 +54,7 @@ def broadcast(value=None):
 
 
 def gather(value):
-    """In process 0 the list of every process's value, in order of rank; [] in the others."""
+    """In process 0 the values of all processes, a list in order of rank; in the others []."""
     if size() == 1:
         return [value]
     values = [None] * size() if rank() == 0 else None
@@ -123,7 +123,7 @@ def load_shard(folder, dtype, device):
     if size() == 1:
         raise UserError("--shard spreads LLaMA's layers over several processes, but there is one: start it with torchrun "
                         "(docs/scale.md), or leave --shard out")
-    from torch.distributed.device_mesh import init_device_mesh          # 0.6 s, that no other run needs
+    from torch.distributed.device_mesh import init_device_mesh  # 0.6 s, that no other run needs
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
 

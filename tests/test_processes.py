@@ -24,26 +24,46 @@ PROJECT = Path(__file__).resolve().parent.parent
 STEPS = 20
 
 
-def start(processes_, script, arguments, folder, before=None, limit_s=60):
-    """Outcomes of a command in several forked processes, with the environment that torchrun gives them."""
-    store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)      # torchrun's
-    env = {"WORLD_SIZE": processes_, "LOCAL_WORLD_SIZE": processes_, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port,
-           "TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_USE_AGENT_STORE": True}
-    calls = []
-    for rank in range(processes_):
+def torchruns(count):
+    """(the store that torchrun keeps, [the environment that it gives to each of its processes])."""
+    store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    same = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
+            "TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    return store, [same | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+
+
+def start(count, script, arguments, folder, before=None, limit_s=60):
+    """Outcomes of a command in several forked processes."""
+    store, environments = torchruns(count)
+    arguments, calls = [str(a) for a in arguments], []
+    for rank, env in enumerate(environments):
         (own := folder / f"process-{rank}").mkdir(parents=True, exist_ok=True)
-        own_env = {name: str(value) for name, value in (env | {"RANK": rank, "LOCAL_RANK": rank}).items()}
-        calls.append(partial(command, script, [str(a) for a in arguments], own, limit_s, before, own_env))
-    return at_once(calls)
+        calls.append(partial(command, script, arguments, own, limit_s, before, env))
+    outcomes = at_once(calls)
+    del store                                           # it served until here
+    return outcomes
+
+
+def in_processes(count, function):
+    """What function(rank) returns in each of several processes that are joined."""
+    def joined(env):
+        os.environ.update(env)
+        processes.join()
+        return function(int(env["RANK"]))
+
+    store, environments = torchruns(count)
+    found = at_once([partial(joined, env) for env in environments])
+    del store
+    return found
 
 
 @pytest.fixture(scope="module", autouse=True)
-def gloo(tmp_path_factory):
+def gloo():
     """Skip where processes cannot be connected."""
     if not distributed.is_available() or not distributed.is_gloo_available():
         pytest.skip("this PyTorch has no gloo")
     try:
-        distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        torchruns(1)
     except RuntimeError as error:
         pytest.skip(f"no connection to 127.0.0.1: {error}")
 
@@ -136,19 +156,6 @@ def test_the_features_of_a_photo_are_computed_once(one, tmp_path):
     assert [p.name for p in tmp_path.glob("by-*")] == ["by-0"]
 
 
-def in_processes(count, function):
-    """What function(rank) returns in each of several processes that are joined."""
-    store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-
-    def joined(rank):
-        os.environ.update(WORLD_SIZE=str(count), RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
-                          MASTER_PORT=str(store.port), TORCHELASTIC_RUN_ID="test", TORCHELASTIC_USE_AGENT_STORE="True")
-        processes.join()
-        return function(rank)
-
-    return at_once([partial(joined, rank) for rank in range(count)])
-
-
 @pytest.mark.parametrize("count", [3, 10])
 def test_a_process_holds_only_its_rows_of_a_layer(llama_dir, tiny, count):
     whole, _ = tiny
@@ -175,7 +182,8 @@ def test_objects_and_turns():
     assert min(one[4] for one in found[1:]) >= found[0][4] + 0.1
 
 
-@pytest.mark.parametrize("count, n, at_once", [(1, 7, None), (1, 7, 3), (2, 7, None), (2, 7, 3), (3, 2, None), (4, 1, 1), (3, 8, 2)])
+@pytest.mark.parametrize("count, n, at_once", [(1, 7, None), (1, 7, 3), (2, 7, None), (2, 7, 3), (3, 2, None), (4, 1, 1),
+                                               (3, 8, 2)])
 def test_the_parts_of_a_batch_are_the_batch(monkeypatch, count, n, at_once):
     monkeypatch.setattr(processes, "size", lambda: count)
     parts = []
@@ -200,7 +208,7 @@ def in_forward(rank, step, action):
 
         def changed(*arguments):
             done.append(1)
-            mine = len(done) == step and rank in (None, int(os.environ.get("RANK", 0)))
+            mine = len(done) == step and rank in (None, int(os.environ.get("RANK", "0")))
             return forward(*arguments) * (action() if mine else 1)
 
         eiven.EIVEN.forward = changed
