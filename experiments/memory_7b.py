@@ -2,7 +2,8 @@
 
     python -m experiments.memory_7b
 
-Counts what autograd keeps, on the meta device: shapes alone, no memory, no GPU.  What is transient comes on top.
+Counts what autograd keeps, on the meta device: shapes alone, no memory, no GPU.  What is transient comes on top.  Where there
+is a GPU with enough memory, the same passes run there with random weights, and what they allocate is printed beside.
 """
 
 import torch
@@ -17,8 +18,16 @@ GB = 1e9
 GPU, CONTEXT = 32 * 2 ** 30, 1.0 * GB                   # a V100; CUDA's context and cuBLAS workspaces, about
 
 
-def held(model, tokens, answer=8):
-    """Bytes that the forward pass of one row keeps for the backward pass, parameters not counted."""
+def forward(model, tokens, answer=8):
+    """The loss of one sequence of this many tokens."""
+    device, dtype, width = model.device, model.llama.embed_tokens.weight.dtype, model.llama.config.hidden_size
+    packed = pack([list(range(tokens))], [answer], device)
+    x = torch.zeros(tokens, width, dtype=dtype, device=device, requires_grad=True)      # visual tokens learn
+    return F.cross_entropy(model.llama.logits(model.llama(x, packed)), packed.needed_index)
+
+
+def held(model, tokens):
+    """Bytes that the forward pass of one sequence keeps for the backward pass, parameters not counted."""
     own = {p.untyped_storage()._cdata for p in model.parameters()}
     kept = {}
 
@@ -28,13 +37,39 @@ def held(model, tokens, answer=8):
             kept[storage._cdata] = storage              # holding it keeps its address from being used again
         return tensor
 
-    with torch.device("meta"):
-        packed = pack([list(range(tokens))], [answer], "meta")
-        x = torch.empty(tokens, LLAMA_7B.hidden_size, dtype=torch.float16, requires_grad=True)     # visual tokens learn
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            h = model.llama(x, packed)
-            F.cross_entropy(model.llama.logits(h), packed.needed_index)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        forward(model, tokens)
     return sum(storage.nbytes() for storage in kept.values())
+
+
+def allocated(model, tokens):
+    """(bytes on the GPU after the forward pass of one sequence, at most in a training step), without what was there before."""
+    for p in model.trainable_parameters().values():
+        p.grad = None
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    loss = forward(model, tokens)
+    kept = torch.cuda.memory_allocated() - before
+    loss.backward()
+    return kept, torch.cuda.max_memory_allocated() - before
+
+
+def per_token(measure, model):
+    """Bytes a token, from two lengths, so that what does not grow is left out."""
+    return (measure(model, 1152) - measure(model, 128)) / 1024
+
+
+def print_measured(model):
+    """The figures of a GPU beside those that were counted."""
+    model = model.to_empty(device="cuda")
+    for p in model.parameters():
+        torch.nn.init.normal_(p, 0, 0.02)
+    print(f"measured on {torch.cuda.get_device_name()}: frozen weights and adapters {torch.cuda.memory_allocated() / GB:.2f} GB")
+    for checkpointed in (False, True):
+        model.llama.grad_checkpoint = checkpointed
+        kept, most = (per_token(lambda model, n, i=i: allocated(model, n)[i], model) for i in (0, 1))
+        print(f"{'with' if checkpointed else 'without'} --grad-checkpoint: {kept / 1e3:,.0f} kB kept per token, "
+              f"{most / 1e3:,.0f} kB at most in a step")
 
 
 def main():
@@ -48,13 +83,15 @@ def main():
     again = 0                                           # with checkpoints, one layer is computed again and held in full
     for checkpointed in (False, True):
         model.llama.grad_checkpoint = checkpointed
-        per_token = (held(model, 1152) - held(model, 128)) / 1024
-        tokens = (GPU - frozen - state - CONTEXT) / (per_token + again)
-        print(f"{'with' if checkpointed else 'without'} --grad-checkpoint: {per_token / 1e3:,.0f} kB held per token"
+        kept = per_token(held, model)
+        tokens = (GPU - frozen - state - CONTEXT) / (kept + again)
+        print(f"{'with' if checkpointed else 'without'} --grad-checkpoint: {kept / 1e3:,.0f} kB held per token"
               f"{f', and {again / 1e3:,.0f} kB for the layer that is computed again' if again else ''}: "
               f"{tokens:,.0f} tokens, i.e. micro-batches of {tokens // 130:.0f} comparisons of 130 tokens or {tokens // 60:.0f} "
               f"base questions of 60")
-        again = per_token / LLAMA_7B.num_hidden_layers
+        again = kept / LLAMA_7B.num_hidden_layers
+    if torch.cuda.is_available():
+        print_measured(model)
 
 
 if __name__ == "__main__":
