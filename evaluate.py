@@ -99,7 +99,7 @@ def evaluate(run, products, split, folder, values=None, merged=False, temperatur
             for name, held in (("values trained on", False), ("values held out", True))}
     metrics.update(split=split, dataset=config.dataset, labels=config.labels or "all", seed=config.seed,
                    constrained=values is not None, values={a: len(v) for a, v in (values or run.values).items()},
-                   merged=merged, dtype=str(run.model.llama.embed_tokens.weight.dtype),
+                   merged=merged, dtype=str(run.model.llama.layers[0].mlp.up_proj.weight.dtype),
                    sources=describe(config, run.sources), seconds=seconds,
                    temperature=temperature, top_p=top_p, min_confidence=min_confidence, **confidence)
     title = f"{config.dataset}, {split} split, {config.labels or 'all'} labels per value, seed {config.seed}"
@@ -183,6 +183,9 @@ def main():
     print(describe(run.config, run.sources), file=status)
     if (args.merge or args.export) and run.config.adapter == "mlp":
         raise UserError("this run has MLP-Adapters, which are not linear and cannot be merged; rep and mlp-linear can be")
+    if (args.merge or args.export) and run.config.dtype == "int8":
+        raise UserError("int8 weights cannot hold a merged adapter: --merge and --export need 16 or 32 bits; add --dtype bf16 (or "
+                        "fp32), which reads the weights anew")
     if args.export:
         return export_run(run, args.export)
     if args.merge:

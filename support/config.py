@@ -77,8 +77,8 @@ class Config:
     lr: float | None = flag(None, "peak learning rate (default: 9e-3 * batch size / 256)", (1e-12, 100), metavar="X")
     seed: int = flag(0, "seed of everything random", (0, 2 ** 63 - 1), metavar="N")
     device: str | None = flag(None, "cpu, cuda, cuda:1, … (default: a GPU if there is one)")
-    dtype: str = flag("auto", "of the frozen weights; what is trained is always fp32",
-                      ("auto", "fp32", "bf16", "fp16"))
+    dtype: str = flag("auto", "of the frozen weights (int8: LLaMA's matrices, in 7 GB at 7B); what is trained is always fp32",
+                      ("auto", "fp32", "bf16", "fp16", "int8"))
     grad_checkpoint: bool = flag(False, "recompute each layer in the backward pass: less memory, more time")
     out: str | None = flag(None, "run folder (default: runs/DATASET-LABELS, numbered)", metavar="RUN")
 
@@ -188,15 +188,17 @@ def choose_device(name):
 
 
 def choose_dtype(name, device, llama):
-    """The dtype of the frozen weights, or None for the dtype of their files.
+    """The dtype of the frozen weights, or None for the dtype of their files.  With int8: of those that stay unquantised.
 
     auto: on a GPU bf16 if its compute capability is 8.0 or more (torch.cuda.is_bf16_supported is also true for emulation),
     else fp16; on a CPU fp32 if that takes at most 60 % of the memory, else the dtype of the files.
     """
-    if name != "auto":
+    if name in ("fp32", "bf16", "fp16"):
         return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    if name == "int8":
+        return None
     with torch.device("meta"):
         parameters = sum(p.numel() for p in LLaMA(read_config(llama / "config.json")).parameters())
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -224,7 +226,8 @@ def build_model(config, sources, device):
     if config.image:
         photo_features = PhotoFeatures(FEATURE_CACHE, sources.vit, sources.data / "images",
                                        config.features == "single", device)
-    llama, tokenizer = load_llama(sources.llama, choose_dtype(config.dtype, device, sources.llama), device)
+    llama, tokenizer = load_llama(sources.llama, choose_dtype(config.dtype, device, sources.llama), device,
+                                  int8=config.dtype == "int8")
     llama.grad_checkpoint = config.grad_checkpoint
     torch.manual_seed(config.seed)                      # the initial values of adapters and projector
     try:

@@ -22,7 +22,7 @@ from data import Encoded
 from eiven import EIVEN
 from experiments.plain import answer_log_probs
 from experiments.random_weights import TINY_VIT
-from llama import LLaMA, load_llama
+from llama import Linear, LLaMA, load_llama
 from train import make_optimizer, train_step
 from vit import ViT, load_vit, official_name, vision_tower
 
@@ -31,8 +31,8 @@ CLS_TOKENS = torch.randn(3, 2, 24, generator=torch.Generator().manual_seed(5))
 CANDIDATES = [[[60, 2], [61, 62, 2]], [[60, 2]], [[7, 2], [8, 9, 2]]]
 
 
-def eiven_on(folder, device, dtype):
-    return EIVEN(*load_llama(folder, dtype, device), visual_width=24, adapter_dim=4, projector_dim=6)
+def eiven_on(folder, device, dtype, int8=False):
+    return EIVEN(*load_llama(folder, dtype, device, int8), visual_width=24, adapter_dim=4, projector_dim=6)
 
 
 def run_with(model, cls_tokens, micro_batch_size=None):
@@ -107,6 +107,19 @@ def test_loss_and_gradients_are_those_of_the_plain_model(pair, place, checkpoint
         place.agree(p.grad, q.grad, 5 * place.tolerance)
 
 
+def test_int8_weights_have_the_loss_and_gradients_of_their_widened_values(place, llama_dir):
+    ours, reference = (randomize(eiven_on(llama_dir, device, place.dtype, int8=True)) for device in (place.device, "cpu"))
+    for linear in (m for m in reference.llama.modules() if isinstance(m, Linear)):
+        linear.weight, linear.scale = torch.nn.Parameter(linear.weight * linear.scale[:, None], requires_grad=False), None
+    reference.llama.float()
+    loss, expected = ours(EXAMPLES, CLS_TOKENS.to(place.device)), -plain_log_probs(reference, EXAMPLES).sum() / len(EXAMPLES)
+    place.agree(loss, expected)
+    loss.backward()
+    expected.backward()
+    for p, q in zip(ours.trainable_parameters().values(), reference.trainable_parameters().values()):
+        place.agree(p.grad, q.grad, 5 * place.tolerance)
+
+
 def test_training_steps_are_those_in_fp32(pair, place, encoded):
     """With loss scaling in fp16, as train.py does: three steps, and the loss after them."""
     ours, reference = pair
@@ -174,9 +187,10 @@ def test_the_vit_gives_the_features_recorded_from_transformers(device):
 
 # ------------------------------------------------------------------------------------------------ the meta device
 
-@pytest.fixture(params=[torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+@pytest.fixture(params=[(torch.float16, False), (torch.bfloat16, False), (torch.float16, True)], ids=["fp16", "bf16", "int8"])
 def model(request, llama_dir):
-    return eiven_on(llama_dir, "meta", request.param)
+    dtype, int8 = request.param
+    return eiven_on(llama_dir, "meta", dtype, int8)
 
 
 ON_META = CLS_TOKENS.to("meta")
@@ -229,7 +243,8 @@ def test_scores(model, monkeypatch):
         model.score(EXAMPLES, CANDIDATES, ON_META)
 
 
-def test_merged_adapters(model):
+def test_merged_adapters(llama_dir):
+    model = eiven_on(llama_dir, "meta", torch.bfloat16)
     with Strict():
         model.merge_adapters().answer_logits(EXAMPLES, ON_META)
 
