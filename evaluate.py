@@ -28,6 +28,7 @@ from support.explain import find_product, show
 from support.export import export_run
 from support.report import draw_results
 from support.run_folder import read_config, read_losses
+from support.threads import choose_threads
 from support.values import read_values, without
 
 # ------------------------------------------------------------------------------------------------ scores
@@ -145,7 +146,7 @@ def parse():
     parser.add_argument("--explain", metavar="ID", nargs="?", const="", help="follow this product of the split, or the one of "
                         "--image, --text and --attribute, from photo to answer; writes a page to RUN/explain/")
     parser.add_argument("--export", metavar="DIR", type=Path, help="merge, and write an ordinary Hugging Face LLaMA")
-    add_flags(parser, ("data", "llama", "vit", "device", "dtype"))
+    add_flags(parser, ("data", "llama", "vit", "device", "dtype", "threads"))
     args = parser.parse_args()
     described = args.image is not None or args.text is not None
     args.one = not args.explain and (described or args.attribute is not None)
@@ -176,11 +177,13 @@ def main():
     products = Products(args.input, labelled=False) if args.input else None
     values = read_values(args.values) if args.values else None
     given = {name: getattr(args, name) for name in ("data", "llama", "vit", "device", "dtype") if hasattr(args, name)}
+    given["threads"] = getattr(args, "threads", None)   # not the training's: this may be another machine
     run = load(args.run, data_needed=not (args.one or args.input), **given)
     # Where answers may go to stdout (one product's, or --output /dev/stdout), nothing else does.
     answers_only = args.one or args.explain or args.output and not replaceable(args.output)
     status = sys.stderr if answers_only else sys.stdout
     print(describe(run.config, run.sources), file=status)
+    choose_threads(run.config, run.model, status)
     if (args.merge or args.export) and run.config.adapter == "mlp":
         raise UserError("this run has MLP-Adapters, which are not linear and cannot be merged; rep and mlp-linear can be")
     if (args.merge or args.export) and run.config.dtype == "int8":

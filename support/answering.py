@@ -133,7 +133,7 @@ def load(folder, data_needed=False, **given):
     """The Run in a run folder, ready to answer.
 
     data_needed  whether products will be read from the data set's folder
-    given        flags that replace the saved ones: data, llama, vit, device, dtype
+    given        flags that replace the saved ones: data, llama, vit, device, dtype, threads
     Errors       UserError: no run, not finished, other weights than in training
     """
     config, record = read_config(folder)

@@ -79,6 +79,7 @@ class Config:
     device: str | None = flag(None, "cpu, cuda, cuda:1, … (default: a GPU if there is one)")
     dtype: str = flag("auto", "of the frozen weights (int8: LLaMA's matrices, in 7 GB at 7B); what is trained is always fp32",
                       ("auto", "fp32", "bf16", "fp16", "int8"))
+    threads: int | None = flag(None, "CPU threads (default: measured at the start)", (1, 1024), metavar="N")
     grad_checkpoint: bool = flag(False, "recompute each layer in the backward pass: less memory, more time")
     out: str | None = flag(None, "run folder (default: runs/DATASET-LABELS, numbered)", metavar="RUN")
 

@@ -21,9 +21,10 @@ import torch
 from base.checkpoint import check_fields, not_finite, read_json, restore, sample_digest, shard_files, tensor_file
 from base.console import UserError, first_line, naming, write_text
 from support.config import FIELDS, PROJECT, Config
+from support.threads import StepTimes
 from vit import weight_file
 
-LATER = {"holdout_values": 0, "held_out": {}}           # what older run folders do not have, and how they were run
+LATER = {"holdout_values": 0, "held_out": {}, "threads": None}  # what older run folders do not have, and how they were run
 SAVE_EVERY = 60                                         # seconds: what a power cut costs at most, besides the current step
 
 # What config.json holds besides the flags: {field: (type, allowed, default)}
@@ -68,8 +69,7 @@ def new_run_folder(config):
 
 def write_config(run, config, sources, **more):
     """Write config.json: every flag, and what else is needed to repeat the run."""
-    # The last bits of sums depend on the number of threads, so it is recorded, too.
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "threads": torch.get_num_threads()}
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
     record = {**asdict(config), "versions": versions, **more, "weights_fingerprint": weights_fingerprint(sources)}
     write_text(run / "config.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
@@ -134,9 +134,11 @@ class TrainingState:
             write_text(self.log_path, "".join(kept))
         self.log = open(self.log_path, "a", encoding="utf-8")
         self.start = self.saved = time.monotonic()
+        self.times = StepTimes(torch.get_num_threads() if model.device.type == "cpu" else 1)
 
     def record(self, step, last, **line):
         """Log a finished step; save the state every SAVE_EVERY seconds and after the last step."""
+        self.times.step(line["tokens"])
         with naming(self.log_path):
             self.log.write(json.dumps({"step": step, **line, "seconds": round(time.monotonic() - self.start, 2)}) + "\n")
             self.log.flush()

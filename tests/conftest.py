@@ -13,6 +13,10 @@ import traceback
 from pathlib import Path
 from typing import NamedTuple
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")           # the models are tiny: threads would only wait for each other
+
+# isort: split
+
 import pytest
 import sentencepiece
 import torch
@@ -25,7 +29,7 @@ import vit
 from experiments.random_weights import write_llama, write_vit
 from support import config
 
-torch.set_num_threads(1)                               # the models are tiny: threads would only wait for each other
+torch.set_num_threads(1)
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 
