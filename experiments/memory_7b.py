@@ -1,4 +1,4 @@
-"""What fits a 32 GB V100: bytes held for the backward pass per token, on LLaMA-7B's shape in fp16.
+"""What fits into a GPU: bytes held for the backward pass per token, on LLaMA-7B's shape, in 16 bits and in int8.
 
     python -m experiments.memory_7b
 
@@ -9,13 +9,16 @@ is a GPU with enough memory, the same passes run there with random weights, and 
 import torch
 import torch.nn.functional as F
 
+from base.frozen_ops import quantize
 from base.packing import pack
 from eiven import EIVEN
 from experiments.random_weights import LLAMA_7B
-from llama import LLaMA
+from llama import Linear, LLaMA
 
 GB = 1e9
-GPU, CONTEXT = 32 * 2 ** 30, 1.0 * GB                   # a V100; CUDA's context and cuBLAS workspaces, about
+GPUS = {"V100, 32 GB": 32, "RTX 4090": 24, "V100, 16 GB": 16, "T4": 15}      # GiB
+CONTEXT = 1.0 * GB                                      # CUDA's context and cuBLAS workspaces, about
+COMPARISON = 130                                        # tokens
 
 
 def forward(model, tokens, answer=8):
@@ -72,26 +75,39 @@ def print_measured(model):
               f"{most / 1e3:,.0f} kB at most in a step")
 
 
-def main():
+def model_7b(int8):
+    """EIVEN with LLaMA-7B on the meta device, in fp16 or with int8 matrices."""
     with torch.device("meta"):
         model = EIVEN(LLaMA(LLAMA_7B).half(), None, 768)
-    frozen = sum(p.nbytes for p in model.llama.parameters() if not p.requires_grad)
-    trained = sum(p.numel() for p in model.trainable_parameters().values())
-    state = 16 * trained                                # fp32: itself, its gradient, and AdamW's two moments
-    print(f"frozen weights {frozen / GB:.2f} GB, {trained:,} trained parameters with gradient and moments {state / GB:.2f} GB, "
-          f"context about {CONTEXT / GB:.0f} GB: {(GPU - frozen - state - CONTEXT) / GB:.2f} GB of {GPU / GB:.2f} GB are left")
-    again = 0                                           # with checkpoints, one layer is computed again and held in full
-    for checkpointed in (False, True):
-        model.llama.grad_checkpoint = checkpointed
+        for linear in (m for m in model.llama.modules() if int8 and isinstance(m, Linear)):
+            linear.weight, linear.scale = (torch.nn.Parameter(x, requires_grad=False) for x in quantize(linear.weight))
+    return model
+
+
+def main():
+    for int8 in (False, True):
+        model = model_7b(int8)
+        weights = [p for p in model.llama.parameters() if not p.requires_grad]
+        frozen = sum(p.nbytes for p in weights)
+        widened = 2 * max(p.numel() for p in weights) if int8 else 0            # one matrix at a time, in 16 bits
+        trained = sum(p.numel() for p in model.trainable_parameters().values())
+        state = 16 * trained                            # fp32: itself, its gradient, and AdamW's two moments
+        print(f"{'int8' if int8 else '16 bits'}: frozen weights {frozen / GB:.2f} GB, {trained:,} trained parameters with "
+              f"gradient and moments {state / GB:.2f} GB, context about {CONTEXT / GB:.0f} GB, a widened matrix "
+              f"{widened / GB:.2f} GB")
         kept = per_token(held, model)
-        tokens = (GPU - frozen - state - CONTEXT) / (kept + again)
-        print(f"{'with' if checkpointed else 'without'} --grad-checkpoint: {kept / 1e3:,.0f} kB held per token"
-              f"{f', and {again / 1e3:,.0f} kB for the layer that is computed again' if again else ''}: "
-              f"{tokens:,.0f} tokens, i.e. micro-batches of {tokens // 130:.0f} comparisons of 130 tokens or {tokens // 60:.0f} "
-              f"base questions of 60")
+        model.llama.grad_checkpoint = True              # the layer that is computed again is held in full
         again = kept / LLAMA_7B.num_hidden_layers
+        least = per_token(held, model) + again
+        print(f"  kept per token {kept / 1e3:,.0f} kB; with --grad-checkpoint {least / 1e3:,.0f} kB, of which "
+              f"{again / 1e3:,.0f} kB are for the layer that is computed again")
+        for name, size in GPUS.items():
+            left = size * 2 ** 30 - frozen - state - CONTEXT - widened
+            plain, checkpointed = (max(0, int(left / each)) for each in (kept, least))
+            print(f"  {name:11}  {left / GB:5.2f} GB left: {plain:6,} tokens, {plain // COMPARISON} comparisons; with "
+                  f"--grad-checkpoint {checkpointed:6,} tokens, {checkpointed // COMPARISON} comparisons")
     if torch.cuda.is_available():
-        print_measured(model)
+        print_measured(model_7b(int8=False))
 
 
 if __name__ == "__main__":

@@ -104,6 +104,15 @@ def test_memory_of_a_gpu_is_what_its_passes_allocate(tiny, monkeypatch):
     assert all(p.grad is not None for name, p in model.trainable_parameters().items() if name.startswith("adapters"))
 
 
+@pytest.mark.parametrize("int8, size", [
+    (False, 2 * 6_738_415_616),
+    # matrices and lm_head, a scale of 4 bytes for each row, embeddings and norms in 16 bits
+    (True, 6_607_077_376 + 4 * (32 * (5 * 4096 + 2 * 11008) + 32000) + 2 * (131_072_000 + 266_240)),
+])
+def test_bytes_of_frozen_weights_at_7b(int8, size):
+    assert sum(p.nbytes for p in memory_7b.model_7b(int8).llama.parameters() if not p.requires_grad) == size
+
+
 def run(*arguments, code="from base import console; from experiments import speed; console.run(speed.main)"):
     return subprocess.run([sys.executable, "-c", code, *arguments], cwd=PROJECT, capture_output=True, text=True, check=False)
 
