@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from base.console import UserError, first_line, whole_file
+from base.console import Progress, UserError, first_line, whole_file
 from base.frozen_ops import quantize
 
 BROKEN = "Download it again (a browser or git without LFS leaves such files)."
@@ -205,17 +205,19 @@ def load_strict(module, tensors, where, names=lambda name: name, dtype=None, dev
     if problems:
         raise UserError(f"{where}: the tensors do not fit the model that its sizes describe: " + " | ".join(problems))
     mappings = file_mappings()
-    for official, (name, _) in wanted.items():
-        owner, _, leaf = name.rpartition(".")
-        owner, tensor = module.get_submodule(owner), tensors.pop(official)
-        if leaf == "weight" and isinstance(owner, int8):
-            kept, scale = quantize(tensor.to(device))
-            owner.scale = torch.nn.Parameter(scale, requires_grad=False)
-        else:
-            kept = tensor.to(device=device, dtype=dtype)
-        if kept is not tensor:
-            forget_pages(tensor, mappings)
-        setattr(owner, leaf, torch.nn.Parameter(kept, requires_grad=False))
+    with Progress("loading", len(wanted), "tensors") as progress:
+        for official, (name, _) in wanted.items():
+            owner, _, leaf = name.rpartition(".")
+            owner, tensor = module.get_submodule(owner), tensors.pop(official)
+            if leaf == "weight" and isinstance(owner, int8):
+                kept, scale = quantize(tensor.to(device))
+                owner.scale = torch.nn.Parameter(scale, requires_grad=False)
+            else:
+                kept = tensor.to(device=device, dtype=dtype)
+            if kept is not tensor:
+                forget_pages(tensor, mappings)
+            setattr(owner, leaf, torch.nn.Parameter(kept, requires_grad=False))
+            progress.step()
 
 
 def file_mappings():

@@ -16,7 +16,7 @@ from experiments.random_weights import LLAMA_7B
 from llama import Linear, LLaMA
 
 GB = 1e9
-GPUS = {"V100, 32 GB": 32, "RTX 4090": 24, "V100, 16 GB": 16, "T4": 15}      # GiB
+GPUS = {"V100, 32 GB": 32, "RTX 4090": 24, "V100, 16 GB": 16, "T4": 15}      # GiB that they show
 CONTEXT = 1.0 * GB                                      # CUDA's context and cuBLAS workspaces, about
 COMPARISON = 130                                        # tokens
 

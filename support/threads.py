@@ -14,7 +14,7 @@ from collections import deque
 import torch
 
 EACH = 0.15                                             # seconds to try one number of threads
-FLOPS = 3e8                                             # of a call while trying: some milliseconds
+FLOPS = 1e9                                             # of a call while trying: some hundredths of a second
 TIMES_SLOWER = 2.5                                      # than the best so far: then the machine is called busy
 STEPS = 10                                              # whose median is looked at
 
@@ -22,14 +22,14 @@ STEPS = 10                                              # whose median is looked
 def choose_threads(config, model, stream=None):
     """Set PyTorch's number of threads, write it to config.threads, and say so on `stream` if it was measured.
 
-    It is --threads (or the number that a resumed run started with), else OMP_NUM_THREADS, else what `fastest` finds.
+    It is --threads (or the number that a resumed run started with), else OMP_NUM_THREADS, else the fastest of a few.
     The last bits of sums depend on it.  On a GPU it hardly matters, and is left as it is.
     """
     most = torch.get_num_threads()
     if config.threads:
         torch.set_num_threads(config.threads)
     elif "OMP_NUM_THREADS" not in os.environ and model.device.type == "cpu" and most > 1:
-        rates = fastest(most, feed_forward(model.llama))
+        rates = rates_of(most, feed_forward(model.llama))
         best = max(rates, key=rates.get)
         torch.set_num_threads(best)
         slower = "" if best == most else f" ({most} are {rates[best] / rates[most]:.1f} x slower now)"
@@ -38,15 +38,15 @@ def choose_threads(config, model, stream=None):
 
 
 def feed_forward(llama):
-    """A function that calls the feed-forward of LLaMA's first layer on random hidden states, as many as take FLOPS."""
+    """A function that calls the feed-forward of LLaMA's first layer on 16 to 2,048 tokens, as many as take FLOPS."""
     config, mlp = llama.config, llama.layers[0].mlp
-    tokens = int(FLOPS / (6 * config.hidden_size * config.intermediate_size)) + 1
-    x = torch.randn(min(tokens, 2048), config.hidden_size, dtype=llama.compute_dtype)
+    tokens = int(FLOPS / (6 * config.hidden_size * config.intermediate_size))
+    x = torch.ones(max(16, min(tokens, 2048)), config.hidden_size, dtype=llama.compute_dtype)
     return torch.no_grad()(lambda: mlp(x))
 
 
-def fastest(most, call):
-    """{number of threads: calls per second}, for `most` threads, half of them, and so on down to one."""
+def rates_of(most, call):
+    """{number of threads: calls per second}: for `most` threads, half of them, and so on down to one."""
     rates, threads = {}, most
     while threads:
         torch.set_num_threads(threads)
