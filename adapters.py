@@ -61,9 +61,12 @@ def merge(adapter, linear):
         W (h + s U (D h + d) + s u) = [W (I + s U D)] h + s W (U d + u)
 
     Computed in fp64 and rounded once.  Afterwards `linear` has a bias.
+    Errors  ValueError: the adapter is not linear, or the weight is int8, which would lose what is merged into it
     """
     if adapter.kind == "mlp":
         raise ValueError("MLP-Adapter has a non-linearity and cannot be merged; rep and mlp-linear can")
+    if linear.weight.dtype == torch.int8:
+        raise ValueError("linear has an int8 weight, which cannot hold a merged adapter; load it with 16 or 32 bits")
     with torch.no_grad():
         W = linear.weight.double()                                      # (out, width)
         U, D = adapter.up_matrix().double(), adapter.down.weight.double()

@@ -31,6 +31,7 @@ from support.explain import find_product, show
 from support.export import export_run
 from support.report import draw_results
 from support.run_folder import read_config, read_losses
+from support.threads import choose_threads
 from support.values import read_values, without
 
 # ------------------------------------------------------------------------------------------------ scores
@@ -104,7 +105,7 @@ def evaluate(run, products, split, folder, values=None, merged=False, temperatur
             for name, held in (("values trained on", False), ("values held out", True))}
     metrics.update(split=split, dataset=config.dataset, labels=config.labels or "all", seed=config.seed,
                    constrained=values is not None, values={a: len(v) for a, v in (values or run.values).items()},
-                   merged=merged, dtype=str(run.model.llama.embed_tokens.weight.dtype),
+                   merged=merged, dtype=str(run.model.llama.layers[0].mlp.up_proj.weight.dtype),
                    sources=describe(config, run.sources), seconds=seconds,
                    temperature=temperature, top_p=top_p, min_confidence=min_confidence, **confidence)
     title = f"{config.dataset}, {split} split, {config.labels or 'all'} labels per value, seed {config.seed}"
@@ -155,7 +156,7 @@ def parse():
     parser.add_argument("--explain", metavar="ID", nargs="?", const="", help="follow this product of the split, or the one of "
                         "--image, --text and --attribute, from photo to answer; writes a page to RUN/explain/")
     parser.add_argument("--export", metavar="DIR", type=Path, help="merge, and write an ordinary Hugging Face LLaMA")
-    add_flags(parser, ("data", "llama", "vit", "device", "dtype", "shard"))
+    add_flags(parser, ("data", "llama", "vit", "device", "dtype", "threads", "shard"))
     args = parser.parse_args()
     described = args.image is not None or args.text is not None
     args.one = not args.explain and (described or args.attribute is not None)
@@ -190,13 +191,18 @@ def main():
     catalogue = Catalogue(args.input) if args.input else None
     values = read_values(args.values) if args.values else None
     given = {name: getattr(args, name) for name in ("data", "llama", "vit", "device", "dtype", "shard") if hasattr(args, name)}
+    given["threads"] = getattr(args, "threads", None)   # not the training's: this may be another machine
     run = load(args.run, data_needed=not (args.one or args.input), feature_cache=not args.no_feature_cache, **given)
     # Where answers may go to stdout (one product's, or --output /dev/stdout), nothing else does.
     answers_only = args.one or args.explain or args.output and not replaceable(args.output)
     status = sys.stderr if answers_only else sys.stdout
     print(describe(run.config, run.sources), file=status)
+    choose_threads(run.config, run.model, status)
     if (args.merge or args.export) and run.config.adapter == "mlp":
         raise UserError("this run has MLP-Adapters, which are not linear and cannot be merged; rep and mlp-linear can be")
+    if (args.merge or args.export) and run.config.dtype == "int8":
+        raise UserError("int8 weights cannot hold a merged adapter: --merge and --export need 16 or 32 bits; add --dtype bf16 (or "
+                        "fp32), which reads the weights anew")
     if args.export:
         return export_run(run, args.export)
     if args.merge:

@@ -131,15 +131,19 @@ class Tokenizer:
 
 
 class Linear(nn.Module):
-    """x W^T (+ bias) with a frozen weight: (N, in_features) -> (N, out_features)."""
+    """x W^T (+ bias) with a frozen weight: (N, in_features) -> (N, out_features).
+
+    W is `weight`; or, if that is int8, scale[:, None] * weight, with one fp32 scale for each row (base/frozen_ops.py).
+    """
 
     def __init__(self, in_features, out_features, bias=False):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
+        self.scale = None                               # (out_features,), where load_llama makes the weight int8
 
     def forward(self, x):
-        y = frozen_linear(x, self.weight)
+        y = frozen_linear(x, self.weight, self.scale)
         return y if self.bias is None else y.add_(self.bias.to(y.dtype))
 
 
@@ -265,8 +269,8 @@ class LLaMA(nn.Module):
 
     def logits(self, h):
         """Hidden states (M, D) -> logits (M, vocab), fp32."""
-        weight = self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
-        return frozen_linear(h, weight).float()
+        tied = self.config.tie_word_embeddings
+        return (frozen_linear(h, self.embed_tokens.weight) if tied else self.lm_head(h)).float()
 
 
 # ------------------------------------------------------------------------------------------------ official weights
@@ -277,10 +281,11 @@ def official_name(name):
     return name if name.startswith("lm_head.") else f"model.{name}"
 
 
-def load_llama(folder, dtype=None, device="cpu"):
+def load_llama(folder, dtype=None, device="cpu", int8=False):
     """(LLaMA, Tokenizer) from a folder with config.json, tokenizer.model and safetensors, one file or shards.
 
     dtype   of the weights in memory; None: as in the files, which a CPU then memory-maps instead of copying
+    int8    quantise the weight of each Linear as it is read; embeddings, norms and biases keep `dtype`
     Errors  UserError for whatever is missing, broken, unsupported, or does not fit
     """
     folder = Path(folder)
@@ -306,7 +311,7 @@ def load_llama(folder, dtype=None, device="cpu"):
             raise UserError(f"{folder}: config.json ties lm_head to the embeddings, but lm_head.weight differs")
     with torch.device("meta"):
         llama = LLaMA(config)
-    load_strict(llama, tensors, folder, official_name, dtype, device)
+    load_strict(llama, tensors, folder, official_name, dtype, device, int8=Linear if int8 else ())
     return llama.eval(), tokenizer
 
 

@@ -24,6 +24,7 @@ from support import processes
 from support.answering import Run, check_lengths, prepare_photos
 from support.config import Config, add_flags, build_model, choose_device, describe, find_sources
 from support.run_folder import SAVE_EVERY, TrainingState, check_weights, new_run_folder, only_process, read_config, write_config
+from support.threads import choose_threads
 from support.values import hold_out, without
 
 # ------------------------------------------------------------------------------------------------ the loop
@@ -139,8 +140,8 @@ def parse(argv=None):
     if "out" in given:
         parser.error("--resume RUN continues in RUN: leave --out out")
     config, _ = read_config(folder)
-    # Only these may change: paths, device, and how memory is saved (the last bits of gradients may then differ).
-    movable = ("data", "llama", "vit", "device", "micro_batch_size", "grad_checkpoint", "shard")
+    # Only these may change: paths, device, threads, and how memory is saved (the last bits of gradients may then differ).
+    movable = ("data", "llama", "vit", "device", "threads", "micro_batch_size", "grad_checkpoint", "shard")
     for name, value in given.items():
         if name in movable:
             setattr(config, name, value)
@@ -178,6 +179,7 @@ def train_and_score(config, folder, resumed):
         if record["data_fingerprint"] != data:
             raise UserError(f"--resume {folder}: the data in {sources.data} is not what this run was started with")
     model, photo_features = build_model(config, sources, choose_device(config.device))
+    choose_threads(config, model)
     run = Run(folder, config, values, sources, model, photo_features, held_out)
     for some in (products, val, test):
         prepare_photos(run, some)

@@ -5,8 +5,10 @@ A wrong weight file rarely fails by itself; the model then gives fluent, wrong a
 `restore`, and every field that is read from a JSON file through `check_fields`.
 """
 
+import ctypes
 import hashlib
 import json
+import mmap
 import reprlib
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +16,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from base.console import UserError, first_line, whole_file
+from base.console import Progress, UserError, first_line, whole_file
+from base.frozen_ops import quantize
 
 BROKEN = "Download it again (a browser or git without LFS leaves such files)."
 JSON_NAMES = {dict: "an object", list: "a list", str: "a text", bool: "true or false"}
@@ -176,13 +179,14 @@ def sample_digest(paths):
     return digest.hexdigest()[:16]
 
 
-def load_strict(module, tensors, where, names=lambda name: name, dtype=None, device=None):
+def load_strict(module, tensors, where, names=lambda name: name, dtype=None, device=None, int8=()):
     """Replace the parameters of `module`, which may be on the meta device, by `tensors`.
 
     tensors  {official name: tensor}; emptied on the way, so a mapped tensor that is converted is freed before the next
              one is read
     names    maps a parameter's name in `module` to its official name
     dtype    of the parameters; None keeps the file's
+    int8     kinds of modules whose `weight` becomes int8, and their `scale` fp32 (base.frozen_ops.quantize)
     Errors   UserError that lists what is missing, unexpected, of another shape, or not floating-point
     """
     wanted = {names(name): (name, parameter) for name, parameter in module.named_parameters()}
@@ -200,10 +204,40 @@ def load_strict(module, tensors, where, names=lambda name: name, dtype=None, dev
             problems.append(f"{len(found)} {what}: {'; '.join(found[:3])}{more}")
     if problems:
         raise UserError(f"{where}: the tensors do not fit the model that its sizes describe: " + " | ".join(problems))
-    for official, (name, parameter) in wanted.items():
-        tensor = tensors.pop(official).to(device=device, dtype=dtype)
-        owner, _, leaf = name.rpartition(".")
-        setattr(module.get_submodule(owner), leaf, torch.nn.Parameter(tensor, requires_grad=False))
+    mappings = file_mappings()
+    with Progress("loading", len(wanted), "tensors") as progress:
+        for official, (name, _) in wanted.items():
+            owner, _, leaf = name.rpartition(".")
+            owner, tensor = module.get_submodule(owner), tensors.pop(official)
+            if leaf == "weight" and isinstance(owner, int8):
+                kept, scale = quantize(tensor.to(device))
+                owner.scale = torch.nn.Parameter(scale, requires_grad=False)
+            else:
+                kept = tensor.to(device=device, dtype=dtype)
+            if kept is not tensor:
+                forget_pages(tensor, mappings)
+            setattr(owner, leaf, torch.nn.Parameter(kept, requires_grad=False))
+            progress.step()
+
+
+def file_mappings():
+    """[(start, end)]: the addresses in this process that files are mapped to; [] on a system that does not list them."""
+    try:
+        lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    except OSError:
+        return []
+    return [tuple(int(x, 16) for x in addresses.split("-")) for addresses, _, _, _, inode, *_ in lines if inode != "0"]
+
+
+def forget_pages(tensor, mappings):
+    """Give back the pages of a mapped tensor, without waiting for the rest of its file.  Read again, they come back.
+
+    Otherwise all pages that were read stay part of this process's memory while any tensor of the file is in use.
+    """
+    page, start, end = mmap.PAGESIZE, tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+    if any(low <= start and end <= high for low, high in mappings):     # memory that is no file's would be lost
+        start = start // page * page
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
 
 
 def restore(parameters, tensors, where, hint):

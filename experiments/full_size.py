@@ -1,7 +1,8 @@
 """LLaMA-7B's size on this machine: seconds and gigabytes to load it, to answer one product, and for a training step.
 
     python -m experiments.random_weights llama-7b weights-7b --tokenizer FILE
-    python -m experiments.full_size weights-7b
+    python -m experiments.full_size weights-7b                          with the dtype of the files
+    python -m experiments.full_size weights-7b --int8                   quantised as they are read
 
 Weights may be random: nothing here depends on what they say.
 """
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from base.frozen_ops import frozen_linear
+from base.frozen_ops import frozen_linear, quantize
 from data import Product, base_question, encode_examples
 from eiven import EIVEN
 from llama import load_llama
@@ -45,11 +46,12 @@ def read_files(folder):
 
 
 def compare_matmuls():
-    """One bf16 matrix of the feed-forward times 64 tokens, in four ways: median of 9."""
+    """One bf16 matrix of the feed-forward times 64 tokens, in five ways: median of 9."""
     weight, x = torch.randn(11008, 4096).bfloat16(), torch.randn(64, 4096)
-    wide = weight.float()
+    wide, narrow = weight.float(), quantize(weight)
     ways = {"in bf16": lambda: x.bfloat16() @ weight.T, "casting the whole matrix": lambda: x @ weight.float().T,
-            "casting strips": lambda: frozen_linear(x, weight), "with fp32 weights": lambda: x @ wide.T}
+            "casting strips": lambda: frozen_linear(x, weight), "strips of int8": lambda: frozen_linear(x, *narrow),
+            "with fp32 weights": lambda: x @ wide.T}
     for do in ways.values():
         do()
     took = {name: statistics.median(seconds(do)[1] for _ in range(9)) for name, do in ways.items()}
@@ -59,11 +61,12 @@ def compare_matmuls():
 def main():
     parser = argparse.ArgumentParser(description="Seconds and gigabytes at LLaMA-7B's size.")
     parser.add_argument("llama", type=Path, help="folder of a LLaMA")
+    parser.add_argument("--int8", action="store_true", help="quantise LLaMA's matrices")
     args = parser.parse_args()
     compare_matmuls()
     size, once = seconds(lambda: read_files(args.llama))
     _, again = seconds(lambda: read_files(args.llama))
-    (llama, tokenizer), load = seconds(lambda: load_llama(args.llama))
+    (llama, tokenizer), load = seconds(lambda: load_llama(args.llama, int8=args.int8))
     _, touch = seconds(lambda: [p.view(torch.int8).view(-1)[::4096].sum() for p in llama.parameters()])
     print(f"weights {size / GB:.2f} GB; reading the files {once:.1f} s, again (cached) {again:.1f} s; loading {load:.1f} s "
           f"and touching every page {touch:.1f} s: {(load + touch) / again:.2f} x the cached reading")

@@ -37,13 +37,13 @@ class Peer(nn.Module):
         weights = {official_name(n): p for n, p in model.llama.named_parameters() if ".adapter." not in n}
         self.llama.load_state_dict(weights, assign=True, strict=not ours.tie_word_embeddings)
         self.llama.tie_weights()
-        self.llama.model.rotary_emb = type(self.llama.model.rotary_emb)(config)        # its table is in no checkpoint
+        self.llama.model.rotary_emb = type(self.llama.model.rotary_emb)(config).to(model.device)      # its table is in no checkpoint
         self.llama.requires_grad_(False).eval()
         self.adapters = nn.ModuleList(copy.deepcopy(block.adapter) for block in model.llama.layers)
         for layer, adapter in zip(self.llama.model.layers, self.adapters):
             layer.input_layernorm.register_forward_hook(lambda module, x, out, adapter=adapter: adapter(out))
         self.projector = copy.deepcopy(model.projector)
-        self.eos_id = model.tokenizer.eos_id
+        self.eos_id, self.device = model.tokenizer.eos_id, model.device
 
     def trainable_parameters(self):
         parts = {f"adapters.{i}": adapter for i, adapter in enumerate(self.adapters)}
@@ -69,6 +69,7 @@ class Peer(nn.Module):
             whole = x + example.answer
             ids[b, :len(whole)], mask[b, :len(whole)] = torch.tensor(whole), 1
             target[b, len(x):len(whole)] = torch.tensor(example.answer)
+        ids, target, mask = ids.to(self.device), target.to(self.device), mask.to(self.device)
         logits = self.llama(inputs_embeds=self.embed(ids, cls_tokens), attention_mask=mask, use_cache=False).logits
         following = F.pad(target[:, 1:], (0, 1), value=-100)            # as transformers' own loss does it
         return F.cross_entropy(logits.flatten(0, 1), following.flatten(), reduction="sum") / len(X)
@@ -77,8 +78,8 @@ class Peer(nn.Module):
     def generate(self, X, cls_tokens, limit):
         """Greedy answers, padded on the left: lists of ids without EOS."""
         T = max(map(len, X))
-        ids = torch.tensor([[0] * (T - len(x)) + x for x in X])
-        mask = torch.tensor([[0] * (T - len(x)) + [1] * len(x) for x in X])
+        ids = torch.tensor([[0] * (T - len(x)) + x for x in X], device=self.device)
+        mask = torch.tensor([[0] * (T - len(x)) + [1] * len(x) for x in X], device=self.device)
         out = self.llama.generate(inputs_embeds=self.embed(ids, cls_tokens), attention_mask=mask, do_sample=False,
                                   max_new_tokens=limit, eos_token_id=self.eos_id, pad_token_id=self.eos_id)
         return [list(itertools.takewhile(lambda t: t != self.eos_id, row)) for row in out.tolist()]

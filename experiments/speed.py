@@ -3,6 +3,7 @@
     pip install transformers==5.23.0                    the only extra package, for this file alone
     python -m experiments.speed                                     the demo's model, and random weights of LLaMA-7B's width
     python -m experiments.speed --llama SMOLLM2 --data ROOT --dataset footwear --vit VIT --weights-7b DIR        everything
+    python -m experiments.speed --device cuda                       on a GPU, also in fp32; never tried: there was none
 
 The peer is transformers' LlamaForCausalLM with adapters as forward hooks.  Its sequences are padded to the longest of the
 batch (or, as LaVIN does, to 512), and it computes logits for every token; answers come from its `generate` on left-padded
@@ -38,7 +39,7 @@ from demo import world
 from eiven import EIVEN, cls_layers
 from experiments.peer import Peer, import_transformers
 from llama import LLaMA, LlamaConfig, Tokenizer, load_llama
-from support.config import FEATURE_CACHE, PROJECT, keep_freed_memory
+from support.config import FEATURE_CACHE, PROJECT, choose_device, keep_freed_memory
 from support.features import PhotoFeatures
 from train import make_optimizer
 from vit import load_vit
@@ -54,10 +55,17 @@ WIDE = LlamaConfig(vocab_size=32000, hidden_size=4096, intermediate_size=11008, 
 # ------------------------------------------------------------------------------------------------ turns and ratios
 
 
+def now():
+    """Seconds on a clock, read once the GPU, if one is used, has finished what it was given."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def seconds(do):
-    start = time.perf_counter()
+    start = now()
     do()
-    return time.perf_counter() - start
+    return now() - start
 
 
 def turns(rounds, **sides):
@@ -119,7 +127,7 @@ class Subject:
         draw = torch.Generator().manual_seed(1)
         with torch.no_grad():                           # the zeros of step 0 would hide gradients
             for p in model.trainable_parameters().values():
-                p += 0.02 * torch.randn(p.shape, generator=draw)
+                p += 0.02 * torch.randn(p.shape, generator=draw).to(p.device)
 
 
 def subjects(args):
@@ -137,17 +145,17 @@ def subjects(args):
                 for example in encode_examples(examples, tokenizer, image=False)[0]]
 
     if "demo" in args.models:
-        llama, tokenizer = load_llama(world.LLAMA, torch.float32)
+        llama, tokenizer = load_llama(world.LLAMA, torch.float32, args.device)
         some, asked = examples(demo_root, "general", BATCH, 128)
-        photo_features = PhotoFeatures(FEATURE_CACHE, world.VIT, demo_root / "images")
+        photo_features = PhotoFeatures(FEATURE_CACHE, world.VIT, demo_root / "images", device=args.device)
         names = [name for example in some + asked for name in example.photos]
         world.draw_photos(demo_root, names)
         photo_features.prepare(names)
         (batch, photos), (questions, shown) = encode_examples(some, tokenizer), encode_examples(asked, tokenizer)
         yield Subject("demo's model", {"train": 1.8, "generate": 1.8}, EIVEN(llama, tokenizer, photo_features.width), batch,
-                      questions, photo_features.read(photos, "cpu"), photo_features.read(shown, "cpu"))
+                      questions, photo_features.read(photos, args.device), photo_features.read(shown, args.device))
     if "llama" in args.models and args.llama:
-        llama, tokenizer = load_llama(args.llama, torch.float32)
+        llama, tokenizer = load_llama(args.llama, torch.float32, args.device)
         some, asked = examples(root, args.dataset, BATCH, 64)
         vocabulary = llama.config.vocab_size
         yield Subject(Path(args.llama).name, {"train": 1.8, "generate": 1.4}, EIVEN(llama, tokenizer, None),
@@ -156,8 +164,8 @@ def subjects(args):
         tokenizer = Tokenizer(Path(args.llama or world.LLAMA) / "tokenizer.model")
         with torch.device("meta"):
             llama = LLaMA(WIDE)
-        llama = llama.to_empty(device="cpu").eval()
-        draw = torch.Generator().manual_seed(0)
+        llama = llama.to_empty(device=args.device).eval()
+        draw = torch.Generator(args.device).manual_seed(0)
         for name, p in llama.named_parameters():
             nn.init.ones_(p) if "norm" in name else nn.init.normal_(p, 0, 0.02, generator=draw)
         some, asked = examples(root, args.dataset, WIDE_BATCH, 16)
@@ -226,12 +234,12 @@ def matmul_times(model, tokens, answer_tokens):
     def both_ways(layers, tokens):
         took = 0
         for weight in [layer.weight for layer in layers]:
-            x, y = torch.randn(tokens, weight.shape[1]), torch.randn(tokens, weight.shape[0])
+            x, y = (torch.randn(tokens, n, device=weight.device) for n in reversed(weight.shape))
             torch.mm(x, weight.T, out=y)                # the output has its memory already
-            start = time.perf_counter()
+            start = now()
             torch.mm(x, weight.T, out=y)
             torch.mm(y, weight, out=x)
-            took += time.perf_counter() - start
+            took += now() - start
         return took
 
     @torch.no_grad()
@@ -291,7 +299,7 @@ def bench_generate(subject, report, rounds):
 def child(code, *arguments):
     """What a Python of its own prints last, from JSON: for peaks of memory, which never come down again."""
     done = subprocess.run([sys.executable, "-c", f"import json, sys\nfrom experiments import speed\nprint(json.dumps(speed.{code}(*sys.argv[1:])))",
-                           *map(str, arguments)], cwd=PROJECT, capture_output=True, text=True)
+                           *map(str, arguments)], cwd=PROJECT, capture_output=True, text=True, check=False)
     if done.returncode:
         said = done.stderr.strip().splitlines() or ["it was stopped, perhaps for want of memory"]
         raise UserError(f"bench.{code} ended with {done.returncode}: {said[-1]}")
@@ -303,13 +311,13 @@ def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def load_and_touch(folder):
-    """(seconds, peak of memory, bytes of weights)"""
-    start = time.perf_counter()
-    llama, _ = load_llama(folder)
+def load_and_touch(folder, device):
+    """(seconds, peak of the CPU's memory, bytes of weights)"""
+    start = now()
+    llama, _ = load_llama(folder, device=device)
     for p in llama.parameters():
         p.view(torch.int8).view(-1)[::4096].sum()
-    return time.perf_counter() - start, peak(), sum(p.nbytes for p in llama.parameters())
+    return now() - start, peak(), sum(p.nbytes for p in llama.parameters())
 
 
 def read_bytes(folder):
@@ -328,7 +336,7 @@ def bench_load(report, args):
         return print("load      needs --weights-7b (of a small model, Python's own start is most)")
     folder = Path(args.weights_7b).resolve()
     child("read_bytes", folder)
-    pairs = [(child("load_and_touch", folder), child("read_bytes", folder)) for _ in range(args.rounds)]
+    pairs = [(child("load_and_touch", folder, args.device), child("read_bytes", folder)) for _ in range(args.rounds)]
     report.ratio("load", "7B: load and touch every page / read the same bytes", [loaded[0] for loaded, _ in pairs],
                  [read for _, read in pairs], at_most=1.5)
     report.add("load", "7B: peak memory / weights", [top / size for (_, top, size), _ in pairs], "x", at_most=1.1,
@@ -340,18 +348,18 @@ def bench_features(report, args):
     root = world.write_dataset()
     products = sample_labels(read_split(root, "general", "train"), 10, 0)
     world.draw_photos(root, [p.image for p in products])
-    photo_features = PhotoFeatures(FEATURE_CACHE, world.VIT, root / "images")
+    photo_features = PhotoFeatures(FEATURE_CACHE, world.VIT, root / "images", device=args.device)
     photo_features.prepare(p.image for p in products)
-    llama, tokenizer = load_llama(world.LLAMA, torch.float32)
+    llama, tokenizer = load_llama(world.LLAMA, torch.float32, args.device)
     model = EIVEN(llama, tokenizer, photo_features.width)
     optimizer = make_optimizer(model)
 
     def step(examples):
         """Seconds that a step spends on photos."""
         batch, photos = encode_examples(examples, tokenizer)
-        start = time.perf_counter()
-        read = photo_features.read(photos, "cpu")
-        took = time.perf_counter() - start
+        start = now()
+        read = photo_features.read(photos, args.device)
+        took = now() - start
         model(batch, read).backward()
         optimizer.step()
         return took
@@ -360,16 +368,17 @@ def bench_features(report, args):
     for number in range(args.rounds + 1):
         epoch = Epoch(products, 0, number)
         batches = [[epoch[i] for i in range(k, min(k + BATCH, len(epoch)))] for k in range(0, len(epoch), BATCH)]
-        start = time.perf_counter()
+        start = now()
         photos = sum(map(step, batches))
-        shares.append(100 * photos / (time.perf_counter() - start))
+        shares.append(100 * photos / (now() - start))
     report.add("features", "demo's model: share of a later epoch spent on photos", shares[1:], "%", at_most=1,
                note=f"{len(products)} products, from memory; the first epoch, from the disk: {shares[0]:.2f} %")
 
     folder = Path(args.vit) if args.vit else world.VIT
-    vit, transformers = load_vit(folder), import_transformers()
-    peer = transformers.CLIPVisionModel.from_pretrained(folder, dtype=torch.float32).eval()
-    pixels = torch.randn(16, 3, vit.config.image_size, vit.config.image_size, generator=torch.Generator().manual_seed(0))
+    vit, transformers = load_vit(folder, args.device), import_transformers()
+    peer = transformers.CLIPVisionModel.from_pretrained(folder, dtype=torch.float32).eval().to(args.device)
+    draw = torch.Generator(args.device).manual_seed(0)
+    pixels = torch.randn(16, 3, vit.config.image_size, vit.config.image_size, generator=draw, device=args.device)
     layers = cls_layers(vit.config.num_hidden_layers)
     with torch.no_grad():
         def usual():
@@ -466,6 +475,7 @@ def main():
     parser.add_argument("--dataset", default="general", help="which of its data sets (default: %(default)s)")
     parser.add_argument("--vit", metavar="DIR", help="a ViT of the official layout (default: the demo's)")
     parser.add_argument("--weights-7b", metavar="DIR", help="a LLaMA-7B, for loading (random weights will do)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, … (default: %(default)s); memory is the CPU's")
     parser.add_argument("--rounds", type=int, default=5, help="how often the sides take turns, at least (default: %(default)s)")
     parser.add_argument("--json", metavar="FILE", type=Path, default=PROJECT / "runs" / "bench.json",
                         help="where the figures are written (default: runs/bench.json)")
@@ -474,12 +484,14 @@ def main():
     if unknown or args.rounds < 1:
         parser.error(f"sections are {', '.join(SECTIONS)}; --rounds is 1 or more")
     wanted = args.sections or SECTIONS
+    device = choose_device(args.device)
     import_transformers()
     keep_freed_memory()                                 # as train.py does; here it serves both sides
     for path in (args.llama, args.vit, args.weights_7b):
         if path and not Path(path).is_dir():
             raise UserError(f"{path}: there is no such folder")
     machine = {"processor": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+               "device": torch.cuda.get_device_name(device) if device.type == "cuda" else args.device,
                "torch": torch.__version__, "transformers": import_transformers().__version__, "python": platform.python_version()}
     print(", ".join(f"{k} {v}" for k, v in machine.items()))
     print(f"{'section':8}  {'what':58}  {'median':>8}     {'spread (rounds)':22}  goal")

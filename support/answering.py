@@ -142,7 +142,7 @@ def load(folder, data_needed=False, feature_cache=True, **given):
 
     data_needed    whether products will be read from the data set's folder
     feature_cache  False: the features of photos are not kept; only support/catalogue.py can do without
-    given          flags that replace the saved ones: data, llama, vit, device, dtype, shard
+    given          flags that replace the saved ones: data, llama, vit, device, dtype, threads, shard
     Errors         UserError: no run, not finished, other weights than in training
     """
     config, record = read_config(folder)

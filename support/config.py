@@ -78,8 +78,9 @@ class Config:
     lr: float | None = flag(None, "peak learning rate (default: 9e-3 * batch size / 256)", (1e-12, 100), metavar="X")
     seed: int = flag(0, "seed of everything random", (0, 2 ** 63 - 1), metavar="N")
     device: str | None = flag(None, "cpu, cuda, cuda:1, … (default: a GPU if there is one)")
-    dtype: str = flag("auto", "of the frozen weights; what is trained is always fp32",
-                      ("auto", "fp32", "bf16", "fp16"))
+    dtype: str = flag("auto", "of the frozen weights (int8: LLaMA's matrices, in 7 GB at 7B); what is trained is always fp32",
+                      ("auto", "fp32", "bf16", "fp16", "int8"))
+    threads: int | None = flag(None, "CPU threads (default: measured at the start)", (1, 1024), metavar="N")
     grad_checkpoint: bool = flag(False, "recompute each layer in the backward pass: less memory, more time")
     shard: bool = flag(False, "spread LLaMA's layers over the processes of torchrun, for GPUs that cannot hold it")
     out: str | None = flag(None, "run folder (default: runs/DATASET-LABELS, numbered)", metavar="RUN")
@@ -195,15 +196,17 @@ def choose_device(name):
 
 
 def choose_dtype(name, device, llama):
-    """The dtype of the frozen weights, or None for the dtype of their files.
+    """The dtype of the frozen weights, or None for the dtype of their files.  With int8: of those that stay unquantised.
 
     auto: on a GPU bf16 if its compute capability is 8.0 or more (torch.cuda.is_bf16_supported is also true for emulation),
     else fp16; on a CPU fp32 if that takes at most 60 % of the memory, else the dtype of the files.
     """
-    if name != "auto":
+    if name in ("fp32", "bf16", "fp16"):
         return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    if name == "int8":
+        return None
     with torch.device("meta"):
         parameters = sum(p.numel() for p in LLaMA(read_config(llama / "config.json")).parameters())
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -237,8 +240,13 @@ def build_model(config, sources, device, feature_cache=True):
     if config.image:
         photo_features = PhotoFeatures(FEATURE_CACHE if feature_cache else None, sources.vit, sources.data / "images",
                                        config.features == "single", device)
-    load = processes.load_shard if config.shard else load_llama
-    llama, tokenizer = load(sources.llama, choose_dtype(config.dtype, device, sources.llama), device)
+    if config.shard and config.dtype == "int8":
+        raise UserError("--shard spreads weights of 16 or 32 bits; leave --shard or --dtype int8 out")
+    dtype = choose_dtype(config.dtype, device, sources.llama)
+    if config.shard:
+        llama, tokenizer = processes.load_shard(sources.llama, dtype, device)
+    else:
+        llama, tokenizer = load_llama(sources.llama, dtype, device, int8=config.dtype == "int8")
     llama.grad_checkpoint = config.grad_checkpoint
     torch.manual_seed(config.seed)                      # the initial values of adapters and projector
     try:

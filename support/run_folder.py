@@ -22,9 +22,10 @@ from base.checkpoint import check_fields, not_finite, read_json, restore, sample
 from base.console import UserError, first_line, naming, write_text
 from support import processes
 from support.config import FIELDS, PROJECT, Config
+from support.threads import StepTimes
 from vit import weight_file
 
-LATER = {"holdout_values": 0, "held_out": {}, "shard": False}   # what older run folders do not have, and how they were run
+LATER = {"holdout_values": 0, "held_out": {}, "shard": False, "threads": None}     # of older run folders, which do not have them
 SAVE_EVERY = 60                                         # seconds: what a power cut costs at most, besides the current step
 
 # What config.json holds besides the flags: {field: (type, allowed, default)}
@@ -71,8 +72,7 @@ def write_config(run, config, sources, **more):
     """Write config.json: every flag, and what else is needed to repeat the run.  Process 0 writes it, as all of a run folder."""
     if processes.rank() > 0:
         return
-    # The last bits of sums depend on the number of threads, so it is recorded, too.
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "threads": torch.get_num_threads()}
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
     record = {**asdict(config), "versions": versions, **more, "weights_fingerprint": weights_fingerprint(sources)}
     write_text(run / "config.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
@@ -140,11 +140,13 @@ class TrainingState:
             write_text(self.log_path, "".join(kept))
         self.log = open(self.log_path, "a", encoding="utf-8")
         self.start = self.saved = time.monotonic()
+        self.times = StepTimes(torch.get_num_threads() if model.device.type == "cpu" else 1)
 
     def record(self, step, last, **line):
         """Log a finished step; save the state every SAVE_EVERY seconds and after the last step."""
         if not self.first:
             return
+        self.times.step(line["tokens"])
         with naming(self.log_path):
             self.log.write(json.dumps({"step": step, **line, "seconds": round(time.monotonic() - self.start, 2)}) + "\n")
             self.log.flush()

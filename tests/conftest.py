@@ -13,17 +13,23 @@ import traceback
 from pathlib import Path
 from typing import NamedTuple
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")           # the models are tiny: threads would only wait for each other
+
+# isort: split
+
 import pytest
 import sentencepiece
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import llama
 import vit
 from experiments.random_weights import write_llama, write_vit
 from support import config
 
-torch.set_num_threads(1)                               # the models are tiny: threads would only wait for each other
+torch.set_num_threads(1)
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 
@@ -116,6 +122,34 @@ def randomize(model, seed=0):
         for parameter in model.trainable_parameters().values():
             parameter.normal_(0, 0.3, generator=draw)
     return model
+
+
+# ------------------------------------------------------------------------------------------------ the meta device
+
+aten = torch.ops.aten
+MATMULS = (aten.mm, aten.bmm, aten.addmm, aten.addmm_, aten.baddbmm)
+
+
+class Strict(TorchDispatchMode):
+    """Run code on the meta device with a GPU's rules.  A value that is read back is 1, and a mask selects one row."""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        name = operation.overloadpacket
+        if name is aten._local_scalar_dense and args[0].is_meta:
+            return {torch.bool: True, torch.float32: 1.0}.get(args[0].dtype, 1)
+        if name is aten._to_copy and kwargs.get("device") == torch.device("cpu"):
+            return torch.ones(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
+        if name is not aten._to_copy:                   # a number in a tensor of no dimension may come from the CPU
+            devices = {x.device for x in tensors if x.dim()}
+            assert len(devices) < 2, f"{operation} has tensors of {devices}"
+        if name in MATMULS:
+            assert len({x.dtype for x in tensors}) == 1, f"{operation} has tensors of {[x.dtype for x in tensors]}"
+        if name in (aten.index, aten.index_put, aten.index_put_, aten._unsafe_index_put):
+            row = torch.empty(1, dtype=torch.long, device="meta")
+            args = (args[0], [row if x is not None and x.dtype == torch.bool else x for x in args[1]], *args[2:])
+        return operation(*args, **kwargs)
 
 
 # ------------------------------------------------------------------------------------------------ attacks

@@ -57,6 +57,13 @@ def test_merge(kind, bias):
     assert not linear.weight.requires_grad and not linear.bias.requires_grad
 
 
+def test_an_int8_weight_cannot_be_merged_into():
+    linear = Linear(12, 9)
+    linear.weight = nn.Parameter(torch.ones(9, 12, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match="linear has an int8 weight"):
+        merge(randomized("rep"), linear)
+
+
 def test_merge_rounds_once():
     """In bf16 the merged weight is the exact one's nearest neighbour, not a sum of rounded parts."""
     adapter, linear = randomized("rep"), Linear(12, 9)

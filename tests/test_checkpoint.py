@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from base.checkpoint import load_strict
 from base.console import UserError
 from experiments.random_weights import write_llama
 from llama import load_llama
@@ -18,6 +19,13 @@ from llama import load_llama
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4665\nsize 9976576392\n"
 NORM = "model.norm.weight"
 PROJECT = Path(__file__).resolve().parent.parent
+
+
+def test_only_pages_of_files_are_given_back():
+    """A tensor that is converted may still be used by its owner."""
+    module, weight = torch.nn.Linear(2048, 1024, bias=False), torch.randn(1024, 2048)
+    load_strict(module, {"weight": weight}, "here", dtype=torch.bfloat16)
+    assert torch.equal(module.weight, weight.bfloat16())
 
 
 def edit(name, change):

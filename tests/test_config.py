@@ -56,6 +56,7 @@ def test_a_cpu_computes_in_fp32_where_memory_holds_it(llama_dir, monkeypatch):
     cpu = torch.device("cpu")
     assert choose_dtype("auto", cpu, llama_dir) == torch.float32
     assert choose_dtype("bf16", cpu, llama_dir) == torch.bfloat16
+    assert choose_dtype("int8", cpu, llama_dir) is None         # of embeddings and norms
     monkeypatch.setattr(config.os, "sysconf", lambda name: {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 10}[name])
     assert choose_dtype("auto", cpu, llama_dir) is None         # the files' own
 
@@ -65,6 +66,7 @@ def test_a_gpu_without_bf16_gets_fp16(capability, dtype, llama_dir, monkeypatch)
     """V100 (7.0) says yes to is_bf16_supported, by emulation; its capability is what counts."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert choose_dtype("auto", torch.device("cuda"), llama_dir) == dtype
+    assert choose_dtype("int8", torch.device("cuda"), llama_dir) == dtype       # of all that stays unquantised
 
 
 def test_the_defaults_are_the_papers():

@@ -8,15 +8,34 @@ from base import frozen_ops
 WEIGHT = 0.5 + torch.arange(6) / 6
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 def test_frozen_linear(dtype, monkeypatch):
     monkeypatch.setattr(frozen_ops, "STRIP", 3)
-    x, weight = torch.randn(5, 7, requires_grad=True), torch.randn(8, 7).to(dtype)
-    torch.testing.assert_close(frozen_ops.frozen_linear(x, weight), frozen_ops.linear_plain(x, weight))
+    x, weight = torch.randn(5, 7, requires_grad=True), torch.randn(8, 7)
+    weight = frozen_ops.quantize(weight) if dtype == torch.int8 else (weight.to(dtype),)
+    torch.testing.assert_close(frozen_ops.frozen_linear(x, *weight), frozen_ops.linear_plain(x, *weight))
     grad = torch.randn(5, 8)
-    [ours] = torch.autograd.grad(frozen_ops.frozen_linear(x, weight), x, grad)
-    [plain] = torch.autograd.grad(frozen_ops.linear_plain(x, weight), x, grad)
+    [ours] = torch.autograd.grad(frozen_ops.frozen_linear(x, *weight), x, grad)
+    [plain] = torch.autograd.grad(frozen_ops.linear_plain(x, *weight), x, grad)
     torch.testing.assert_close(ours, plain)
+
+
+def test_quantize_by_hand(monkeypatch):
+    """Scales are a 127th of each row's largest value; halves are rounded to the even neighbour."""
+    monkeypatch.setattr(frozen_ops, "STRIP", 2)
+    weight = torch.tensor([[1.27, -0.504, 0.0049], [0, 0, 0], [-254, 3, 5.1]])
+    values, scale = frozen_ops.quantize(weight)
+    torch.testing.assert_close(scale, torch.tensor([0.01, 0, 2]), rtol=1e-6, atol=1e-30)
+    assert values.dtype == torch.int8 and values.tolist() == [[127, -50, 0], [0, 0, 0], [-127, 2, 3]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_quantized_weight_is_half_a_scale_away_at_most(dtype):
+    weight = (torch.randn(1300, 64) * (0.001 + torch.rand(1300, 1))).to(dtype)
+    values, scale = frozen_ops.quantize(weight)
+    away = (weight.double() - values.double() * scale[:, None].double()).abs()
+    assert (away <= scale[:, None].double() * (0.5 + 1e-5)).all() and away.max() > 0.4 * scale.max()
+    assert values.abs().amax(1).eq(127).all()
 
 
 @pytest.mark.parametrize("ours, plain, shapes", [

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import train_tokenizer
+from conftest import at_once, train_tokenizer
 from safetensors.torch import load_file
 
 import llama
@@ -131,6 +131,63 @@ def test_16_bit_weights_on_a_cpu_compute_in_fp32(llama_dir):
     for a, b in zip(full_logits(stored, IDS), full_logits(rounded, IDS)):
         assert a.dtype == torch.float32
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def widened(model):
+    """The same LLaMA with fp32 weights in the place of its int8 ones."""
+    for linear in (m for m in model.modules() if isinstance(m, llama.Linear)):
+        linear.weight = torch.nn.Parameter(linear.weight * linear.scale[:, None], requires_grad=False)
+        linear.scale = None
+    return model.float()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("variant", ["grouped", "tied", "biased"])
+def test_int8_weights_compute_what_their_widened_values_do(variant, dtype, tiny_config, tokenizer_file, tmp_path):
+    config = dataclasses.replace(tiny_config, **VARIANTS[variant])
+    write_llama(tmp_path, config, tokenizer_file, dtype, shards=2, std=0.2)
+    model, _ = load_llama(tmp_path, int8=True)
+    files = {name: tensor for file in tmp_path.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    linear = {f"{name}.{leaf}" for name, m in model.named_modules() if isinstance(m, llama.Linear) for leaf in ("weight", "scale")}
+    assert len(linear) == 2 * (3 * 7 + (variant != "tied"))             # lm_head, where it has a weight of its own, too
+    for name, p in model.named_parameters():
+        if name not in linear:                          # embeddings, norms and biases are as in the files
+            assert torch.equal(p, files[official_name(name)]) and p.dtype == dtype
+        else:
+            assert p.dtype == (torch.float32 if name.endswith("scale") else torch.int8) and not p.requires_grad
+    reference = widened(load_llama(tmp_path, int8=True)[0])
+    tokens, grad = pack(IDS), None
+    for one in (model, reference):
+        x = one.embed(tokens.ids).requires_grad_()
+        logits = one.logits(one(x, tokens))
+        grad = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)) if grad is None else grad
+        logits.backward(grad)
+        one.found = logits.detach(), x.grad
+    for ours, theirs in zip(model.found, reference.found):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    original = load_llama(tmp_path, torch.float32)[0]
+    for ours, theirs in zip(full_logits(model, IDS), full_logits(original, IDS)):
+        assert 1e-4 < (ours - theirs).abs().max() < 0.1 * theirs.abs().max()
+
+
+def test_memory_of_loading_is_that_of_the_weights(tokenizer_file, tmp_path):
+    """200 MB of bf16 in two files.  Mapped pages count, and are given back once a tensor is converted: one file is 101 MB."""
+    config = LlamaConfig(Tokenizer(tokenizer_file).vocab_size, 1024, 4096, 6, 8, 8, 128, 1e-6)
+    write_llama(tmp_path, config, tokenizer_file, shards=2)
+
+    def memory(name):
+        [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)]
+        return 1024 * int(line.split()[1])
+
+    def load(**how):
+        before = memory("VmRSS")
+        model, _ = load_llama(tmp_path, **how)
+        return sum(p.nbytes for p in model.parameters()), memory("VmHWM") - before
+
+    for how, size in (({"int8": True}, 102e6), ({"dtype": torch.float16}, 203e6)):
+        [(weights, peak)] = at_once([lambda how=how: load(**how)])
+        assert weights == pytest.approx(size, rel=0.01)
+        assert peak < weights + 80e6, f"{how}: {peak / 1e6:.0f} MB"
 
 
 def test_logits_are_fp32_where_16_bits_compute(llama_dir):

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import randomize
+from conftest import Strict, randomize
 
 from base.console import UserError
 from data import Encoded
 from eiven import EIVEN
-from experiments import speed
+from experiments import memory_7b, speed
+from llama import load_llama
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -72,8 +73,48 @@ def test_memory_is_measured_on_a_training(tmp_path):
         speed.child("train_a_little", tmp_path)
 
 
+def test_a_clock_waits_for_the_gpu_before_it_is_read(monkeypatch):
+    order = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: order.append("wait"))
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: order.append("clock") or len(order))
+    assert speed.seconds(lambda: order.append("work")) == 3
+    assert order == ["wait", "clock", "work", "wait", "clock"]
+
+
+def test_everything_is_made_on_the_device(llama_dir):
+    """On the meta device: the peer, its sequences, and the matmuls of the limit."""
+    pytest.importorskip("transformers")
+    model = EIVEN(*load_llama(llama_dir, torch.float32, "meta"), visual_width=24, adapter_dim=4, projector_dim=6)
+    rows = [Encoded((), [5, 6, 7], [60, 2]), Encoded((), [5, 6], [60, 61, 2])]
+    peer = speed.Peer(model)
+    X = [model.input_ids(row, None) for row in rows]
+    with Strict():
+        assert peer.loss(X, rows, None).is_meta
+        assert len(peer.generate(X, None, 2)) == 2
+        speed.matmul_times(model, 4, 2)()
+
+
+def test_memory_of_a_gpu_is_what_its_passes_allocate(tiny, monkeypatch):
+    model, sizes = EIVEN(*tiny, visual_width=24, adapter_dim=4, projector_dim=6), iter([100, 350])
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: next(sizes))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 500)
+    assert memory_7b.allocated(model, 12) == (250, 400)
+    assert all(p.grad is not None for name, p in model.trainable_parameters().items() if name.startswith("adapters"))
+
+
+@pytest.mark.parametrize("int8, size", [
+    (False, 2 * 6_738_415_616),
+    # matrices and lm_head, a scale of 4 bytes for each row, embeddings and norms in 16 bits
+    (True, 6_607_077_376 + 4 * (32 * (5 * 4096 + 2 * 11008) + 32000) + 2 * (131_072_000 + 266_240)),
+])
+def test_bytes_of_frozen_weights_at_7b(int8, size):
+    assert sum(p.nbytes for p in memory_7b.model_7b(int8).llama.parameters() if not p.requires_grad) == size
+
+
 def run(*arguments, code="from base import console; from experiments import speed; console.run(speed.main)"):
-    return subprocess.run([sys.executable, "-c", code, *arguments], cwd=PROJECT, capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-c", code, *arguments], cwd=PROJECT, capture_output=True, text=True, check=False)
 
 
 def test_mistakes_are_named():

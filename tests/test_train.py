@@ -71,8 +71,8 @@ def test_a_second_run_with_the_same_seed_is_the_same_run(run, flags, tmp_path):
     assert losses(run) != losses(tmp_path / "other")
 
 
-@pytest.mark.parametrize("stopped_after", [1, 5, 7, 14])
-def test_a_resumed_run_is_the_same_run_bit_for_bit(run, flags, tmp_path, monkeypatch, stopped_after):
+def cut_and_resume(flags, folder, stopped_after, monkeypatch):
+    """Stop a run in the middle of a step, as a power cut does, and continue it."""
     class PowerCut(Exception):
         pass
 
@@ -87,15 +87,34 @@ def test_a_resumed_run_is_the_same_run_bit_for_bit(run, flags, tmp_path, monkeyp
     monkeypatch.setattr(run_folder, "SAVE_EVERY", -1)        # a state after every step
     monkeypatch.setattr(train, "train_step", counted)
     with pytest.raises(PowerCut):
-        train.main([*flags, "--out", str(tmp_path / "cut")])
+        train.main([*flags, "--out", str(folder)])
     monkeypatch.setattr(train, "train_step", step)
-    with open(tmp_path / "cut" / "log.jsonl", "a") as log:
+    with open(folder / "log.jsonl", "a") as log:
         log.write('{"step": 99, "lo')                   # the line that was being written
-    train.main(["--resume", str(tmp_path / "cut")])
+    train.main(["--resume", str(folder)])
+
+
+@pytest.mark.parametrize("stopped_after", [1, 5, 7, 14])
+def test_a_resumed_run_is_the_same_run_bit_for_bit(run, flags, tmp_path, monkeypatch, stopped_after):
+    cut_and_resume(flags, tmp_path / "cut", stopped_after, monkeypatch)
     assert losses(run) == losses(tmp_path / "cut")
     for name, tensor in load_file(run / "adapter.safetensors").items():
         assert torch.equal(tensor, load_file(tmp_path / "cut" / "adapter.safetensors")[name]), name
     assert (run / "predictions.tsv").read_bytes() == (tmp_path / "cut" / "predictions.tsv").read_bytes()
+
+
+def test_an_int8_run_is_resumed_and_says_what_it_is(run, flags, tmp_path, monkeypatch, capsys):
+    flags = [*flags, "--dtype", "int8"]
+    train.main([*flags, "--out", str(tmp_path / "whole")])
+    cut_and_resume(flags, tmp_path / "cut", 7, monkeypatch)
+    assert losses(tmp_path / "whole") == losses(tmp_path / "cut") != losses(run)
+    assert losses(tmp_path / "whole") == pytest.approx(losses(run), rel=0.05)
+    assert json.loads((tmp_path / "whole" / "metrics.json").read_text())["dtype"] == "torch.int8"
+    assert json.loads((run / "metrics.json").read_text())["dtype"] == "torch.float32"
+    for more in (["--merge"], ["--export", str(tmp_path / "exported")]):
+        done = run_command("evaluate.py", tmp_path / "whole", *more)
+        assert done.returncode == 2 and "error: int8 weights cannot hold a merged adapter" in done.stderr
+        assert run_command("evaluate.py", tmp_path / "whole", *more, "--dtype", "fp32").returncode == 0
 
 
 def test_a_killed_process_is_resumed(flags, tmp_path, run):
@@ -120,7 +139,7 @@ def losses_so_far(run):
 
 @pytest.mark.parametrize("more", [
     ["--lbc", "judge_first"], ["--lbc", "better_instance"], ["--lbc", "none"], ["--features", "single"], ["--no-text"],
-    ["--no-image"], ["--adapter", "mlp"], ["--adapter", "mlp-linear"], ["--dtype", "bf16"], ["--lbc-ratio", "0.5"],
+    ["--no-image"], ["--adapter", "mlp"], ["--adapter", "mlp-linear"], ["--dtype", "bf16"], ["--dtype", "int8"], ["--lbc-ratio", "0.5"],
     ["--micro-batch-size", "3"], ["--grad-checkpoint"], ["--labels", "all"], ["--adapter-dim", "4", "--projector-dim", "5"],
 ])
 def test_every_flag_trains_answers_and_is_read_back(flags, tmp_path, more, says):
