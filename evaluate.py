@@ -201,8 +201,8 @@ def main():
     if (args.merge or args.export) and run.config.adapter == "mlp":
         raise UserError("this run has MLP-Adapters, which are not linear and cannot be merged; rep and mlp-linear can be")
     if (args.merge or args.export) and run.config.dtype == "int8":
-        raise UserError("int8 weights cannot hold a merged adapter: --merge and --export need 16 or 32 bits; add --dtype bf16 (or "
-                        "fp32), which reads the weights anew")
+        raise UserError("int8 weights cannot hold a merged adapter: --merge and --export need 16 or 32 bits; add --dtype bf16 "
+                        "(or fp32), which reads the weights anew")
     if args.export:
         return export_run(run, args.export)
     if args.merge:

@@ -6,6 +6,8 @@ Counts what autograd keeps, on the meta device: shapes alone, no memory, no GPU.
 is a GPU with enough memory, the same passes run there with random weights, and what they allocate is printed beside.
 """
 
+import argparse
+
 import torch
 import torch.nn.functional as F
 
@@ -85,6 +87,7 @@ def model_7b(int8):
 
 
 def main():
+    argparse.ArgumentParser(prog="python -m experiments.memory_7b", description=__doc__.split("\n")[0]).parse_args()
     for int8 in (False, True):
         model = model_7b(int8)
         weights = [p for p in model.llama.parameters() if not p.requires_grad]

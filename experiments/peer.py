@@ -37,7 +37,8 @@ class Peer(nn.Module):
         weights = {official_name(n): p for n, p in model.llama.named_parameters() if ".adapter." not in n}
         self.llama.load_state_dict(weights, assign=True, strict=not ours.tie_word_embeddings)
         self.llama.tie_weights()
-        self.llama.model.rotary_emb = type(self.llama.model.rotary_emb)(config).to(model.device)      # its table is in no checkpoint
+        rotary = type(self.llama.model.rotary_emb)(config)                      # its table is in no checkpoint
+        self.llama.model.rotary_emb = rotary.to(model.device)
         self.llama.requires_grad_(False).eval()
         self.adapters = nn.ModuleList(copy.deepcopy(block.adapter) for block in model.llama.layers)
         for layer, adapter in zip(self.llama.model.layers, self.adapters):

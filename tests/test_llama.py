@@ -148,7 +148,8 @@ def test_int8_weights_compute_what_their_widened_values_do(variant, dtype, tiny_
     write_llama(tmp_path, config, tokenizer_file, dtype, shards=2, std=0.2)
     model, _ = load_llama(tmp_path, int8=True)
     files = {name: tensor for file in tmp_path.glob("*.safetensors") for name, tensor in load_file(file).items()}
-    linear = {f"{name}.{leaf}" for name, m in model.named_modules() if isinstance(m, llama.Linear) for leaf in ("weight", "scale")}
+    linear = {f"{name}.{leaf}" for name, m in model.named_modules() if isinstance(m, llama.Linear)
+              for leaf in ("weight", "scale")}
     assert len(linear) == 2 * (3 * 7 + (variant != "tied"))             # lm_head, where it has a weight of its own, too
     for name, p in model.named_parameters():
         if name not in linear:                          # embeddings, norms and biases are as in the files
