@@ -240,13 +240,8 @@ def build_model(config, sources, device, feature_cache=True):
     if config.image:
         photo_features = PhotoFeatures(FEATURE_CACHE if feature_cache else None, sources.vit, sources.data / "images",
                                        config.features == "single", device)
-    if config.shard and config.dtype == "int8":
-        raise UserError("--shard spreads weights of 16 or 32 bits; leave --shard or --dtype int8 out")
-    dtype = choose_dtype(config.dtype, device, sources.llama)
-    if config.shard:
-        llama, tokenizer = processes.load_shard(sources.llama, dtype, device)
-    else:
-        llama, tokenizer = load_llama(sources.llama, dtype, device, int8=config.dtype == "int8")
+    load = processes.load_shard if config.shard else load_llama
+    llama, tokenizer = load(sources.llama, choose_dtype(config.dtype, device, sources.llama), device, int8=config.dtype == "int8")
     llama.grad_checkpoint = config.grad_checkpoint
     torch.manual_seed(config.seed)                      # the initial values of adapters and projector
     try:

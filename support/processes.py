@@ -22,6 +22,7 @@ from torch import distributed
 from base import console
 from base.checkpoint import map_safetensors, shard_files
 from base.console import UserError, first_line
+from base.frozen_ops import quantize
 from base.packing import pack
 from llama import load_llama, official_name
 
@@ -113,7 +114,7 @@ def sum_over_processes(parameters, *numbers):
 # ------------------------------------------------------------------------------------------------ --shard
 
 
-def load_shard(folder, dtype, device):
+def load_shard(folder, dtype, device, int8=False):
     """What load_llama returns; but of each weight of a layer, a process reads and keeps only its part of the rows.
 
     PyTorch gathers the rows of a layer when it is computed, and drops them afterwards.  All processes must therefore call
@@ -127,7 +128,7 @@ def load_shard(folder, dtype, device):
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
 
-    llama, tokenizer = load_llama(folder, dtype, "meta")                # every file is checked, and no weight read
+    llama, tokenizer = load_llama(folder, dtype, "meta", int8)          # every file is checked, and no weight read
     mesh = init_device_mesh(device.type, (size(),))
     for block in llama.layers:
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
@@ -136,13 +137,21 @@ def load_shard(folder, dtype, device):
     llama.to_empty(device=device)
     files = {name: path for path in shard_files(folder, "LLaMA weights") for name in map_safetensors(path, "LLaMA weights")}
     for name, parameter in llama.named_parameters():
+        owner, _, leaf = name.rpartition(".")
+        if leaf == "scale":                             # is computed with its weight
+            continue
         part, first = parameter, 0
         if isinstance(parameter, DTensor):              # one of a layer
             part = parameter.to_local()
             first = min(-(-len(parameter) // size()) * rank(), len(parameter))          # fully_shard's rule
         official = official_name(name)
         with safe_open(files[official], framework="pt") as file:        # closed after each tensor: its pages are given back
-            part.copy_(file.get_slice(official)[first:first + len(part)])
+            rows = file.get_slice(official)[first:first + len(part)]
+            if part.dtype == torch.int8:                # one scale for each row
+                rows, scale = quantize(rows.to(device))
+                kept = llama.get_submodule(owner).scale
+                (kept.to_local() if isinstance(kept, DTensor) else kept).copy_(scale)
+            part.copy_(rows)
     llama.idle = pack([[0]], [1], device)               # one token: what a process computes that has no work of its own
     llama.register_forward_pre_hook(announce)
     return llama, tokenizer

@@ -28,7 +28,7 @@ def choose_threads(config, model, stream=None):
     most = torch.get_num_threads()
     if config.threads:
         torch.set_num_threads(config.threads)
-    elif "OMP_NUM_THREADS" not in os.environ and model.device.type == "cpu" and most > 1:
+    elif "OMP_NUM_THREADS" not in os.environ and model.device.type == "cpu" and most > 1 and not config.shard:
         rates = rates_of(most, feed_forward(model.llama))
         best = max(rates, key=rates.get)
         torch.set_num_threads(best)

@@ -117,6 +117,7 @@ def test_training_equals_that_of_one_process(flags, one, tmp_path, count, more):
 
 
 @pytest.mark.parametrize("more", [[], ["--constrain"], ["--shard"], ["--shard", "--constrain"], ["--shard", "--dtype", "bf16"],
+                                  ["--shard", "--dtype", "int8"],
                                   ["--merge"]], ids=" ".join)
 def test_answers_of_the_same_weights_are_the_same_bytes(one, tmp_path, more):
     """20 products are 3 batches of 7 (free) or 8 (scored) for 3 processes; the answers' lengths differ."""
