@@ -478,7 +478,7 @@ class Catalogue:
             raise UserError(f"{photos.images}: there is no such folder of photos; name the right one with --images")
         settings = {"values": hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16], "temperature": args.temperature,
                     "top_p": args.top_p, "min_confidence": args.min_confidence, "merge": args.merge,
-                    "dtype": str(run.model.llama.embed_tokens.weight.dtype), "value_temperature": run.value_temperature,
+                    "dtype": str(run.model.llama.layers[0].mlp.up_proj.weight.dtype), "value_temperature": run.value_temperature,
                     "images": photos and str(photos.images.resolve()), "feature_cache": not args.no_feature_cache,
                     "block": BLOCK}
         belongs = {"run": sample_digest([run.folder / name for name in ("config.json", "adapter.safetensors")]),

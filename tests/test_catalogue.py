@@ -455,6 +455,7 @@ def lose_bytes(half, run, tmp_path):
     (other_run, "is from another run"), (change_input, "is from another input"), (lose_bytes, "a disk that lost a part of it"),
     (lambda half, run, _: [str(run), "--images", str(half[2][1]), "--temperature", "2", "--constrain"],
      "is from other settings (values, temperature"),
+    (lambda half, run, _: [str(run), "--images", str(half[2][1]), "--dtype", "int8"], "is from other settings (dtype)"),
     (lambda half, run, _: [str(run)], "is from other settings (images)"),
 ])
 def test_what_was_begun_otherwise_is_not_mixed(half, run, tmp_path, change, said):
