@@ -4,10 +4,16 @@ The plain expression stands below each of them; tests/test_frozen_ops.py compare
 what each of them saves.
 """
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 
 STRIP = 512                                             # rows of an 8-bit or 16-bit matrix that are cast at a time
+FORWARD = 1 << 21                                       # weights that are cast at a time in the forward pass: 512 rows of 4,096
+# PyTorch's matmul in oneDNN's arithmetic; torch.compile uses it too.  None where PyTorch was built without oneDNN.
+ONEDNN = torch.ops.mkldnn._linear_pointwise.default if torch.backends.mkldnn.is_available() else None
+LARGE, FEW = 1 << 18, 128                               # weights of a matrix, and rows, with which oneDNN is much faster
 
 
 def quantize(weight):
@@ -28,43 +34,58 @@ def frozen_linear(x, weight, scale=None):
     """x @ weight.T for a frozen weight: (N, in), (out, in) -> (N, out), in the dtype of x.
 
     scale  (out,), fp32, of an int8 weight: see `quantize`
-    On a CPU the weight may have 16 bits and x 32, and int8 is narrower than x everywhere.  Then STRIP rows of the weight at a
-    time are cast to the dtype of x: a strip fits the CPU cache, so this is as fast as a 32-bit weight, with half of its memory
+    On a CPU the weight may have 16 bits and x 32, and int8 is narrower than x everywhere.  Then a strip of the weight at a
+    time is cast to the dtype of x: a strip fits the CPU cache, so this is as fast as a 32-bit weight, with half of its memory
     or a quarter.
     """
-    return x @ weight.T if x.dtype == weight.dtype else WidenedLinear.apply(x, weight, scale)
+    return FrozenLinear.apply(x, weight, scale)
 
 
 def linear_plain(x, weight, scale=None):
     return x @ (weight if scale is None else weight * scale[:, None]).to(x.dtype).T
 
 
-class WidenedLinear(torch.autograd.Function):
+class FrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, scale):
         ctx.weight, ctx.scale = weight, scale           # x is not kept: its gradient needs only the weight
-        out = x.new_empty(len(x), len(weight))
-        for rows, strip in widened(weight, scale, x.dtype):
-            torch.mm(x, strip.T, out=out[:, rows])
-        return out
+        height = max(FORWARD // weight.shape[1], 1)
+        parts = [times(x, strip.T, strip is not weight) for strip in widened(weight, scale, x.dtype, height)]        # (N, height) each
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     @staticmethod
     def backward(ctx, grad):
-        grad_x = grad.new_zeros(len(grad), ctx.weight.shape[1])
-        for rows, strip in widened(ctx.weight, ctx.scale, grad.dtype):
-            grad_x.addmm_(grad[:, rows], strip)
+        grad_x, start = None, 0
+        for strip in widened(ctx.weight, ctx.scale, grad.dtype, STRIP):
+            part = times(grad[:, start:start + len(strip)], strip, strip is not ctx.weight)     # (N, in)
+            grad_x, start = part if grad_x is None else grad_x.add_(part), start + len(strip)
         return grad_x, None, None
 
 
-def widened(weight, scale, dtype):
-    """Yields (slice of rows, these rows of the weight in `dtype`), all in one buffer: fresh memory would take as long as the
-    matmul.  A GPU, which has no such cache, gets the whole matrix at once."""
-    height = STRIP if weight.device.type == "cpu" else len(weight)
+def times(x, matrix, cast=False):
+    """x @ matrix: (N, in), (in, out) -> (N, out).
+
+    On a CPU in fp32 oneDNN is up to twice as fast as `@`, but its rounding error is 1.5 times as large (docs/speed.md).  So it
+    multiplies where it saves most, for few rows, and where the matrix was cast from 8 or 16 bits, which cost more exactness.
+    """
+    fast = ONEDNN and (cast or len(x) <= FEW) and matrix.numel() >= LARGE
+    if fast and x.dtype == torch.float32 and x.device.type == "cpu":
+        return ONEDNN(x, matrix.T, None, "none", [], "")
+    return x @ matrix
+
+
+def widened(weight, scale, dtype, height):
+    """Yields strips of the weight in `dtype`, `height` rows at a time, all in one buffer: fresh memory would take as long as
+    the matmul.  The whole matrix at once if it has that dtype, or on a GPU, which has no such cache."""
+    if weight.dtype == dtype:
+        yield weight
+        return
+    height = min(height, len(weight)) if weight.device.type == "cpu" else len(weight)
     wide = torch.empty(height, weight.shape[1], dtype=dtype, device=weight.device)
-    for start in range(0, len(weight), height):
-        rows = slice(start, start + height)
-        strip = wide[:len(weight[rows])].copy_(weight[rows])
-        yield rows, strip if scale is None else strip.mul_(scale[rows, None])
+    scales = itertools.repeat(None) if scale is None else scale[:, None].split(height)
+    for strip, s in zip(weight.split(height), scales):
+        strip = wide[:len(strip)].copy_(strip)
+        yield strip if s is None else strip.mul_(s)
 
 
 def rms_norm(x, weight, eps):

@@ -2,7 +2,8 @@
 
 One training step of a batch of 32 sequences through a few layers with random weights, at the width of the demo's model, of
 a 135M LLaMA and of LLaMA-7B.  The step with the operation and the step with its plain expression take turns.  Printed: the
-median ratio of their seconds with its spread, and the bytes that autograd keeps for the backward pass.
+median ratio of their seconds with its spread, and the bytes that autograd keeps for the backward pass.  Then the two fp32
+matmuls that frozen_linear chooses from.
 """
 
 import argparse
@@ -81,6 +82,26 @@ def measure(config, lengths, rounds):
     return results
 
 
+def compare_matmuls(rounds):
+    """Prints the seconds of oneDNN's fp32 matmul, as a share of those of `@`, for a feed-forward matrix of each width."""
+    for name, (config, _) in WIDTHS.items():
+        weight, cells = torch.ones(config.intermediate_size, config.hidden_size), []
+        for rows in (1, 8, 32, 64, 256, 1024):
+            x = torch.ones(rows, config.hidden_size)
+            repeats = max(1, 10 ** 7 // (rows * weight.numel()))        # a call takes a millisecond at least
+            ratios = []
+            for _ in range(rounds + 1):
+                took = []
+                for multiply in (lambda: frozen_ops.ONEDNN(x, weight, None, "none", [], ""), lambda: x @ weight.T):
+                    start = time.perf_counter()
+                    for _ in range(repeats):
+                        multiply()
+                    took.append(time.perf_counter() - start)
+                ratios.append(took[0] / took[1])
+            cells.append(f"{statistics.median(ratios[1:]):.2f}")
+        print(f"{name:5}  matmul, oneDNN / @, for 1, 8, 32, 64, 256 and 1,024 rows: {', '.join(cells)}", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(prog="python -m experiments.frozen_ops", description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=15, help="of each pair of steps (default: %(default)s)")
@@ -90,6 +111,8 @@ def main():
         for operation, (ratios, own, plain) in measure(config, lengths, rounds).items():
             print(f"{name:5}  {operation:14}  {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
                   f"{'':12}{own / 1e6:,.1f} / {plain / 1e6:,.1f} MB", flush=True)
+    if frozen_ops.ONEDNN:
+        compare_matmuls(rounds)
 
 
 if __name__ == "__main__":

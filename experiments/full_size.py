@@ -1,4 +1,4 @@
-"""LLaMA-7B's size on this machine: seconds and gigabytes to load it, to answer one product, and for a training step.
+"""LLaMA-7B's size on this machine: seconds and gigabytes to load it, to answer, and for a training step.
 
     python -m experiments.random_weights llama-7b weights-7b --tokenizer FILE
     python -m experiments.full_size weights-7b                          with the dtype of the files
@@ -11,17 +11,21 @@ import argparse
 import resource
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from base.frozen_ops import frozen_linear, quantize
+from base.frozen_ops import frozen_linear, quantize, times
 from data import Product, base_question, encode_examples
 from eiven import EIVEN
+from experiments.speed import rows_of
 from llama import load_llama
+from support.config import keep_freed_memory
 from train import make_optimizer
 
 GB = 1e9
+PRODUCTS = 32                                           # answered together
 
 
 def peak():
@@ -58,12 +62,41 @@ def compare_matmuls():
     print("11,008 x 4,096 by 64 tokens: " + ", ".join(f"{name} {1e3 * t:.0f} ms" for name, t in took.items()), flush=True)
 
 
+def answer(model, batch, cls_tokens):
+    """Answers a batch with five tokens each: (what there is to say of it, seconds, [(tokens, needed tokens) of each forward pass])."""
+    passes = []
+    hook = model.llama.register_forward_pre_hook(lambda _, inputs: passes.append(rows_of(inputs[1])))
+    answers, took = seconds(lambda: model.generate(batch, cls_tokens, range(len(batch)), limit=5))
+    hook.remove()
+    return (f"{took:.1f} s for {passes[0][0]:,} tokens read and {sum(len(ids) for ids, _ in answers)} written; peak memory "
+            f"{peak() / GB:.2f} GB", took, passes)
+
+
+def least(llama, passes):
+    """Seconds that these forward passes take at least: their matmuls with fp32 weights; or, for a single token, the reading of
+    all weights once from memory.  Both are measured here, the matmuls once for each shape."""
+    matrices = [p for part in (llama.layers, llama.lm_head) for p in part.parameters() if p.dim() == 2 and not p.requires_grad]
+    weights = {p.shape: torch.ones(p.shape) for p in matrices}
+
+    def matmul(shape, rows):
+        x = torch.ones(rows, shape[1])
+        times(x, weights[shape].T, True)
+        return seconds(lambda: times(x, weights[shape].T, True))[1]
+
+    _, reading = seconds(lambda: [p.view(-1).view(torch.int64).sum() for p in matrices])
+    known = {(1, 1): reading}
+    for tokens, needed in set(passes) - known.keys():
+        each = {shape: matmul(shape, needed if shape == llama.lm_head.weight.shape else tokens) for shape in weights}
+        known[tokens, needed] = sum(each[p.shape] for p in matrices)
+    return sum(known[rows] for rows in passes)
+
+
 def main():
     parser = argparse.ArgumentParser(description="Seconds and gigabytes at LLaMA-7B's size.")
     parser.add_argument("llama", type=Path, help="folder of a LLaMA")
     parser.add_argument("--int8", action="store_true", help="quantise LLaMA's matrices")
     args = parser.parse_args()
-    compare_matmuls()
+    keep_freed_memory()                                 # as train.py and evaluate.py do
     size, once = seconds(lambda: read_files(args.llama))
     _, again = seconds(lambda: read_files(args.llama))
     (llama, tokenizer), load = seconds(lambda: load_llama(args.llama, int8=args.int8))
@@ -78,9 +111,12 @@ def main():
     product = Product("B1", "b1.jpg", "Shoes", "Polar Fox Men's Black Lace Up Cap Toe Military Work Desert Ankle Boot",
                       "Boot Style", "Combat")
     batch, _ = encode_examples([base_question(product)], tokenizer)
-    [(ids, _)], took = seconds(lambda: model.generate(batch, cls_tokens, ["seed"], limit=5))
-    prompt = len(model.input_ids(batch[0], model.project(cls_tokens)))
-    print(f"one product ({prompt} tokens read, {len(ids)} written): {took:.1f} s; peak memory {peak() / GB:.2f} GB", flush=True)
+    several = [replace(product, title=f"{n} {product.title}") for n in range(PRODUCTS)]       # titles share no prefix
+    answer(model, batch, cls_tokens)                    # threads start
+    found = {}
+    for name, asked in (("one product", batch), (f"{PRODUCTS} products", encode_examples(map(base_question, several), tokenizer)[0])):
+        said, *found[name] = answer(model, asked, cls_tokens)
+        print(f"{name}: {said}", flush=True)
 
     llama.grad_checkpoint = True
     optimizer = make_optimizer(model)
@@ -93,6 +129,11 @@ def main():
 
     loss, took = seconds(step)
     print(f"one training step, micro-batch 1, --grad-checkpoint: {took:.1f} s, loss {loss:.1f}; peak memory {peak() / GB:.2f} GB")
+    for name, (took, passes) in found.items():          # afterwards: it takes memory
+        limit = least(llama, passes)
+        print(f"{name}: matmuls and reading alone take {limit:.1f} s: {took / limit:.2f} x that limit, {100 * limit / took:.0f} % of it",
+              flush=True)
+    compare_matmuls()
 
 
 if __name__ == "__main__":

@@ -27,12 +27,14 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import nn
 
 from base import console
 from base.console import UserError, write_text
+from base.frozen_ops import times
 from base.packing import pack
 from data import Encoded, Epoch, base_question, encode_examples, fingerprint, read_split, sample_labels, values_of
 from demo import world
@@ -41,10 +43,11 @@ from experiments.peer import Peer, import_transformers
 from llama import LLaMA, LlamaConfig, Tokenizer, load_llama
 from support.config import FEATURE_CACHE, PROJECT, choose_device, keep_freed_memory
 from support.features import PhotoFeatures
+from support.threads import choose_threads
 from train import make_optimizer
 from vit import load_vit
 
-SECTIONS = ("train", "generate", "load", "features", "scaling", "memory")
+SECTIONS = ("train", "busy", "generate", "load", "features", "scaling", "memory")
 MODELS = ("demo", "llama", "wide")
 BATCH, WIDE_BATCH = 32, 16                              # rows of a step; of the wide model, where a row takes seconds
 LAVIN_LENGTH = 512                                      # LaVIN pads every row to this many tokens
@@ -158,7 +161,7 @@ def subjects(args):
         llama, tokenizer = load_llama(args.llama, torch.float32, args.device)
         some, asked = examples(root, args.dataset, BATCH, 64)
         vocabulary = llama.config.vocab_size
-        yield Subject(Path(args.llama).name, {"train": 1.8, "generate": 1.4}, EIVEN(llama, tokenizer, None),
+        yield Subject(Path(args.llama).name, {"train": 1.8, "generate": 2.0}, EIVEN(llama, tokenizer, None),
                       text_only(tokenizer, some, vocabulary), text_only(tokenizer, asked, vocabulary))
     if "wide" in args.models:
         tokenizer = Tokenizer(Path(args.llama or world.LLAMA) / "tokenizer.model")
@@ -169,15 +172,19 @@ def subjects(args):
         for name, p in llama.named_parameters():
             nn.init.ones_(p) if "norm" in name else nn.init.normal_(p, 0, 0.02, generator=draw)
         some, asked = examples(root, args.dataset, WIDE_BATCH, 16)
-        yield Subject("7B width x 4 layers", {"train": 2.0, "generate": 1.6, "limit": 85}, EIVEN(llama, tokenizer, None),
+        yield Subject("7B width x 4 layers", {"train": 2.0, "generate": 1.6, "limit": 85, "answer limit": 70}, EIVEN(llama, tokenizer, None),
                       text_only(tokenizer, some, WIDE.vocab_size), text_only(tokenizer, asked, WIDE.vocab_size))
 
 
 # ------------------------------------------------------------------------------------------------ train
 
 
-def bench_train(subject, report, rounds):
-    model, batch, cls_tokens = subject.model, subject.examples, subject.cls_tokens
+def both_sides(subject, rows=None, length=None):
+    """(the peer, {side: a function that does one training step with the first `rows` examples})
+
+    length  that the peer pads to; None: the longest
+    """
+    model, batch, cls_tokens = subject.model, subject.examples[:rows], subject.cls_tokens
     peer = Peer(model)
     X = [model.input_ids(example, model.project(cls_tokens)) for example in batch]
 
@@ -194,16 +201,20 @@ def bench_train(subject, report, rounds):
             return loss.detach()
         return step
 
-    ours = stepper(model, lambda: model(batch, cls_tokens))
-    usual = stepper(peer, lambda: peer.loss(X, batch, cls_tokens))
-    limits = []
-    agree(f"{subject.name}: loss", ours(), usual())
+    return peer, {"ours": stepper(model, lambda: model(batch, cls_tokens)),
+                  "usual": stepper(peer, lambda: peer.loss(X, batch, cls_tokens, length))}
+
+
+def bench_train(subject, report, rounds):
+    model, batch = subject.model, subject.examples
+    peer, sides = both_sides(subject)
+    agree(f"{subject.name}: loss", sides["ours"](), sides["usual"]())
     for (name, a), b in zip(model.trainable_parameters().items(), peer.trainable_parameters().values()):
         agree(f"{subject.name}: gradient of {name}", a.grad, b.grad)
-    lengths = [len(x) + len(example.answer) - 1 for x, example in zip(X, batch)]
-    computed = len(pack([x + example.answer[:-1] for x, example in zip(X, batch)]).ids)
-    matmuls = matmul_times(model, computed, sum(len(example.answer) for example in batch))
-    took = turns(rounds, ours=ours, usual=usual, matmuls=lambda: limits.append(matmuls()))
+    sequences = [model.input_ids(example, model.project(subject.cls_tokens)) + example.answer[:-1] for example in batch]
+    lengths, computed = [len(sequence) for sequence in sequences], len(pack(sequences).ids)
+    matmuls, limits = matmul_times(model, [(computed, sum(len(example.answer) for example in batch))], backward=True), []
+    took = turns(rounds, **sides, matmuls=lambda: limits.append(matmuls()))
     note = f"{len(batch)} rows: {computed:,} tokens computed, {sum(lengths):,} real, {len(batch) * max(lengths):,} padded"
     report.ratio("train", f"{subject.name}: step, peer / ours", took["usual"], took["ours"], at_least=subject.goals["train"],
                  note=note)
@@ -214,42 +225,72 @@ def bench_train(subject, report, rounds):
                  took["ours"], "%", note="a shared prefix counts for every sequence that has it")
 
     if "limit" not in subject.goals:                    # at the 7B's width a row of 512 takes half a minute
-        few, short = batch[:8], X[:8]
-        took = turns(rounds, ours=stepper(model, lambda: model(few, cls_tokens)),
-                     usual=stepper(peer, lambda: peer.loss(short, few, cls_tokens, LAVIN_LENGTH)))
+        took = turns(rounds, **both_sides(subject, 8, LAVIN_LENGTH)[1])
         report.ratio("train", f"{subject.name}: step of 8 rows, peer padded to {LAVIN_LENGTH} / ours", took["usual"],
                      took["ours"], at_least=10)
 
 
-def matmul_times(model, tokens, answer_tokens):
-    """A function that measures the seconds of the matmuls with frozen weights alone: forward, and the gradient of the input.
-    In the last layer, keys and values are for all tokens, the rest for answer tokens only.  Attention, norms and all other
-    operations are not counted."""
-    config, block = model.llama.config, model.llama.layers[0]
-    attention, mlp = block.self_attn, block.mlp
-    for_all = [attention.k_proj, attention.v_proj]
-    rest = [attention.q_proj, attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
-    head = model.llama.embed_tokens if config.tie_word_embeddings else model.llama.lm_head
+def matmul_times(model, passes, backward=False):
+    """A function that measures the seconds of the matmuls with frozen weights alone.
 
-    def both_ways(layers, tokens):
-        took = 0
-        for weight in [layer.weight for layer in layers]:
-            x, y = (torch.randn(tokens, n, device=weight.device) for n in reversed(weight.shape))
-            torch.mm(x, weight.T, out=y)                # the output has its memory already
-            start = now()
-            torch.mm(x, weight.T, out=y)
-            torch.mm(y, weight, out=x)
-            took += now() - start
-        return took
+    passes    for each forward pass (its tokens, its tokens whose logits are needed)
+    backward  the gradients of the inputs, too
+    In the last layer, keys and values are for all tokens, the rest for needed tokens only.  Each layer's own weights are
+    used, so that they are read from memory, and the same matmuls.  Attention, norms and all other operations are not counted.
+    """
+    llama = model.llama
+    head = llama.embed_tokens if llama.config.tie_word_embeddings else llama.lm_head
+
+    def once(layer, rows):
+        x = torch.ones(rows, layer.weight.shape[1], device=layer.weight.device)
+        start = now()
+        y = times(x, layer.weight.T)
+        if backward:
+            times(y, layer.weight)
+        return now() - start
 
     @torch.no_grad()
     def measure():
-        return ((config.num_hidden_layers - 1) * both_ways(for_all + rest, tokens)
-                + both_ways(for_all, tokens) + both_ways([*rest, head], answer_tokens))
+        took = 0
+        for tokens, needed in passes:
+            for block in llama.layers:
+                attention, mlp = block.self_attn, block.mlp
+                rows = needed if block is llama.layers[-1] else tokens
+                took += sum(once(layer, tokens) for layer in (attention.k_proj, attention.v_proj))
+                took += sum(once(layer, rows) for layer in (attention.q_proj, attention.o_proj, *mlp.children()))
+            took += once(head, needed)
+        return took
     return measure
 
 
+def bench_busy(subject, report, rounds):
+    """A training step beside one busy process, with as many threads as train.py chooses there; the peer has as many."""
+    _, sides = both_sides(subject)
+    for step in sides.values():
+        step()
+    idle = turns(rounds, **sides)
+    busy = subprocess.Popen([sys.executable, "-c", "import torch\na = torch.randn(500, 500)\nwhile True: a @ a"])
+    most = torch.get_num_threads()
+    try:
+        time.sleep(5)                                   # until it computes
+        choose_threads(SimpleNamespace(threads=None, shard=False), subject.model)
+        threads = torch.get_num_threads()
+        took = turns(len(idle["ours"]), **sides)
+    finally:
+        busy.kill()
+        busy.wait()
+        torch.set_num_threads(most)
+    note = f"{threads} of {most} threads"
+    report.ratio("busy", f"{subject.name}: step beside a busy process / idle", took["ours"], idle["ours"], at_most=2.7, note=note)
+    report.ratio("busy", f"{subject.name}: step there, peer / ours", took["usual"], took["ours"], note=note)
+
+
 # ------------------------------------------------------------------------------------------------ generate
+
+
+def rows_of(tokens):
+    """(tokens of a forward pass, those whose logits are needed)"""
+    return len(tokens.ids), len(tokens.ids if tokens.needed_index is None else tokens.needed_index)
 
 
 def bench_generate(subject, report, rounds):
@@ -274,9 +315,16 @@ def bench_generate(subject, report, rounds):
     same = sum(a == b for a, b in zip(answers(model), usual()))
     if same != len(batch):
         raise UserError(f"{subject.name}: {same} of {len(batch)} answers are the peer's; their times cannot be compared")
-    took = turns(rounds, ours=lambda: answers(model), usual=usual)
+    passes, limits = [], []
+    hook = model.llama.register_forward_pre_hook(lambda _, inputs: passes.append(rows_of(inputs[1])))
+    answers(model)
+    hook.remove()
+    matmuls = matmul_times(model, passes)
+    took = turns(rounds, ours=lambda: answers(model), usual=usual, matmuls=lambda: limits.append(matmuls()))
     report.ratio("generate", f"{subject.name}: products a second, ours / peer", took["usual"], took["ours"],
                  at_least=subject.goals["generate"], note=f"{len(batch)} products, {limit} tokens at most, all answers the same")
+    report.ratio("generate", f"{subject.name}: share of the matmul limit, answering", [100 * s for s in limits], took["ours"],
+                 "%", at_least=subject.goals.get("answer limit"), note=f"{len(passes)} forward passes")
 
     frozen = {id(p): p for p in model.parameters() if not p.requires_grad}      # shared, not copied
     plain = copy.deepcopy(model, dict(frozen))
@@ -469,7 +517,7 @@ def bench_memory(report, sizes=(1000, 1_000_000)):
 def main():
     parser = argparse.ArgumentParser(description="Speed and memory against transformers, in the same run.", allow_abbrev=False)
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"some of {', '.join(SECTIONS)} (default: all)")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, help="of train, generate, scaling (default: all)")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, help="of train, busy, generate, scaling (default: all; busy: demo)")
     parser.add_argument("--llama", metavar="DIR", help="a LLaMA of the official layout, e.g. SmolLM2-135M")
     parser.add_argument("--data", metavar="ROOT", help="whose prompts are used (default: the demo world's)")
     parser.add_argument("--dataset", default="general", help="which of its data sets (default: %(default)s)")
@@ -506,13 +554,15 @@ def main():
 
 def measure(wanted, report, args):
     """The sections, in order; scaling on the first model that is large enough for overheads not to count."""
-    if {"train", "generate", "scaling"} & set(wanted):
+    if {"train", "busy", "generate", "scaling"} & set(wanted):
         if "llama" in args.models and not args.llama:
             print("the model `llama` needs --llama: skipped")
         to_scale = "scaling" in wanted
         for subject in subjects(args):
             if "train" in wanted:
                 bench_train(subject, report, args.rounds)
+            if "busy" in wanted and subject.name == "demo's model":
+                bench_busy(subject, report, args.rounds)
             if "generate" in wanted:
                 bench_generate(subject, report, args.rounds)
             if to_scale and (subject.name != "demo's model" or args.models == ["demo"]):

@@ -66,7 +66,7 @@ def test_what_killed_processes_left_is_removed_and_no_more(tmp_path):
     for name in names:
         (tmp_path / name).write_text("half")
     write_text(tmp_path / "a.txt", "whole")
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*names[1:], "a.txt"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted({*names[1:], "a.txt"})       # the parent may be 1
 
 
 @pytest.mark.parametrize("seconds, text", [(0, "0 s"), (59.4, "59 s"), (60, "1 min 00 s"), (185, "3 min 05 s"),

@@ -8,9 +8,12 @@ from base import frozen_ops
 WEIGHT = 0.5 + torch.arange(6) / 6
 
 
+@pytest.mark.parametrize("large", [0, 1 << 60], ids=["oneDNN", "matmul"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
-def test_frozen_linear(dtype, monkeypatch):
+def test_frozen_linear(dtype, large, monkeypatch):
+    monkeypatch.setattr(frozen_ops, "LARGE", large)
     monkeypatch.setattr(frozen_ops, "STRIP", 3)
+    monkeypatch.setattr(frozen_ops, "FORWARD", 21)      # three rows of 7
     x, weight = torch.randn(5, 7, requires_grad=True), torch.randn(8, 7)
     weight = frozen_ops.quantize(weight) if dtype == torch.int8 else (weight.to(dtype),)
     torch.testing.assert_close(frozen_ops.frozen_linear(x, *weight), frozen_ops.linear_plain(x, *weight))

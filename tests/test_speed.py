@@ -36,9 +36,18 @@ def test_both_sides_have_the_same_loss_gradients_and_answers(subject, capsys):
     report = speed.Report()
     speed.bench_train(subject, report, 1)
     speed.bench_generate(subject, report, 1)
-    assert [line["section"] for line in report.lines] == ["train"] * 4 + ["generate"] * 2
+    assert [line["section"] for line in report.lines] == ["train"] * 4 + ["generate"] * 3
     assert all(line["value"] > 0 and line["low"] <= line["value"] <= line["high"] for line in report.lines)
     assert "all answers the same" in capsys.readouterr().out
+
+
+def test_a_busy_machine_is_measured_and_left_as_it_was(subject, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    started, popen, threads, report = [], subprocess.Popen, torch.get_num_threads(), speed.Report()
+    monkeypatch.setattr(speed.subprocess, "Popen", lambda *a: started.append(popen(*a)) or started[0])
+    speed.bench_busy(subject, report, 1)
+    assert [line["section"] for line in report.lines] == ["busy"] * 2 and report.lines[0]["value"] > 0
+    assert started[0].poll() is not None and torch.get_num_threads() == threads
 
 
 def test_a_difference_is_an_error(subject, monkeypatch):
@@ -92,7 +101,7 @@ def test_everything_is_made_on_the_device(llama_dir):
     with Strict():
         assert peer.loss(X, rows, None).is_meta
         assert len(peer.generate(X, None, 2)) == 2
-        speed.matmul_times(model, 4, 2)()
+        speed.matmul_times(model, [(4, 2), (2, 2)], backward=True)()
 
 
 def test_memory_of_a_gpu_is_what_its_passes_allocate(tiny, monkeypatch):
@@ -119,7 +128,7 @@ def run(*arguments, code="from base import console; from experiments import spee
 
 def test_mistakes_are_named():
     done = run("trian")
-    assert done.returncode == 2 and "sections are train, generate" in done.stderr
+    assert done.returncode == 2 and "sections are train, busy, generate" in done.stderr
     done = run("load", code="import sys; sys.modules['transformers'] = None\nfrom base import console; from experiments import speed; console.run(speed.main)")
     assert done.returncode == 2 and "pip install transformers" in done.stderr and "Traceback" not in done.stderr
 
