@@ -38,6 +38,8 @@ def frozen_linear(x, weight, scale=None):
     time is cast to the dtype of x: a strip fits the CPU cache, so this is as fast as a 32-bit weight, with half of its memory
     or a quarter.
     """
+    if x.dtype == weight.dtype and (len(x) > FEW or weight.numel() < LARGE):
+        return x @ weight.T
     return FrozenLinear.apply(x, weight, scale)
 
 
@@ -50,26 +52,25 @@ class FrozenLinear(torch.autograd.Function):
     def forward(ctx, x, weight, scale):
         ctx.weight, ctx.scale = weight, scale           # x is not kept: its gradient needs only the weight
         height = max(FORWARD // weight.shape[1], 1)
-        parts = [times(x, strip.T, strip is not weight) for strip in widened(weight, scale, x.dtype, height)]        # (N, height) each
+        parts = [times(x, strip.T) for strip in widened(weight, scale, x.dtype, height)]        # (N, height) each
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     @staticmethod
     def backward(ctx, grad):
         grad_x, start = None, 0
         for strip in widened(ctx.weight, ctx.scale, grad.dtype, STRIP):
-            part = times(grad[:, start:start + len(strip)], strip, strip is not ctx.weight)     # (N, in)
+            part = times(grad[:, start:start + len(strip)], strip)              # (N, in)
             grad_x, start = part if grad_x is None else grad_x.add_(part), start + len(strip)
         return grad_x, None, None
 
 
-def times(x, matrix, cast=False):
+def times(x, matrix):
     """x @ matrix: (N, in), (in, out) -> (N, out).
 
-    On a CPU in fp32 oneDNN is up to twice as fast as `@`, but its rounding error is 1.5 times as large (docs/speed.md).  So it
-    multiplies where it saves most, for few rows, and where the matrix was cast from 8 or 16 bits, which cost more exactness.
+    On a CPU in fp32 oneDNN is up to three times as fast as `@`, but its rounding error is 1.5 times as large (docs/speed.md).  So
+    frozen_linear comes here only with few rows, or with a matrix cast from 8 or 16 bits, which cost more exactness.
     """
-    fast = ONEDNN and (cast or len(x) <= FEW) and matrix.numel() >= LARGE
-    if fast and x.dtype == torch.float32 and x.device.type == "cpu":
+    if ONEDNN and matrix.numel() >= LARGE and x.dtype == torch.float32 and x.device.type == "cpu":
         return ONEDNN(x, matrix.T, None, "none", [], "")
     return x @ matrix
 

@@ -80,8 +80,8 @@ def least(llama, passes):
 
     def matmul(shape, rows):
         x = torch.ones(rows, shape[1])
-        times(x, weights[shape].T, True)
-        return seconds(lambda: times(x, weights[shape].T, True))[1]
+        times(x, weights[shape].T)
+        return seconds(lambda: times(x, weights[shape].T))[1]
 
     _, reading = seconds(lambda: [p.view(-1).view(torch.int64).sum() for p in matrices])
     known = {(1, 1): reading}
@@ -112,11 +112,14 @@ def main():
                       "Boot Style", "Combat")
     batch, _ = encode_examples([base_question(product)], tokenizer)
     several = [replace(product, title=f"{n} {product.title}") for n in range(PRODUCTS)]       # titles share no prefix
-    answer(model, batch, cls_tokens)                    # threads start
     found = {}
-    for name, asked in (("one product", batch), (f"{PRODUCTS} products", encode_examples(map(base_question, several), tokenizer)[0])):
+
+    def report(name, asked):
         said, *found[name] = answer(model, asked, cls_tokens)
         print(f"{name}: {said}", flush=True)
+
+    answer(model, batch, cls_tokens)                    # threads start
+    report("one product", batch)
 
     llama.grad_checkpoint = True
     optimizer = make_optimizer(model)
@@ -129,6 +132,9 @@ def main():
 
     loss, took = seconds(step)
     print(f"one training step, micro-batch 1, --grad-checkpoint: {took:.1f} s, loss {loss:.1f}; peak memory {peak() / GB:.2f} GB")
+
+    llama.grad_checkpoint = False
+    report(f"{PRODUCTS} products", encode_examples(map(base_question, several), tokenizer)[0])
     for name, (took, passes) in found.items():          # afterwards: it takes memory
         limit = least(llama, passes)
         print(f"{name}: matmuls and reading alone take {limit:.1f} s: {took / limit:.2f} x that limit, {100 * limit / took:.0f} % of it",

@@ -34,7 +34,7 @@ from torch import nn
 
 from base import console
 from base.console import UserError, write_text
-from base.frozen_ops import times
+from base.frozen_ops import frozen_linear
 from base.packing import pack
 from data import Encoded, Epoch, base_question, encode_examples, fingerprint, read_split, sample_labels, values_of
 from demo import world
@@ -244,9 +244,9 @@ def matmul_times(model, passes, backward=False):
     def once(layer, rows):
         x = torch.ones(rows, layer.weight.shape[1], device=layer.weight.device)
         start = now()
-        y = times(x, layer.weight.T)
+        y = frozen_linear(x, layer.weight)
         if backward:
-            times(y, layer.weight)
+            torch.mm(y, layer.weight)
         return now() - start
 
     @torch.no_grad()
