@@ -2,327 +2,35 @@
 
     python evaluate.py RUN --input products.tsv.gz --output predictions.jsonl
 
-A block is BLOCK rows of the input, cut by their number alone.  So its batches, and the bytes that are written for it, are
-the same whatever happened before.  After each block the answers so far (OUTPUT.partial) and a record of how far they go
-(OUTPUT.partial.json) are synced to the disk.  After a power cut the same command cuts OUTPUT.partial back to the record,
-reads past the rows that are answered, and goes on.  A row that cannot be answered goes to failed.tsv.
+A block is BLOCK rows of the input (support/catalogue_rows.py), cut by their number alone.  So its batches, and the bytes that are
+written for it, are the same whatever happened before.  After each block the answers so far (OUTPUT.partial) and a record of
+how far they go (OUTPUT.partial.json) are synced to the disk.  After a power cut the same command cuts OUTPUT.partial back to
+the record, reads past the rows that are answered, and goes on.  A row that cannot be answered goes to failed.tsv.
 """
 
-import csv
 import gzip
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
-import signal
 import sys
-import zlib
-from codecs import BOM_UTF8
-from collections import deque
-from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from base.checkpoint import check_fields, check_file, read_json, sample_digest
+from base.checkpoint import check_fields, read_json, sample_digest
 from base.console import Progress, UserError, naming, remove, replaceable, sync, whole_file, write_text
-from base.photo import open_photo
-from base.tsv import COLUMNS, LONGEST, tsv_line
-from data import check_header, named_cells, product_of
+from base.tsv import tsv_line
 from demo import world
 from support import processes
 from support.answering import PREDICTED, answer_batch, batches, longest_values, prediction, too_long
+from support.catalogue_rows import BLOCK, Failed, Rows
 from support.confidence import temperature_note
+from support.photo_workers import PhotoWorkers
 from support.run_folder import only_process
-from vit import crop
-
-BLOCK = 256                                             # rows: what an interruption costs at most
-MOST_WORKERS = 8                                        # processes that read photos
-NEEDED = ("id", "attribute_names")                      # cells that may not be empty
-
-
-# ------------------------------------------------------------------------------------------------ rows
-
-
-class Failed(NamedTuple):
-    """A row, or one attribute of it, that cannot be answered: a line of failed.tsv."""
-
-    line: int
-    id: str
-    attribute: str
-    reason: str
-
-
-@dataclass
-class Block:
-    """BLOCK rows, the last block fewer.
-
-    products  [(number of its line, Product), ...]: those to answer, one for each attribute of a row
-    failed    [Failed, ...]
-    photos    {name: (key, whether its features are in the cache), or a text that says what is wrong with it}
-    answered  [(Product, Answer), ...], once it is answered
-    read      what was read of the input up to the end of this block: rows, and bytes with their SHA-256
-    share     how much of the input that is: see Rows.share
-    """
-
-    products: list = field(default_factory=list)
-    failed: list = field(default_factory=list)
-    photos: dict = field(default_factory=dict)
-    answered: list = field(default_factory=list)
-    read: dict = None
-    share: float | None = None
-
-
-class Rows:
-    """The rows of a TSV or JSONL file, or of stdin ("-").  First bytes, not names, tell gzip and JSONL.
-
-    UserError for what is wrong with the whole file.  What is wrong with one row is given instead of the row.
-    """
-
-    def __init__(self, path):
-        self.stdin = str(path) == "-"
-        self.path = "stdin" if self.stdin else path
-        if not self.stdin:
-            check_file(path, "the products of --input")
-        if self.stdin and sys.stdin is None:
-            raise UserError("--input -: stdin is closed; pipe the products in, or name a file")
-        self.file = sys.stdin.buffer if self.stdin else open(path, "rb")
-        self.size = None if self.stdin else os.fstat(self.file.fileno()).st_size
-        self.stream = gzip.GzipFile(fileobj=self.file) if self.file.peek(2)[:2] == b"\x1f\x8b" else self.file
-        self.back = deque()                             # lines to be read again
-        self.rows = self.lines = self.bytes = 0         # so far; bytes after unpacking
-        self.digest = hashlib.sha256()
-        first = self.line()
-        if first.startswith(BOM_UTF8):
-            self.use(BOM_UTF8)
-        self.back.append(first.removeprefix(BOM_UTF8))
-        self.header = None
-        if first.removeprefix(BOM_UTF8).lstrip().startswith(b"{"):
-            self.parse = json_cells
-            return
-        self.parse = lambda lines: next(csv.reader(lines, dialect="excel-tab", strict=True), [])
-        header = self.record()
-        try:
-            if isinstance(header, ValueError):
-                raise header
-            check_header(header, COLUMNS[:-1])
-        except ValueError as error:
-            raise UserError(f"{self.path}, line 1: {error}") from None
-        self.header = header
-        if not self.more():
-            raise UserError(f"{self.path}: has a header but no products")
-
-    def line(self):
-        """The next line, or the next LONGEST bytes of it; b"" at the end."""
-        if self.back:
-            return self.back.popleft()
-        try:
-            return self.stream.readline(LONGEST)
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise UserError(f"{self.path}, after line {self.lines:,}: the gzip file is damaged or cut off ({error}); "
-                            "make it again") from None
-
-    def more(self):
-        """Whether there is another line."""
-        line = self.line()
-        self.back.appendleft(line)
-        return bool(line)
-
-    def use(self, line):
-        """Count a line, or a part of one, as read."""
-        self.lines += line.endswith(b"\n")
-        self.bytes += len(line)
-        self.digest.update(line)
-
-    def record(self):
-        """The cells of the next record: a list or {column: text}, empty for an empty line; or a ValueError.
-
-        A quote that is never closed makes one record of many lines.  Only its first line fails then, and the others are
-        read again.
-        """
-        taken = []
-
-        def lines():
-            while line := self.line():
-                taken.append(line)
-                if len(line) == LONGEST and not line.endswith(b"\n"):
-                    raise ValueError(f"has more than {LONGEST:,} bytes")
-                yield line.decode()
-
-        try:
-            cells = self.parse(lines())
-            if cells and self.header:
-                cells = named_cells(cells, self.header)
-        except (ValueError, csv.Error) as error:
-            said = f"is not UTF-8 text ({error.reason})" if isinstance(error, UnicodeError) else str(error)
-            if isinstance(error, csv.Error) or len(taken) > 1:
-                said = f"is not a readable TSV ({said}); cells with a quote in them must be quoted as Python's csv module does it"
-            cells = ValueError(said)
-        if isinstance(cells, ValueError):
-            self.back.extendleft(reversed(taken[1:]))
-            taken = taken[:1]
-        for line in taken:
-            self.use(line)
-        while len(line) == LONGEST and not line.endswith(b"\n") and (line := self.line()):
-            self.use(line)                              # the rest of a line that is too long
-        return cells
-
-    def block(self):
-        """The next Block, or None at the end."""
-        block, end = Block(), self.rows + BLOCK
-        while self.rows < end and self.more():
-            number, cells = self.lines + 1, self.record()
-            if not cells:
-                continue
-            self.rows += 1
-            try:
-                if isinstance(cells, ValueError):
-                    raise cells
-                product = product_of(cells, NEEDED)
-                attributes = [a.strip() for a in product.attribute.split("|") if a.strip()]
-                if not attributes:
-                    raise ValueError("attribute_names is empty")
-                block.products += [(number, replace(product, attribute=a)) for a in attributes]
-            except ValueError as error:
-                cells = cells if isinstance(cells, dict) else {}
-                block.failed.append(Failed(number, cells.get("id", ""), cells.get("attribute_names", ""), str(error)))
-        if self.rows == end - BLOCK:
-            return None
-        block.read = {"rows": self.rows, "input_bytes": self.bytes, "input": self.digest.hexdigest()}
-        block.share = self.share()
-        return block
-
-    def share(self):
-        """How much of the file was read, 0 to 1; None for stdin."""
-        return self.file.tell() / self.size if self.size else None
-
-    def skip(self, read):
-        """Read past the rows that are answered; whether they are the same as then.  read: of their last block."""
-        with Progress(f"reading past {read['rows']:,} rows that are answered", read["input_bytes"], "bytes") as progress:
-            while self.bytes < read["input_bytes"] and (line := self.line()):
-                self.use(line)
-                progress.step(len(line))
-        self.rows = read["rows"]
-        return self.digest.hexdigest() == read["input"]
-
-
-def json_cells(lines):
-    """{column: text} of the next line of a JSONL file, {} of an empty one.  A list of texts becomes one with "|" between them."""
-    def text(value, name):
-        if isinstance(value, list) and name.startswith("attribute_"):
-            return "|".join(text(one, name) for one in value)
-        if value is None or isinstance(value, (str, int)) and not isinstance(value, bool):
-            return "" if value is None else str(value)
-        raise ValueError(f"{name} is {str(value)[:40]}, but must be a text")
-
-    line = next(lines)
-    if not line.strip():
-        return {}
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"is not valid JSON ({error})") from None
-    if not isinstance(row, dict):
-        raise ValueError("is not a JSON object: {\"id\": …, \"attribute_names\": …}")
-    cells = {name: text(row.get(name), name) for name in COLUMNS}
-    "".join(cells.values()).encode()                    # UnicodeError: JSON can hold halves of characters, and UTF-8 cannot
-    return cells
-
-
-# ------------------------------------------------------------------------------------------------ photos
-
-
-class PhotoWorkers:
-    """Processes that read the photos of one block while the model answers the block before.
-
-    They are forked before there are weights or threads.  A worker ends when its pipe is closed: also if the command is killed.
-    """
-
-    def __init__(self):
-        self.pipes, self.processes, self.names = [], [], []
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        for w in range(max(1, min(MOST_WORKERS, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1))):
-            self.fork(w)
-
-    def fork(self, w):
-        """Start worker number w, in the place of one that died."""
-        context = multiprocessing.get_context("fork")
-        ours, theirs = context.Pipe()
-        self.pipes[w:w + 1], self.processes[w:w + 1] = [], []
-        process = context.Process(target=photo_worker, args=(theirs, [ours, *self.pipes]), daemon=True)
-        process.start()
-        theirs.close()
-        self.pipes.insert(w, ours)
-        self.processes.insert(w, process)
-
-    def start(self, names, images, size):
-        """Begin to read these photos of a folder, for a ViT that takes `size` pixels."""
-        self.names, self.how = names, (images, size)
-        for w, pipe in enumerate(self.pipes):
-            with suppress(OSError):                     # it died; `results` sees that, too
-                pipe.send((names[w::len(self.pipes)], *self.how))
-
-    def results(self):
-        """{name: what read_photo returned} of the photos that were started."""
-        found = {}
-        for w, pipe in enumerate(list(self.pipes)):
-            share = self.names[w::len(self.pipes)]
-            try:
-                found.update(zip(share, pipe.recv()))
-            except (EOFError, OSError):                 # a photo ended the worker, or the system did
-                self.fork(w)
-                found.update((name, self.alone(w, name)) for name in share)
-        return found
-
-    def alone(self, w, name):
-        """One photo, read by worker w after it died: a photo that ends it again is at fault."""
-        try:
-            self.pipes[w].send(([name], *self.how))
-            return self.pipes[w].recv()[0]
-        except (EOFError, OSError):
-            self.fork(w)
-            return f"the photo {name!r} ended the process that read it"
-
-    def close(self):
-        for pipe, process in zip(self.pipes, self.processes):
-            pipe.close()
-            process.terminate()
-            process.join()
-
-
-def photo_worker(pipe, others):
-    """What a worker does.  others: pipe ends that belong to the command."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C goes to all processes; the command ends its workers
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    for other in others:
-        other.close()
-    with suppress(EOFError, OSError):
-        while True:
-            names, images, size = pipe.recv()
-            pipe.send([read_photo(images / name, size) for name in names])
-
-
-def read_photo(path, size):
-    """The pixels of a photo as vit.crop gives them, or a text that says what is wrong."""
-    try:
-        return crop(open_photo(path), size)
-    except (UserError, OSError, MemoryError) as error:
-        return " ".join(str(error).split()) or type(error).__name__
-
-
-class BlockFeatures(NamedTuple):
-    """The features of a block's photos, in the place of PhotoFeatures.  tokens: {name: (K, V)}"""
-
-    tokens: dict
-    cls_layers: tuple
-
-    def read(self, names, device):
-        """(P, K, V), or None for no photos."""
-        return torch.stack([self.tokens[name] for name in names]).to(device) if names else None
-
 
 # ------------------------------------------------------------------------------------------------ output
 
@@ -548,6 +256,17 @@ class Catalogue:
             names = [name for name, found in block.photos.items() if isinstance(found, tuple) and not found[1]]
         self.workers.start(names, photos and photos.images, photos and photos.vit.config.image_size)
         return block, several[0] is not None
+
+
+class BlockFeatures(NamedTuple):
+    """The features of a block's photos, in the place of PhotoFeatures.  tokens: {name: (K, V)}"""
+
+    tokens: dict
+    cls_layers: tuple
+
+    def read(self, names, device):
+        """(P, K, V), or None for no photos."""
+        return torch.stack([self.tokens[name] for name in names]).to(device) if names else None
 
 
 def block_features(photos, block, pixels):

@@ -25,7 +25,7 @@ from base.console import Progress
 from base.photo import open_photo
 from base.tsv import COLUMNS, tsv_line
 from data import Product
-from support import answering, catalogue, config, features
+from support import answering, catalogue, catalogue_rows, config, features, photo_workers
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def read(path):
 
 
 def small_blocks():
-    catalogue.BLOCK = 4
+    catalogue_rows.BLOCK = catalogue.BLOCK = 4
 
 
 @pytest.fixture
@@ -547,14 +547,14 @@ def kills_its_reader(always):
     """For `before`: the worker that reads B0003.jpg is killed, each time or only the first time."""
     def before():
         small_blocks()
-        read, killed = catalogue.read_photo, Path(os.environ["KILLED"])
+        read, killed = photo_workers.read_photo, Path(os.environ["KILLED"])
 
         def deadly(path, size):
             if path.name == "B0003.jpg" and (always or not killed.exists()):
                 killed.write_text("")
                 os.kill(os.getpid(), signal.SIGKILL)
             return read(path, size)
-        catalogue.read_photo = deadly
+        photo_workers.read_photo = deadly
     return before
 
 
@@ -585,7 +585,7 @@ def test_no_process_is_left(answer, images, whole, tmp_path, number, code):
 def test_photos_are_read_as_everywhere(images, data_root):
     """A worker's pixels, after normalize, are those of preprocess."""
     for path in sorted((data_root / "images").glob("*.jpg"))[:5]:
-        assert vit.normalize(catalogue.read_photo(path, 32)).equal(vit.preprocess(open_photo(path), 32))
+        assert vit.normalize(photo_workers.read_photo(path, 32)).equal(vit.preprocess(open_photo(path), 32))
 
 
 def test_a_run_without_photos_takes_no_folder_of_photos(flags, answer, rows, tmp_path, monkeypatch):
