@@ -247,7 +247,7 @@ class LLaMA(nn.Module):
 
     @property
     def compute_dtype(self):
-        """Dtype of the activations: that of the weights on a GPU; fp32 on a CPU, where 16-bit matmuls are slow."""
+        """Dtype of the activations: that of the weights on a GPU; fp32 on a CPU, few of which have 16-bit units."""
         weight = self.embed_tokens.weight
         return torch.float32 if weight.device.type == "cpu" else weight.dtype
 

@@ -9,7 +9,7 @@ import itertools
 import torch
 import torch.nn.functional as F
 
-STRIP = 512                                             # rows of an 8-bit or 16-bit matrix that are cast at a time
+STRIP = 512                                             # rows that are cast at a time in the backward pass, and quantised
 FORWARD = 1 << 21                                       # weights that are cast at a time in the forward pass: 512 rows of 4,096
 # PyTorch's matmul in oneDNN's arithmetic; torch.compile uses it too.  None where PyTorch was built without oneDNN.
 ONEDNN = torch.ops.mkldnn._linear_pointwise.default if torch.backends.mkldnn.is_available() else None
@@ -35,8 +35,8 @@ def frozen_linear(x, weight, scale=None):
 
     scale  (out,), fp32, of an int8 weight: see `quantize`
     On a CPU the weight may have 16 bits and x 32, and int8 is narrower than x everywhere.  Then a strip of the weight at a
-    time is cast to the dtype of x: a strip fits the CPU cache, so this is as fast as a 32-bit weight, with half of its memory
-    or a quarter.
+    time is cast to the dtype of x: a strip fits the CPU cache, so this is about as fast as a 32-bit weight, with half of its
+    memory or a quarter.  For a weight in the dtype of x only the matmul differs: see `times`.
     """
     if x.dtype == weight.dtype and (len(x) > FEW or weight.numel() < LARGE):
         return x @ weight.T
@@ -68,7 +68,7 @@ def times(x, matrix):
     """x @ matrix: (N, in), (in, out) -> (N, out).
 
     On a CPU in fp32 oneDNN is up to three times as fast as `@`, but its rounding error is 1.5 times as large (docs/speed.md).  So
-    frozen_linear comes here only with few rows, or with a matrix cast from 8 or 16 bits, which cost more exactness.
+    frozen_linear comes here only with few rows, or with a matrix cast from 8 or 16 bits: their rounding is a larger error.
     """
     if ONEDNN and matrix.numel() >= LARGE and x.dtype == torch.float32 and x.device.type == "cpu":
         return ONEDNN(x, matrix.T, None, "none", [], "")

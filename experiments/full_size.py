@@ -4,7 +4,7 @@
     python -m experiments.full_size weights-7b                          with the dtype of the files
     python -m experiments.full_size weights-7b --int8                   quantised as they are read
 
-Weights may be random: nothing here depends on what they say.
+Weights may be random: only the length of an answer depends on what they say.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import torch
 from base.frozen_ops import frozen_linear, quantize, times
 from data import Product, base_question, encode_examples
 from eiven import EIVEN
-from experiments.speed import rows_of
+from experiments.speed import head_of, rows_of
 from llama import load_llama
 from support.config import keep_freed_memory
 from train import make_optimizer
@@ -75,8 +75,10 @@ def answer(model, batch, cls_tokens):
 def least(llama, passes):
     """Seconds that these forward passes take at least: their matmuls with fp32 weights; or, for a single token, the reading of
     all weights once from memory.  Both are measured here, the matmuls once for each shape."""
-    matrices = [p for part in (llama.layers, llama.lm_head) for p in part.parameters() if p.dim() == 2 and not p.requires_grad]
+    last, head = llama.layers[-1], head_of(llama).weight
+    matrices = [p for p in llama.layers.parameters() if p.dim() == 2 and not p.requires_grad] + [head]
     weights = {p.shape: torch.ones(p.shape) for p in matrices}
+    of_few = [head, *(layer.weight for layer in (last.self_attn.q_proj, last.self_attn.o_proj, *last.mlp.children()))]
 
     def matmul(shape, rows):
         x = torch.ones(rows, shape[1])
@@ -86,8 +88,8 @@ def least(llama, passes):
     _, reading = seconds(lambda: [p.view(-1).view(torch.int64).sum() for p in matrices])
     known = {(1, 1): reading}
     for tokens, needed in set(passes) - known.keys():
-        each = {shape: matmul(shape, needed if shape == llama.lm_head.weight.shape else tokens) for shape in weights}
-        known[tokens, needed] = sum(each[p.shape] for p in matrices)
+        each = {(shape, rows): matmul(shape, rows) for shape in weights for rows in (tokens, needed)}
+        known[tokens, needed] = sum(each[p.shape, needed if any(p is few for few in of_few) else tokens] for p in matrices)
     return sum(known[rows] for rows in passes)
 
 

@@ -225,9 +225,16 @@ def bench_train(subject, report, rounds):
                  took["ours"], "%", note="a shared prefix counts for every sequence that has it")
 
     if "limit" not in subject.goals:                    # at the 7B's width a row of 512 takes half a minute
-        took = turns(rounds, **both_sides(subject, 8, LAVIN_LENGTH)[1])
+        _, sides = both_sides(subject, 8, LAVIN_LENGTH)
+        agree(f"{subject.name}: loss, padded", sides["ours"](), sides["usual"]())
+        took = turns(rounds, **sides)
         report.ratio("train", f"{subject.name}: step of 8 rows, peer padded to {LAVIN_LENGTH} / ours", took["usual"],
                      took["ours"], at_least=10)
+
+
+def head_of(llama):
+    """The layer whose weight makes the logits."""
+    return llama.embed_tokens if llama.config.tie_word_embeddings else llama.lm_head
 
 
 def matmul_times(model, passes, backward=False):
@@ -238,18 +245,16 @@ def matmul_times(model, passes, backward=False):
     In the last layer, keys and values are for all tokens, the rest for needed tokens only.  Each layer's own weights are
     used, so that they are read from memory, and the same matmuls.  Attention, norms and all other operations are not counted.
     """
-    llama = model.llama
-    head = llama.embed_tokens if llama.config.tie_word_embeddings else llama.lm_head
+    llama, head = model.llama, head_of(model.llama)
 
     def once(layer, rows):
-        x = torch.ones(rows, layer.weight.shape[1], device=layer.weight.device)
+        x = torch.ones(rows, layer.weight.shape[1], device=layer.weight.device, requires_grad=backward)
         start = now()
         y = frozen_linear(x, layer.weight)
         if backward:
-            torch.mm(y, layer.weight)
+            torch.autograd.grad(y, x, y.detach())
         return now() - start
 
-    @torch.no_grad()
     def measure():
         took = 0
         for tokens, needed in passes:
@@ -264,10 +269,9 @@ def matmul_times(model, passes, backward=False):
 
 
 def bench_busy(subject, report, rounds):
-    """A training step beside one busy process, with as many threads as train.py chooses there; the peer has as many."""
+    """A training step beside a busy process, a loop of matmuls with PyTorch's default threads; with as many threads as train.py chooses there; the peer has as many."""
     _, sides = both_sides(subject)
-    for step in sides.values():
-        step()
+    agree(f"{subject.name}: loss", sides["ours"](), sides["usual"]())
     idle = turns(rounds, **sides)
     busy = subprocess.Popen([sys.executable, "-c", "import torch\na = torch.randn(500, 500)\nwhile True: a @ a"])
     most = torch.get_num_threads()
@@ -275,13 +279,14 @@ def bench_busy(subject, report, rounds):
         time.sleep(5)                                   # until it computes
         choose_threads(SimpleNamespace(threads=None, shard=False), subject.model)
         threads = torch.get_num_threads()
-        took = turns(len(idle["ours"]), **sides)
+        took = turns(rounds, **sides)
     finally:
         busy.kill()
         busy.wait()
         torch.set_num_threads(most)
-    note = f"{threads} of {most} threads"
-    report.ratio("busy", f"{subject.name}: step beside a busy process / idle", took["ours"], idle["ours"], at_most=2.7, note=note)
+    note, most_rounds = f"{threads} of {most} threads", min(len(took["ours"]), len(idle["ours"]))
+    report.ratio("busy", f"{subject.name}: step beside a busy process / idle", took["ours"][:most_rounds],
+                 idle["ours"][:most_rounds], at_most=2.7, note=note)
     report.ratio("busy", f"{subject.name}: step there, peer / ours", took["usual"], took["ours"], note=note)
 
 
@@ -350,7 +355,7 @@ def child(code, *arguments):
                            *map(str, arguments)], cwd=PROJECT, capture_output=True, text=True, check=False)
     if done.returncode:
         said = done.stderr.strip().splitlines() or ["it was stopped, perhaps for want of memory"]
-        raise UserError(f"bench.{code} ended with {done.returncode}: {said[-1]}")
+        raise UserError(f"speed.{code} ended with {done.returncode}: {said[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 

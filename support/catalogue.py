@@ -3,7 +3,7 @@
     python evaluate.py RUN --input products.tsv.gz --output predictions.jsonl
 
 A block is BLOCK rows of the input (support/catalogue_rows.py), cut by their number alone.  So its batches, and the bytes that are
-written for it, are the same whatever happened before.  After each block the answers so far (OUTPUT.partial) and a record of
+written for it, are the same whatever happened before (with the same number of threads).  After each block the answers so far (OUTPUT.partial) and a record of
 how far they go (OUTPUT.partial.json) are synced to the disk.  After a power cut the same command cuts OUTPUT.partial back to
 the record, reads past the rows that are answered, and goes on.  A row that cannot be answered goes to failed.tsv.
 """
@@ -91,15 +91,16 @@ class Output:
         if not self.json and not self.record["rows"]:
             lines.insert(0, tsv_line(PREDICTED))
         data = "".join(lines).encode()
-        data = gzip.compress(data, mtime=0) if self.gz and data else data
+        if self.gz and (data or not self.record["rows"]):       # a file of no bytes is not gzip
+            data = gzip.compress(data, mtime=0)
         failed = [tsv_line(one) for one in block.failed]
         if failed and not self.record["failed"]:
             failed.insert(0, tsv_line(Failed._fields))
         failed = "".join(failed).encode()
-        self.record |= block.read
+        record = self.record | block.read
         for name, more in {"bytes": len(data), "failed_bytes": len(failed), "answered": len(block.answered),
                            "empty": sum(not a.value for _, a in block.answered), "failed": len(block.failed)}.items():
-            self.record[name] += more
+            record[name] += more
         with naming(self.path):
             if self.stream:
                 self.stream.write(data)
@@ -109,7 +110,8 @@ class Output:
                 append(self.partial, data)
                 if failed:
                     append(self.failed, failed)
-                write_text(self.record_path, json.dumps(self.record))
+                write_text(self.record_path, json.dumps(record))
+        self.record = record                            # only now: nothing of a block counts if its writing fails
 
     def finish(self):
         """Give the files their names; the path of failed.tsv, or None."""

@@ -72,9 +72,12 @@ class Rows:
         first = self.line()
         if first.startswith(BOM_UTF8):
             self.use(BOM_UTF8)
-        self.back.append(first.removeprefix(BOM_UTF8))
+        start = [first.removeprefix(BOM_UTF8)]
+        while start[-1] and not start[-1].strip():      # empty lines
+            start.append(self.line())
+        self.back.extend(start)
         self.header = None
-        if first.removeprefix(BOM_UTF8).lstrip().startswith(b"{"):
+        if start[-1].lstrip().startswith(b"{"):
             self.parse = json_cells
             return
         self.parse = lambda lines: next(csv.reader(lines, dialect="excel-tab", strict=True), [])
@@ -117,7 +120,7 @@ class Rows:
         A quote that is never closed makes one record of many lines.  Only its first line fails then, and the others are
         read again.
         """
-        taken = []
+        taken, line = [], b""
 
         def lines():
             while line := self.line():
@@ -174,7 +177,7 @@ class Rows:
         return self.file.tell() / self.size if self.size else None
 
     def skip(self, read):
-        """Read past the rows that are answered; whether they are the same as then.  read: of their last block."""
+        """Read past the rows that are answered; whether they are the same as then.  read: Block.read of the last answered block."""
         with Progress(f"reading past {read['rows']:,} rows that are answered", read["input_bytes"], "bytes") as progress:
             while self.bytes < read["input_bytes"] and (line := self.line()):
                 self.use(line)

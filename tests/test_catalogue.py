@@ -106,7 +106,7 @@ def found_in(path):
 
 FORMATS = {"in.tsv": as_tsv, "in.tsv.gz": lambda rows: gzip.compress(as_tsv(rows)), "in.jsonl": as_jsonl,
            "in.jsonl.gz": lambda rows: gzip.compress(as_jsonl(rows)), "bom.tsv": lambda rows: b"\xef\xbb\xbf" + as_tsv(rows),
-           "named-wrongly.tsv": as_jsonl}
+           "named-wrongly.tsv": as_jsonl, "empty-lines.jsonl": lambda rows: b"\n \n" + as_jsonl(rows)}
 
 
 OUTPUTS = itertools.cycle(["out.tsv", "out.tsv.gz", "out.jsonl", "out.jsonl.gz"])
@@ -284,7 +284,8 @@ def test_strict_stops_at_the_first(answer, rows, images, tmp_path, bad):
     (b"id\timages\n", [], "line 1: the header lacks category, texts, attribute_names"),
     (b"\xff\xfei\0d\0", [], "line 1: is not UTF-8 text"), (b"", [], "an empty file"),
     ("\t".join(COLUMNS).encode() + b"\n", [], "has a header but no products"),
-    ("\t".join(COLUMNS).encode() + b"\n\n\n", [], "holds no products"), (b" \n{", [], "line 1: the header lacks"),
+    ("\t".join(COLUMNS).encode() + b"\n\n\n", [], "holds no products"), (b" \nid", [], "line 1: the header lacks"),
+    (gzip.compress(b""), [], "line 1: the header lacks"), (b"\xef\xbb\xbf", [], "line 1: the header lacks"),
     (gzip.compress(b"x" * 100)[:20], [], "the gzip file is damaged or cut off"),
     ("header", ["--images", "nowhere"], "nowhere: there is no such folder of photos"),
 ])
@@ -305,6 +306,12 @@ def test_a_gzip_file_that_is_cut_off_is_named_and_what_was_answered_kept(answer,
     (tmp_path / "in.tsv.gz").write_bytes(gzip.compress(text)[:-20_000])
     said = answer(tmp_path / "in.tsv.gz", tmp_path / "out.tsv", "--no-feature-cache", code=2)
     assert "the gzip file is damaged or cut off" in said.err and "after line " in said.err and "rows are answered" in said.err
+
+
+def test_if_every_row_fails_the_packed_file_can_be_unpacked(answer, tmp_path):
+    (tmp_path / "in.jsonl").write_text("{}\n" * 9)
+    said = answer(tmp_path / "in.jsonl", tmp_path / "out.jsonl.gz")
+    assert gzip.decompress((tmp_path / "out.jsonl.gz").read_bytes()) == b"" and "9 could not be answered" in said.out
 
 
 def test_a_line_of_many_megabytes_fails_alone(answer, rows, tmp_path):
@@ -413,7 +420,9 @@ def test_after_a_full_disk_it_goes_on(answer, images, whole, tmp_path):
 
     arguments = given, tmp_path / "out.tsv", "--images", images, "--no-feature-cache"
     said = answer(*arguments, code=2, before=full)
-    assert f"{tmp_path / 'out.tsv'}: File too large" in said.err and "the same command goes on from there" in said.err
+    rows_kept = json.loads((tmp_path / "out.tsv.partial.json").read_text())["rows"]
+    assert f"{tmp_path / 'out.tsv'}: File too large" in said.err
+    assert f"\n{rows_kept} rows are answered; the same command goes on from there" in said.err
     answer(*arguments)
     assert ((tmp_path / "out.tsv").read_bytes(), (tmp_path / "failed.tsv").read_bytes()) == expected["out.tsv"]
 
