@@ -11,9 +11,10 @@ import torch.nn.functional as F
 
 STRIP = 512                                             # rows that are cast at a time in the backward pass, and quantised
 FORWARD = 1 << 21                                       # weights that are cast at a time in the forward pass: 512 rows of 4,096
-# PyTorch's matmul in oneDNN's arithmetic; torch.compile uses it too.  None where PyTorch was built without oneDNN.
+# oneDNN's x @ weight.T, as PyTorch calls it in compiled models.  None where PyTorch was built without oneDNN.
 ONEDNN = torch.ops.mkldnn._linear_pointwise.default if torch.backends.mkldnn.is_available() else None
-LARGE, FEW = 1 << 18, 128                               # weights of a matrix, and rows, with which oneDNN is much faster
+LARGE = 1 << 18                                         # weights of a matrix that is large enough for oneDNN
+FEW = 128                                               # rows with which oneDNN saves most
 
 
 def quantize(weight):
@@ -36,15 +37,22 @@ def frozen_linear(x, weight, scale=None):
     scale  (out,), fp32, of an int8 weight: see `quantize`
     On a CPU the weight may have 16 bits and x 32, and int8 is narrower than x everywhere.  Then a strip of the weight at a
     time is cast to the dtype of x: a strip fits the CPU cache, so this is about as fast as a 32-bit weight, with half of its
-    memory or a quarter.  For a weight in the dtype of x only the matmul differs: see `times`.
+    memory or a quarter.
+
+    oneDNN is up to three times as fast as `@`, but its rounding error is 1.5 times as large (docs/speed.md).  So it multiplies
+    only a few rows, and strips: casting from 8 or 16 bits has lost more.
     """
-    if x.dtype == weight.dtype and (len(x) > FEW or weight.numel() < LARGE):
+    if x.dtype == weight.dtype and not (len(x) <= FEW and suits_onednn(x, weight)):
         return x @ weight.T
     return FrozenLinear.apply(x, weight, scale)
 
 
 def linear_plain(x, weight, scale=None):
     return x @ (weight if scale is None else weight * scale[:, None]).to(x.dtype).T
+
+
+def suits_onednn(x, matrix):
+    return ONEDNN is not None and x.dtype == torch.float32 and x.device.type == "cpu" and matrix.numel() >= LARGE
 
 
 class FrozenLinear(torch.autograd.Function):
@@ -65,14 +73,8 @@ class FrozenLinear(torch.autograd.Function):
 
 
 def times(x, matrix):
-    """x @ matrix: (N, in), (in, out) -> (N, out).
-
-    On a CPU in fp32 oneDNN is up to three times as fast as `@`, but its rounding error is 1.5 times as large (docs/speed.md).  So
-    frozen_linear comes here only with few rows, or with a matrix cast from 8 or 16 bits: their rounding is a larger error.
-    """
-    if ONEDNN and matrix.numel() >= LARGE and x.dtype == torch.float32 and x.device.type == "cpu":
-        return ONEDNN(x, matrix.T, None, "none", [], "")
-    return x @ matrix
+    """x @ matrix: (N, in), (in, out) -> (N, out), by oneDNN if it can."""
+    return ONEDNN(x, matrix.T, None, "none", [], "") if suits_onednn(x, matrix) else x @ matrix
 
 
 def widened(weight, scale, dtype, height):

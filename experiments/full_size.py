@@ -8,7 +8,6 @@ Weights may be random: only the length of an answer depends on what they say.
 """
 
 import argparse
-import resource
 import statistics
 import time
 from dataclasses import replace
@@ -16,10 +15,11 @@ from pathlib import Path
 
 import torch
 
+from base import console
 from base.frozen_ops import frozen_linear, quantize, times
 from data import Product, base_question, encode_examples
 from eiven import EIVEN
-from experiments.speed import head_of, rows_of
+from experiments.measuring import head_of, passes_of, peak, read_bytes
 from llama import load_llama
 from support.config import keep_freed_memory
 from train import make_optimizer
@@ -28,25 +28,10 @@ GB = 1e9
 PRODUCTS = 32                                           # answered together
 
 
-def peak():
-    """Peak resident memory of this process so far, in bytes; pages of mapped files count."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def seconds(do):
     start = time.perf_counter()
     result = do()
     return result, time.perf_counter() - start
-
-
-def read_files(folder):
-    """Read every byte of the weights, as `cat` would; how many there are."""
-    size, buffer = 0, bytearray(16 << 20)
-    for path in sorted(folder.glob("*.safetensors")):
-        with open(path, "rb", buffering=0) as file:
-            while n := file.readinto(buffer):
-                size += n
-    return size
 
 
 def compare_matmuls():
@@ -63,11 +48,9 @@ def compare_matmuls():
 
 
 def answer(model, batch, cls_tokens):
-    """Answers a batch with five tokens each: (what there is to say of it, seconds, [(tokens, needed tokens) of each forward pass])."""
-    passes = []
-    hook = model.llama.register_forward_pre_hook(lambda _, inputs: passes.append(rows_of(inputs[1])))
-    answers, took = seconds(lambda: model.generate(batch, cls_tokens, range(len(batch)), limit=5))
-    hook.remove()
+    """Answers a batch with five tokens each: (what there is to say of it, seconds, its passes: see passes_of)"""
+    (answers, passes), took = seconds(lambda: passes_of(
+        model.llama, lambda: model.generate(batch, cls_tokens, range(len(batch)), limit=5)))
     return (f"{took:.1f} s for {passes[0][0]:,} tokens read and {sum(len(ids) for ids, _ in answers)} written; peak memory "
             f"{peak() / GB:.2f} GB", took, passes)
 
@@ -99,8 +82,8 @@ def main():
     parser.add_argument("--int8", action="store_true", help="quantise LLaMA's matrices")
     args = parser.parse_args()
     keep_freed_memory()                                 # as train.py and evaluate.py do
-    size, once = seconds(lambda: read_files(args.llama))
-    _, again = seconds(lambda: read_files(args.llama))
+    size = sum(path.stat().st_size for path in args.llama.glob("*.safetensors"))
+    once, again = read_bytes(args.llama), read_bytes(args.llama)
     (llama, tokenizer), load = seconds(lambda: load_llama(args.llama, int8=args.int8))
     _, touch = seconds(lambda: [p.view(torch.int8).view(-1)[::4096].sum() for p in llama.parameters()])
     print(f"weights {size / GB:.2f} GB; reading the files {once:.1f} s, again (cached) {again:.1f} s; loading {load:.1f} s "
@@ -120,7 +103,8 @@ def main():
         """Answers so many times, and prints the middle one."""
         each = sorted((answer(model, asked, cls_tokens) for _ in range(rounds)), key=lambda result: result[1])
         said, *found[name] = each[rounds // 2]
-        print(f"{name}: {said}" + (f"; {each[0][1]:.1f} to {each[-1][1]:.1f} s in {rounds} rounds" if rounds > 1 else ""), flush=True)
+        spread = f"; {each[0][1]:.1f} to {each[-1][1]:.1f} s in {rounds} rounds" if rounds > 1 else ""
+        print(f"{name}: {said}{spread}", flush=True)
 
     answer(model, batch, cls_tokens)                    # threads start
     report("one product", batch, rounds=5)
@@ -141,10 +125,9 @@ def main():
     report(f"{PRODUCTS} products", encode_examples(map(base_question, several), tokenizer)[0])
     for name, (took, passes) in found.items():          # afterwards: it takes memory
         limit = statistics.median(least(llama, passes) for _ in range(3))
-        print(f"{name}: matmuls and reading alone take {limit:.1f} s: {took / limit:.2f} x that limit, {100 * limit / took:.0f} % of it",
-              flush=True)
+        print(f"{name}: {took / limit:.2f} x the limit of {limit:.1f} s, which is {100 * limit / took:.0f} % of the time", flush=True)
     compare_matmuls()
 
 
 if __name__ == "__main__":
-    main()
+    console.run(main)

@@ -15,16 +15,12 @@ depend on the machine and the hour, ratios much less.
 
 import argparse
 import copy
-import hashlib
 import json
 import os
 import platform
-import resource
-import sqlite3
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,10 +32,12 @@ from base import console
 from base.console import UserError, write_text
 from base.frozen_ops import frozen_linear
 from base.packing import pack
-from data import Encoded, Epoch, base_question, encode_examples, fingerprint, read_split, sample_labels, values_of
+from data import Encoded, Epoch, base_question, encode_examples, read_split, sample_labels
 from demo import world
 from eiven import EIVEN, cls_layers
+from experiments.measuring import Report, agree, head_of, now, passes_of, turns
 from experiments.peer import Peer, import_transformers
+from experiments.speed_memory import bench_load, bench_memory
 from llama import LLaMA, LlamaConfig, Tokenizer, load_llama
 from support.config import FEATURE_CACHE, PROJECT, choose_device, keep_freed_memory
 from support.features import PhotoFeatures
@@ -53,68 +51,6 @@ BATCH, WIDE_BATCH = 32, 16                              # rows of a step; of the
 LAVIN_LENGTH = 512                                      # LaVIN pads every row to this many tokens
 WIDE = LlamaConfig(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=4,
                    num_attention_heads=32, num_key_value_heads=32, head_dim=128, rms_norm_eps=1e-6)
-
-
-# ------------------------------------------------------------------------------------------------ turns and ratios
-
-
-def now():
-    """Seconds on a clock, read once the GPU, if one is used, has finished what it was given."""
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def seconds(do):
-    start = now()
-    do()
-    return now() - start
-
-
-def turns(rounds, **sides):
-    """{side: its seconds, one a round}.  The sides take turns; where a round takes less than four seconds there are more
-    rounds, up to 25.  Each side has been called before, by a check or a smaller call, so that none is cold."""
-    took = {name: [] for name in sides}
-    done = 0
-    while done < rounds:
-        for name, do in sides.items():
-            took[name].append(seconds(do))
-        done += 1
-        if done == 1:
-            rounds = max(rounds, min(25, int(20 / sum(s[0] for s in took.values()))))
-    return took
-
-
-class Report:
-    """Prints the table line by line, and keeps it for the JSON."""
-
-    def __init__(self):
-        self.lines = []
-
-    def add(self, section, what, each, unit, at_least=None, at_most=None, note="", **more):
-        """The median of `each`, one figure a round, its spread, and what it should reach."""
-        value, low, high = statistics.median(each), min(each), max(each)
-        self.lines.append({"section": section, "what": what, "value": value, "low": low, "high": high, "rounds": len(each),
-                           "unit": unit, "at_least": at_least, "at_most": at_most, "note": note, **more})
-        met = (at_least is None or value >= at_least) and (at_most is None or value <= at_most)     # not met by a NaN
-        goal = (f"{at_least:g} to {at_most:g}" if None not in (at_least, at_most) else
-                f"at least {at_least:g}" if at_least is not None else f"at most {at_most:g}" if at_most is not None else "")
-        spread = f"{low:.2f} to {high:.2f} ({len(each)})"
-        print(f"{section:8}  {what:58}  {value:8.2f} {unit:2}  {spread:22}  {goal:13} {'' if met else 'MISSED':6}  {note}",
-              flush=True)
-
-    def ratio(self, section, what, over, under, unit="x", **more):
-        """Of two sides' seconds, round by round."""
-        self.add(section, what, [a / b for a, b in zip(over, under, strict=True)], unit,
-                 seconds=[statistics.median(over), statistics.median(under)], **more)
-
-
-def agree(what, ours, peer, tolerance=1e-4):
-    """Both sides' results must be the same, to a share of the peer's greatest."""
-    far = (ours - peer).abs().max().item() / max(peer.abs().max().item(), 1e-30)
-    if not far <= tolerance:
-        raise UserError(f"{what}: ours and the peer's differ by {far:.1e} of the greatest, more than {tolerance:.0e}; "
-                        "their times cannot be compared")
 
 
 # ------------------------------------------------------------------------------------------------ what is measured on
@@ -172,7 +108,8 @@ def subjects(args):
         for name, p in llama.named_parameters():
             nn.init.ones_(p) if "norm" in name else nn.init.normal_(p, 0, 0.02, generator=draw)
         some, asked = examples(root, args.dataset, WIDE_BATCH, 16)
-        yield Subject("7B width x 4 layers", {"train": 2.0, "generate": 1.6, "limit": 85, "answer limit": 70}, EIVEN(llama, tokenizer, None),
+        goals = {"train": 2.0, "generate": 1.6, "limit": 85, "answer limit": 70}
+        yield Subject("7B width x 4 layers", goals, EIVEN(llama, tokenizer, None),
                       text_only(tokenizer, some, WIDE.vocab_size), text_only(tokenizer, asked, WIDE.vocab_size))
 
 
@@ -232,15 +169,10 @@ def bench_train(subject, report, rounds):
                      took["ours"], at_least=10)
 
 
-def head_of(llama):
-    """The layer whose weight makes the logits."""
-    return llama.embed_tokens if llama.config.tie_word_embeddings else llama.lm_head
-
-
 def matmul_times(model, passes, backward=False):
     """A function that measures the seconds of the matmuls with frozen weights alone.
 
-    passes    for each forward pass (its tokens, its tokens whose logits are needed)
+    passes    what passes_of returns
     backward  the gradients of the inputs, too
     In the last layer, keys and values are for all tokens, the rest for needed tokens only.  Each layer's own weights are
     used, so that they are read from memory, and the same matmuls.  Attention, norms and all other operations are not counted.
@@ -269,7 +201,10 @@ def matmul_times(model, passes, backward=False):
 
 
 def bench_busy(subject, report, rounds):
-    """A training step beside a busy process, a loop of matmuls with PyTorch's default threads; with as many threads as train.py chooses there; the peer has as many."""
+    """A training step beside a busy process: a loop of matmuls with PyTorch's default number of threads.
+
+    Both sides have as many threads as train.py chooses there.
+    """
     _, sides = both_sides(subject)
     agree(f"{subject.name}: loss", sides["ours"](), sides["usual"]())
     idle = turns(rounds, **sides)
@@ -284,18 +219,13 @@ def bench_busy(subject, report, rounds):
         busy.kill()
         busy.wait()
         torch.set_num_threads(most)
-    note, most_rounds = f"{threads} of {most} threads", min(len(took["ours"]), len(idle["ours"]))
-    report.ratio("busy", f"{subject.name}: step beside a busy process / idle", took["ours"][:most_rounds],
-                 idle["ours"][:most_rounds], at_most=2.7, note=note)
+    note, shared = f"{threads} of {most} threads", min(len(took["ours"]), len(idle["ours"]))     # rounds
+    report.ratio("busy", f"{subject.name}: step beside a busy process / idle", took["ours"][:shared], idle["ours"][:shared],
+                 at_most=2.7, note=note)
     report.ratio("busy", f"{subject.name}: step there, peer / ours", took["usual"], took["ours"], note=note)
 
 
 # ------------------------------------------------------------------------------------------------ generate
-
-
-def rows_of(tokens):
-    """(tokens of a forward pass, those whose logits are needed)"""
-    return len(tokens.ids), len(tokens.ids if tokens.needed_index is None else tokens.needed_index)
 
 
 def bench_generate(subject, report, rounds):
@@ -317,14 +247,11 @@ def bench_generate(subject, report, rounds):
     def usual():
         return [ids for chosen in batches for ids in peer.generate([X[i] for i in chosen], cls_tokens, limit)]
 
-    same = sum(a == b for a, b in zip(answers(model), usual()))
+    ours, passes = passes_of(model.llama, lambda: answers(model))
+    same = sum(a == b for a, b in zip(ours, usual()))
     if same != len(batch):
         raise UserError(f"{subject.name}: {same} of {len(batch)} answers are the peer's; their times cannot be compared")
-    passes, limits = [], []
-    hook = model.llama.register_forward_pre_hook(lambda _, inputs: passes.append(rows_of(inputs[1])))
-    answers(model)
-    hook.remove()
-    matmuls = matmul_times(model, passes)
+    matmuls, limits = matmul_times(model, passes), []
     took = turns(rounds, ours=lambda: answers(model), usual=usual, matmuls=lambda: limits.append(matmuls()))
     report.ratio("generate", f"{subject.name}: products a second, ours / peer", took["usual"], took["ours"],
                  at_least=subject.goals["generate"], note=f"{len(batch)} products, {limit} tokens at most, all answers the same")
@@ -346,54 +273,7 @@ def bench_generate(subject, report, rounds):
                  at_most=1.02)
 
 
-# ------------------------------------------------------------------------------------------------ load, features
-
-
-def child(code, *arguments):
-    """What a Python of its own prints last, from JSON: for peaks of memory, which never come down again."""
-    done = subprocess.run([sys.executable, "-c", f"import json, sys\nfrom experiments import speed\nprint(json.dumps(speed.{code}(*sys.argv[1:])))",
-                           *map(str, arguments)], cwd=PROJECT, capture_output=True, text=True, check=False)
-    if done.returncode:
-        said = done.stderr.strip().splitlines() or ["it was stopped, perhaps for want of memory"]
-        raise UserError(f"speed.{code} ended with {done.returncode}: {said[-1]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def peak():
-    """Greatest resident memory of this process so far, bytes; mapped files count."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def load_and_touch(folder, device):
-    """(seconds, peak of the CPU's memory, bytes of weights)"""
-    start = now()
-    llama, _ = load_llama(folder, device=device)
-    for p in llama.parameters():
-        p.view(torch.int8).view(-1)[::4096].sum()
-    return now() - start, peak(), sum(p.nbytes for p in llama.parameters())
-
-
-def read_bytes(folder):
-    buffer = bytearray(16 << 20)
-
-    def do():
-        for path in Path(folder).glob("*.safetensors"):
-            with open(path, "rb", buffering=0) as file:
-                while file.readinto(buffer):
-                    pass
-    return seconds(do)
-
-
-def bench_load(report, args):
-    if not args.weights_7b:
-        return print("load      needs --weights-7b (of a small model, Python's own start is most)")
-    folder = Path(args.weights_7b).resolve()
-    child("read_bytes", folder)
-    pairs = [(child("load_and_touch", folder, args.device), child("read_bytes", folder)) for _ in range(args.rounds)]
-    report.ratio("load", "7B: load and touch every page / read the same bytes", [loaded[0] for loaded, _ in pairs],
-                 [read for _, read in pairs], at_most=1.5)
-    report.add("load", "7B: peak memory / weights", [top / size for (_, top, size), _ in pairs], "x", at_most=1.1,
-               note="Python and PyTorch included")
+# ------------------------------------------------------------------------------------------------ features
 
 
 def bench_features(report, args):
@@ -442,7 +322,7 @@ def bench_features(report, args):
     report.ratio("features", f"{folder.name}: photos a second, ours / peer", took["usual"], took["ours"], note="16 photos")
 
 
-# ------------------------------------------------------------------------------------------------ scaling, memory
+# ------------------------------------------------------------------------------------------------ scaling
 
 
 def bench_scaling(subject, report, rounds, sizes=(256, 1024, 8192), repeats=(4, 2, 1), length=64):
@@ -466,63 +346,14 @@ def bench_scaling(subject, report, rounds, sizes=(256, 1024, 8192), repeats=(4, 
                    note=f"{1e3 * size * statistics.median(per_token):,.0f} ms a step")
 
 
-def write_products(folder, n):
-    """A data set of n products, each with a photo of a few bytes, whose features are in the cache already."""
-    folder = Path(folder)
-    (folder / "images").mkdir(parents=True)
-    (folder / "x").mkdir()
-    photo_features = PhotoFeatures(folder / "features.sqlite", world.VIT, folder / "images")
-    templates = list(read_split(world.write_dataset(), "general", "train"))
-    tokens = torch.randn(4, photo_features.width).numpy().tobytes()
-
-    def entries():
-        with open(folder / "x" / "train.tsv", "w", encoding="utf-8") as file:
-            file.write("id\timages\tcategory\ttexts\tattribute_names\tattribute_values\n")
-            for i in range(n):
-                p, photo = templates[i % len(templates)], f"photo {i}".encode()
-                (folder / "images" / f"{i}.jpg").write_bytes(photo)
-                file.write(f"P{i}\t{i}.jpg\t{p.category}\t{p.title} {i}\t{p.attribute}\t{p.value}\n")
-                yield hashlib.sha256(photo_features.vit_key + hashlib.sha256(photo).digest()).digest(), 4, tokens
-
-    with sqlite3.connect(folder / "features.sqlite") as database:
-        database.executemany("insert into cls values (?, ?, ?)", entries())
-
-
-def train_a_little(folder):
-    """Peak memory of a training's start and 20 steps on such a data set."""
-    folder = Path(folder)
-    products = sample_labels(read_split(folder, "x", "train"), None, 0)
-    fingerprint(products), values_of(products)
-    photo_features = PhotoFeatures(folder / "features.sqlite", world.VIT, folder / "images")
-    photo_features.prepare(p.image for p in products)
-    llama, tokenizer = load_llama(world.LLAMA, torch.float32)
-    model = EIVEN(llama, tokenizer, photo_features.width)
-    epoch = Epoch(products, 0, 0)
-    for step in range(20):
-        batch, photos = encode_examples([epoch[(step * BATCH + k) % len(epoch)] for k in range(BATCH)], tokenizer)
-        model(batch, photo_features.read(photos, "cpu")).backward()
-    return peak()
-
-
-def bench_memory(report, sizes=(1000, 1_000_000)):
-    peaks = []
-    (PROJECT / "cache").mkdir(exist_ok=True)
-    for n in sizes:
-        with tempfile.TemporaryDirectory(dir=PROJECT / "cache") as folder:
-            write_products(folder, n)
-            peaks.append(child("train_a_little", folder))
-    more = (peaks[1] - peaks[0]) / 1e6
-    report.add("memory", f"training on {sizes[1]:,} products against {sizes[0]:,}: more memory", [more], "MB", at_most=200,
-               note=f"peaks {peaks[0] / 1e6:,.0f} and {peaks[1] / 1e6:,.0f} MB; one run each")
-
-
 # ------------------------------------------------------------------------------------------------ the command
 
 
 def main():
     parser = argparse.ArgumentParser(description="Speed and memory against transformers, in the same run.", allow_abbrev=False)
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"some of {', '.join(SECTIONS)} (default: all)")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, help="of train, busy, generate, scaling (default: all; busy: demo)")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS,
+                        help="of train, generate, scaling (default: all); busy is for demo alone")
     parser.add_argument("--llama", metavar="DIR", help="a LLaMA of the official layout, e.g. SmolLM2-135M")
     parser.add_argument("--data", metavar="ROOT", help="whose prompts are used (default: the demo world's)")
     parser.add_argument("--dataset", default="general", help="which of its data sets (default: %(default)s)")

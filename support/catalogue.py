@@ -2,10 +2,11 @@
 
     python evaluate.py RUN --input products.tsv.gz --output predictions.jsonl
 
-A block is BLOCK rows of the input (support/catalogue_rows.py), cut by their number alone.  So its batches, and the bytes that are
-written for it, are the same whatever happened before (with the same number of threads).  After each block the answers so far (OUTPUT.partial) and a record of
-how far they go (OUTPUT.partial.json) are synced to the disk.  After a power cut the same command cuts OUTPUT.partial back to
-the record, reads past the rows that are answered, and goes on.  A row that cannot be answered goes to failed.tsv.
+A block is BLOCK rows of the input (support/catalogue_rows.py), cut by their number alone.  So with the same number of
+threads its batches, and the bytes that are written for it, are the same whatever happened before.  After each block the
+answers so far (OUTPUT.partial) and a record of how far they go (OUTPUT.partial.json) are synced to the disk.  After a power
+cut the same command cuts OUTPUT.partial back to the record, reads past the rows that are answered, and goes on.  A row that
+cannot be answered goes to failed.tsv.
 """
 
 import gzip
@@ -25,9 +26,9 @@ from base.checkpoint import check_fields, read_json, sample_digest
 from base.console import Progress, UserError, naming, remove, replaceable, sync, whole_file, write_text
 from base.tsv import tsv_line
 from demo import world
-from support import processes
+from support import catalogue_rows, processes
 from support.answering import PREDICTED, answer_batch, batches, longest_values, prediction, too_long
-from support.catalogue_rows import BLOCK, Failed, Rows
+from support.catalogue_rows import Failed, Rows
 from support.confidence import temperature_note
 from support.photo_workers import PhotoWorkers
 from support.run_folder import only_process
@@ -190,7 +191,7 @@ class Catalogue:
                     "top_p": args.top_p, "min_confidence": args.min_confidence, "merge": args.merge,
                     "dtype": str(run.model.llama.layers[0].mlp.up_proj.weight.dtype), "value_temperature": run.value_temperature,
                     "images": photos and str(photos.images.resolve()), "feature_cache": not args.no_feature_cache,
-                    "block": BLOCK}
+                    "block": catalogue_rows.BLOCK}
         belongs = {"run": sample_digest([run.folder / name for name in ("config.json", "adapter.safetensors")]),
                    "settings": settings}
         with closing(self.workers), processes.in_process_0(locked(args.output)):

@@ -15,7 +15,8 @@ MOST_WORKERS = 8                                        # processes that read ph
 class PhotoWorkers:
     """Processes that read the photos of one block while the model answers the block before.
 
-    The first are forked before there are weights or threads.  A worker ends when its pipe is closed: also if the command is killed.
+    The first are forked before there are weights or threads.  A worker ends when its pipe is closed, also if the command is
+    killed.
     """
 
     def __init__(self):

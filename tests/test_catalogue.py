@@ -65,7 +65,7 @@ def read(path):
 
 
 def small_blocks():
-    catalogue_rows.BLOCK = catalogue.BLOCK = 4
+    catalogue_rows.BLOCK = 4
 
 
 @pytest.fixture
@@ -311,7 +311,8 @@ def test_a_gzip_file_that_is_cut_off_is_named_and_what_was_answered_kept(answer,
 def test_if_every_row_fails_the_packed_file_can_be_unpacked(answer, tmp_path):
     (tmp_path / "in.jsonl").write_text("{}\n" * 9)
     said = answer(tmp_path / "in.jsonl", tmp_path / "out.jsonl.gz")
-    assert gzip.decompress((tmp_path / "out.jsonl.gz").read_bytes()) == b"" and "9 could not be answered" in said.out
+    packed = (tmp_path / "out.jsonl.gz").read_bytes()
+    assert packed and gzip.decompress(packed) == b"" and "9 could not be answered" in said.out
 
 
 def test_a_line_of_many_megabytes_fails_alone(answer, rows, tmp_path):

@@ -23,6 +23,27 @@ def test_frozen_linear(dtype, large, monkeypatch):
     torch.testing.assert_close(ours, plain)
 
 
+@pytest.mark.skipif(frozen_ops.ONEDNN is None, reason="PyTorch has no oneDNN here")
+@pytest.mark.parametrize("rows, out, dtype, by_onednn", [
+    (128, 512, torch.float32, True), (129, 512, torch.float32, False),          # few rows; one more
+    (4, 511, torch.float32, False),                                             # a smaller matrix
+    (129, 512, torch.bfloat16, True), (129, 512, torch.int8, True),             # strips, with any number of rows
+])
+def test_which_matmuls_onednn_does(rows, out, dtype, by_onednn, monkeypatch):
+    calls, onednn = [], frozen_ops.ONEDNN
+    monkeypatch.setattr(frozen_ops, "ONEDNN", lambda *a: calls.append(a) or onednn(*a))
+    x, weight = torch.randn(rows, 512, requires_grad=True), torch.randn(out, 512)
+    weight = frozen_ops.quantize(weight) if dtype == torch.int8 else (weight.to(dtype),)
+    y = frozen_ops.frozen_linear(x, *weight)
+    assert bool(calls) == by_onednn
+    calls.clear()
+    [grad_x] = torch.autograd.grad(y, x, torch.ones_like(y))
+    assert bool(calls) == by_onednn
+    plain = frozen_ops.linear_plain(x, *weight)
+    torch.testing.assert_close(y, plain, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(grad_x, torch.autograd.grad(plain, x, torch.ones_like(y))[0], rtol=1e-5, atol=1e-4)
+
+
 def test_quantize_by_hand(monkeypatch):
     """Scales are a 127th of each row's largest value; halves are rounded to the even neighbour."""
     monkeypatch.setattr(frozen_ops, "STRIP", 2)

@@ -12,7 +12,7 @@ from conftest import Strict, randomize
 from base.console import UserError
 from data import Encoded
 from eiven import EIVEN
-from experiments import memory_7b, speed
+from experiments import measuring, memory_7b, speed, speed_memory
 from llama import load_llama
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -76,18 +76,18 @@ def test_a_ratio_is_the_median_of_the_rounds(capsys):
 
 def test_memory_is_measured_on_a_training(tmp_path):
     """The measuring itself: a folder is written, read by the ordinary code, and trained on."""
-    speed.write_products(tmp_path / "few", 40)
-    assert speed.child("train_a_little", tmp_path / "few") > 50e6
+    speed_memory.write_products(tmp_path / "few", 40)
+    assert speed_memory.child("train_a_little", tmp_path / "few") > 50e6
     with pytest.raises(UserError, match="train_a_little ended with 1: .*there is no data set"):
-        speed.child("train_a_little", tmp_path)
+        speed_memory.child("train_a_little", tmp_path)
 
 
 def test_a_clock_waits_for_the_gpu_before_it_is_read(monkeypatch):
     order = []
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: order.append("wait"))
-    monkeypatch.setattr(speed.time, "perf_counter", lambda: order.append("clock") or len(order))
-    assert speed.seconds(lambda: order.append("work")) == 3
+    monkeypatch.setattr(measuring.time, "perf_counter", lambda: order.append("clock") or len(order))
+    assert measuring.seconds(lambda: order.append("work")) == 3
     assert order == ["wait", "clock", "work", "wait", "clock"]
 
 
