@@ -7,6 +7,7 @@ import random
 import resource
 import runpy
 import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -25,7 +26,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import llama
+import train
 import vit
+from dataset import build
+from experiments import make_mave
 from experiments.random_weights import write_llama, write_vit
 from support import config
 
@@ -275,3 +279,47 @@ def held(outcome, limit_mb=1000):
     if outcome.megabytes > limit_mb:
         return f"took {outcome.megabytes:.0f} MB"
     return None
+
+
+def run_command(script, *arguments, **how):
+    return subprocess.run([sys.executable, config.PROJECT / script, *map(str, arguments)], capture_output=True, text=True,
+                          timeout=300, **how)
+
+
+@pytest.fixture(scope="module")
+def flags(data_root, llama_dir, vit_dir):
+    return ["--data", str(data_root), "--dataset", "shoes", "--llama", str(llama_dir), "--vit", str(vit_dir),
+            "--labels", "4", "--epochs", "3", "--batch-size", "8", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def run(flags, tmp_path_factory):
+    """A finished run: 20 labelled products, as many comparisons, 3 epochs of 5 steps."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    train.main([*flags, "--out", str(folder)])
+    return folder
+
+
+def jpeg(size=(60, 40), kind="JPEG", mode="RGB"):
+    file = io.BytesIO()
+    Image.effect_noise(size, 60).convert(mode).save(file, kind)
+    return file.getvalue()
+
+
+GOOD = jpeg()
+FEW = dict(more_than=5, at_most=30)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Two small sources, and what an uninterrupted build makes of them."""
+    folder = tmp_path_factory.mktemp("sources")
+    labels, metadata = make_mave.make(folder, 6000, 6000)
+    build.build(labels, metadata, folder / "root", photos=False, **FEW)
+    return labels, metadata, folder / "root"
+
+
+def contents(root):
+    """{path: bytes} of all that a build leaves for people: not its working folder."""
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*"))
+            if path.is_file() and ".build" not in path.parts}
