@@ -90,7 +90,9 @@ def passes_of(llama, do):
 
 
 def peak():
-    """Greatest resident memory of this process so far, bytes; mapped files count."""
+    """Greatest memory of this process so far, bytes: of the GPU, if one is used; else resident, where mapped files count."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

@@ -7,6 +7,7 @@ is a GPU with enough memory, the same passes run there with random weights, and 
 """
 
 import argparse
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,16 @@ GB = 1e9
 GPUS = {"V100, 32 GB": 32, "RTX 4090": 24, "V100, 16 GB": 16, "T4": 15}      # GiB that they show
 CONTEXT = 1.0 * GB                                      # CUDA's context and cuBLAS workspaces, about
 COMPARISON = 130                                        # tokens
+
+
+class GpuAttention(torch.autograd.Function):
+    """What a GPU's attention keeps for its gradient.  On the meta device PyTorch would keep the (T, T) weights, too, in fp32."""
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        out = torch.empty_like(q)
+        ctx.save_for_backward(q, k, v, out)
+        return out
 
 
 def forward(model, tokens, answer=8):
@@ -42,7 +53,8 @@ def held(model, tokens):
             kept[storage._cdata] = storage              # holding it keeps its address from being used again
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with mock.patch.object(F, "scaled_dot_product_attention", lambda q, k, v, **_: GpuAttention.apply(q, k, v)), \
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         forward(model, tokens)
     return sum(storage.nbytes() for storage in kept.values())
 

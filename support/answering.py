@@ -207,8 +207,8 @@ def batches(run, products, values):
 def answer_batch(run, products, chosen, found, values, temperature, top_p):
     """Answer the products with the indices `chosen` as one batch: found[i] becomes the Answer of products[i].
 
-    An answer does not depend on its batch, except for the last bits of its probability: each product draws from a generator
-    of its own.
+    An answer does not depend on its batch, except for the last bits of the probabilities: each product draws from a generator
+    of its own.  (So a draw that falls between two tokens to the last bit may go to either.)
     """
     tokenizer, some = run.model.tokenizer, [products[i] for i in chosen]
     batch, photos = encode_examples([base_question(p, run.config.text) for p in some], tokenizer, run.config.image)

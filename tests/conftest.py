@@ -128,6 +128,11 @@ def randomize(model, seed=0):
     return model
 
 
+def pytest_collection_modifyitems(items):
+    """Tests on a GPU come last: a process in which autograd has run there cannot be forked for `command` any more."""
+    items.sort(key=lambda item: "cuda-" in item.name)
+
+
 # ------------------------------------------------------------------------------------------------ the meta device
 
 aten = torch.ops.aten
