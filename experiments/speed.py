@@ -3,7 +3,7 @@
     pip install transformers==5.23.0                    the only extra package, for this file alone
     python -m experiments.speed                                     the demo's model, and random weights of LLaMA-7B's width
     python -m experiments.speed --llama SMOLLM2 --data ROOT --dataset footwear --vit VIT --weights-7b DIR        everything
-    python -m experiments.speed --device cuda                       on a GPU, also in fp32; never tried: there was none
+    python -m experiments.speed --device cuda                       on a GPU, in fp32, too
 
 The peer is transformers' LlamaForCausalLM with adapters as forward hooks.  Its sequences are padded to the longest of the
 batch (or, as LaVIN does, to 512), and it computes logits for every token; answers come from its `generate` on left-padded
@@ -178,25 +178,25 @@ def matmul_times(model, passes, backward=False):
     used, so that they are read from memory, and the same matmuls.  Attention, norms and all other operations are not counted.
     """
     llama, head = model.llama, head_of(model.llama)
-
-    def once(layer, rows):
-        x = torch.ones(rows, layer.weight.shape[1], device=layer.weight.device, requires_grad=backward)
-        start = now()
-        y = frozen_linear(x, layer.weight)
-        if backward:
-            torch.autograd.grad(y, x, y.detach())
-        return now() - start
+    matmuls = []                                        # (layer, rows)
+    for tokens, needed in passes:
+        for block in llama.layers:
+            attention, mlp = block.self_attn, block.mlp
+            rows = needed if block is llama.layers[-1] else tokens
+            matmuls += [(attention.k_proj, tokens), (attention.v_proj, tokens)]
+            matmuls += [(layer, rows) for layer in (attention.q_proj, attention.o_proj, *mlp.children())]
+        matmuls.append((head, needed))
+    inputs = {(rows, width): torch.ones(rows, width, device=model.device, requires_grad=backward)
+              for rows, width in {(rows, layer.weight.shape[1]) for layer, rows in matmuls}}
 
     def measure():
-        took = 0
-        for tokens, needed in passes:
-            for block in llama.layers:
-                attention, mlp = block.self_attn, block.mlp
-                rows = needed if block is llama.layers[-1] else tokens
-                took += sum(once(layer, tokens) for layer in (attention.k_proj, attention.v_proj))
-                took += sum(once(layer, rows) for layer in (attention.q_proj, attention.o_proj, *mlp.children()))
-            took += once(head, needed)
-        return took
+        start = now()
+        for layer, rows in matmuls:
+            x = inputs[rows, layer.weight.shape[1]]
+            y = frozen_linear(x, layer.weight)
+            if backward:
+                torch.autograd.grad(y, x, y.detach())
+        return now() - start
     return measure
 
 
