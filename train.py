@@ -92,9 +92,10 @@ def train_step(run, optimizer, scaler, examples):
         total += loss.item()
         tokens += sum(len(example.prompt) + len(example.answer) for example in batch) if weight else 0
     total, tokens = processes.sum_over_processes(list(model.trainable_parameters().values()), total, tokens)
+    gradients = [p.grad for p in model.trainable_parameters().values() if p.grad is not None]
+    largest = torch.nn.utils.get_total_norm(gradients, math.inf)
     # fp16 gradients sometimes overflow; GradScaler skips such steps itself.
-    finite = scaler.is_enabled() or all(p.grad.isfinite().all() for p in model.trainable_parameters().values()
-                                        if p.grad is not None)
+    finite = scaler.is_enabled() or largest.isfinite()
     if not math.isfinite(total) or not finite:
         raise FloatingPointError(total if not math.isfinite(total) else f"{total}, but its gradients are not finite,")
     scaler.step(optimizer)

@@ -8,7 +8,8 @@ comparisons for as many steps (row no-lbc-twice).  The first command trains the 
 same seeds and the same test products.
 
 For each difference: its mean, and a 95 % interval from 10,000 bootstrap samples over seeds and products.  It is "significant" if
-the interval does not contain 0.  Errors are also counted apart: inside a family of values that look alike, and outside.
+the interval does not contain 0.  Errors are also counted apart: inside a family of values that look alike, and outside, for data
+sets whose values are grouped in FAMILIES.
 """
 
 import argparse
@@ -69,6 +70,7 @@ def compare(name, labels, arms):
     """Markdown for one data set and number of labels.  arms: {arm: {seed: folder}}"""
     runs = {arm: {seed: read_run(folder) for seed, folder in sorted(found.items())} for arm, found in arms.items()}
     products = sorted(next(iter(next(iter(runs.values())).values()))[0])
+    columns = 3 if any(attribute in FAMILIES for _, attribute in products) else 1       # without families micro-F1 alone
     lines = [f"**{name}, {labels} labels, test split, n = {len(products)}**: micro-F1 in per cent, mean ± standard deviation", "",
              "| arm | steps | seeds | micro-F1 | errors inside a family | errors outside |", "|---|---|---|---|---|---|"]
     table = {}
@@ -78,9 +80,9 @@ def compare(name, labels, arms):
         table[arm] = dict(zip(runs[arm], each))
         f1 = 100 * each[:, :, 0].mean(1)
         steps = {steps for _, steps in runs[arm].values()}
+        errors = [f"{100 * each[:, :, k].mean():.1f}" if k < columns else "-" for k in (1, 2)]
         lines.append(f"| {ARMS[arm]} | {', '.join(map(str, sorted(steps)))} | {len(f1)} | {f1.mean():.1f} ± "
-                     f"{f1.std(ddof=1) if len(f1) > 1 else 0:.1f} | {100 * each[:, :, 1].mean():.1f} | "
-                     f"{100 * each[:, :, 2].mean():.1f} |")
+                     f"{f1.std(ddof=1) if len(f1) > 1 else 0:.1f} | {' | '.join(errors)} |")
     lines += ["", "| difference, paired by seed | seeds | micro-F1 | errors inside a family | errors outside |",
               "|---|---|---|---|---|"]
     draw = np.random.default_rng(0)
@@ -90,10 +92,10 @@ def compare(name, labels, arms):
             continue
         difference = np.stack([table[a][seed] - table[b][seed] for seed in seeds])
         cells = []
-        for k in range(3):
+        for k in range(columns):
             mean, low, high = interval(difference[:, :, k], draw)
             cells.append(f"{mean:+.1f} ({low:+.1f} to {high:+.1f}), {'significant' if low * high > 0 else 'not significant'}")
-        lines.append(f"| {ARMS[a]} - {ARMS[b]} | {len(seeds)} | {' | '.join(cells)} |")
+        lines.append(f"| {ARMS[a]} - {ARMS[b]} | {len(seeds)} | {' | '.join(cells + ['-'] * (3 - columns))} |")
     return "\n".join(lines) + "\n"
 
 

@@ -15,6 +15,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")           # the models are tiny: threads would only wait for each other
+# Commands are forked here, and a process that sees a GPU cannot be forked once it has computed a gradient.  So the tests see
+# none, except those that test_device.py starts in a process of their own.
+GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")
+if "TEST_ON_GPU" not in os.environ:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 # isort: split
 
@@ -126,11 +131,6 @@ def randomize(model, seed=0):
         for parameter in model.trainable_parameters().values():
             parameter.normal_(0, 0.3, generator=draw)
     return model
-
-
-def pytest_collection_modifyitems(items):
-    """Tests on a GPU come last: a process in which autograd has run there cannot be forked for `command` any more."""
-    items.sort(key=lambda item: "cuda-" in item.name)
 
 
 # ------------------------------------------------------------------------------------------------ the meta device

@@ -63,6 +63,16 @@ def test_arms_are_compared_by_seed_and_product(tmp_path):
     assert any(cell.strip().startswith("+50.0") for row in rows for cell in row)
 
 
+def test_without_families_no_errors_are_counted_apart(tmp_path):
+    for seed in (1, 2):
+        write_run(tmp_path / f"w-10-full-seed{seed}", [("Neckline", "Crew Neck", "V Neck")], 10)
+        write_run(tmp_path / f"w-10-no-lbc-twice-seed{seed}", [("Neckline", "Crew Neck", "Crew Neck")], 10)
+    page = comparing.compare("w", "10", {arm: {seed: tmp_path / f"w-10-{arm}-seed{seed}" for seed in (1, 2)}
+                                         for arm in ("full", "no-lbc-twice")})
+    assert "| judge_last | 10 | 2 | 0.0 ± 0.0 | - | - |" in page
+    assert "| 2 | -100.0 (-100.0 to -100.0), significant | - | - |" in page
+
+
 @pytest.mark.parametrize("more, said", [({"micro_f1": "95"}, "micro_f1 is '95', but must be a number from 0 to 100"),
                                         ({"merged": None}, "has no 'merged'"), ({"n": -1}, "n is -1, but must be")])
 def test_scores_that_were_edited_are_refused(tmp_path, more, said):

@@ -1,18 +1,21 @@
 """The model as a GPU runs it: weights and activations of 16 bits, and a device other than the CPU.
 
-Values        in every dtype against the plain model in fp32; on the CPU, and on CUDA where there is a GPU.
+Values        in every dtype against the plain model in fp32; on the CPU, and where there is a GPU on it, in another process.
 Meta device   shapes and dtypes without values, on every machine.  PyTorch lets it pass what a GPU refuses, so `Strict` refuses
               that here: tensors of two devices in one operation, and a matmul of two dtypes.
 """
 
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import Strict
+from conftest import GPUS, Strict
 from safetensors.torch import load_file
 
 import eiven
@@ -64,6 +67,19 @@ class Place(NamedTuple):
 
 PLACES = [Place(device, dtype, tolerance) for device in ["cpu"] + ["cuda"] * torch.cuda.is_available()
           for dtype, tolerance in ((torch.float32, 2e-5), (torch.float16, 0.005), (torch.bfloat16, 0.04))]
+
+
+def test_values_on_a_gpu():
+    """The tests below that are for CUDA, in a process that sees the GPU (conftest.py says why)."""
+    if torch.version.cuda is None:
+        pytest.skip("this PyTorch is for CPUs alone")
+    env = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"} | {"TEST_ON_GPU": "1"}
+    env |= {} if GPUS is None else {"CUDA_VISIBLE_DEVICES": GPUS}
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "cuda-", __file__], env=env,
+                          capture_output=True, text=True, check=False)
+    if done.returncode == pytest.ExitCode.NO_TESTS_COLLECTED:
+        pytest.skip("there is no GPU")
+    assert done.returncode == 0, done.stdout
 
 
 @pytest.fixture(params=PLACES, ids=lambda place: f"{place.device}-{str(place.dtype).removeprefix('torch.')}")

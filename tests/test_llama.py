@@ -80,6 +80,8 @@ def test_packing_by_hand():
     assert [table.tolist() for table in tokens.groups.tables] == [[[0, 1]], [[0, 2, 3]], [[0, 1, 4, 5, 6, 7]]]
     one_group = pack([[7, 8], [7, 9, 9]], cache=object())
     assert [table.tolist() for table in one_group.groups.tables] == [[[0, 1, 0], [0, 2, 3]]]
+    on_a_gpu = pack([[7, 8], [7, 9, 9], [7, 8, 3, 3, 3, 3]], needed=[1, 2, 3], device="meta")
+    assert [table.shape for groups in (on_a_gpu.groups, on_a_gpu.needed_groups) for table in groups.tables] == [(3, 6), (3, 3)]
     assert tokens.needed_index.tolist() == [1, 2, 3, 5, 6, 7]
     assert [table.tolist() for table in tokens.needed_groups.tables] == [[[0]], [[1, 2]], [[3, 4, 5]]]
     assert [mask[0, 0].int().tolist() for mask in tokens.needed_groups.masks] == [

@@ -113,6 +113,13 @@ def test_memory_of_a_gpu_is_what_its_passes_allocate(tiny, monkeypatch):
     assert all(p.grad is not None for name, p in model.trainable_parameters().items() if name.startswith("adapters"))
 
 
+def test_kept_bytes_grow_with_the_tokens_alone():
+    """On the meta device.  With attention weights, which a GPU does not keep, they would grow faster."""
+    model = memory_7b.model_7b(int8=False)
+    first, second, third = (memory_7b.held(model, tokens) for tokens in (128, 256, 384))
+    assert second - first == third - second > 0
+
+
 @pytest.mark.parametrize("int8, size", [
     (False, 2 * 6_738_415_616),
     # matrices and lm_head, a scale of 4 bytes for each row, embeddings and norms in 16 bits
