@@ -1,5 +1,7 @@
 """What the tests share: tiny models in the official layouts, with a tokenizer of their own; nothing is downloaded."""
 
+import csv
+import hashlib
 import io
 import multiprocessing
 import os
@@ -328,3 +330,78 @@ def contents(root):
     """{path: bytes} of all that a build leaves for people: not its working folder."""
     return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*"))
             if path.is_file() and ".build" not in path.parts}
+
+
+# ------------------------------------------------------------------------------------------------ attacks
+
+ALL = os.environ.get("ATTACKS") == "all"
+
+
+@pytest.fixture(scope="module")
+def tally(request):
+    """Lines on how many attacks of each kind held, printed at the end."""
+    lines, start = [], time.monotonic()
+    yield lines
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        print("", *lines, f"these attacks took {time.monotonic() - start:.0f} s", sep="\n")
+
+
+def attack(tally, kind, judge, always=(), more=(), sample=0):
+    """Judge the cases `always`, and a sample of `more` (all of it with ATTACKS=all); fail with those that did not hold.
+
+    A case is (name, argument, ...); judge(argument, ...) returns None if it held, else what was wrong.
+    """
+    more = list(more)
+    cases = [*always, *(more if ALL else random.Random(kind).sample(more, min(sample, len(more))))]
+    start, broken = time.monotonic(), {}
+    for name, *arguments in cases:
+        try:
+            wrong = judge(*arguments)
+        except Exception as error:
+            wrong = f"{type(error).__name__}: {error}"
+        if wrong:
+            broken[name] = " ".join(wrong.split())[:300]
+    tally.append(f"{kind}: {len(cases) - len(broken)} of {len(cases)} attacks held "
+                 f"(there are {len(always) + len(more)}), {time.monotonic() - start:.1f} s")
+    assert not broken, f"{len(broken)} of {len(cases)} did not hold:\n" + "\n".join(f"{n}: {w}" for n, w in broken.items())
+
+
+def judged(done, right, wrong="not as it should be"):
+    """None if a command (its Outcome) kept the rule and left the right result."""
+    return held(done) or (None if right else f"{wrong}: exit {done.code}: {done.err or done.out}")
+
+
+class World:
+    """A data set, small weights, and a finished run of them; and how to start another one."""
+
+    def __init__(self, folder, data_root, llama_dir, vit_dir):
+        self.folder, self.data = folder, data_root
+        self.weights = ["--llama", str(llama_dir), "--vit", str(vit_dir), "--device", "cpu"]
+        self.run, self.export = folder / "run", folder / "export"
+        train.main(self.flags(self.run))
+
+    def flags(self, out, data=None):
+        return ["--data", str(data or self.data), "--dataset", "shoes", *self.weights, "--labels", "1", "--epochs", "2",
+                "--batch-size", "8", "--out", str(out)]
+
+    def one_product(self, photo):
+        return [str(self.run), "--image", str(photo), "--text", "x", "--attribute", "Boot Style"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, data_root, llama_dir, vit_dir):
+    folder, before = tmp_path_factory.mktemp("world"), config.FEATURE_CACHE
+    config.FEATURE_CACHE = folder / "features.sqlite"
+    yield World(folder, data_root, llama_dir, vit_dir)
+    config.FEATURE_CACHE = before
+
+
+def files_in(folder):
+    """{relative path: digest} of all files below a folder."""
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+            for p in Path(folder).rglob("*") if p.is_file()}
+
+
+def rows_of(path):
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file, dialect="excel-tab"))
