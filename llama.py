@@ -12,7 +12,7 @@ sequence, with loops and nothing else, is in experiments/plain.py.
 
 Shapes   N tokens of all sequences   M tokens whose logits are needed   D hidden size   F feed-forward size
          H query heads   G key/value heads   d head dimension
-         in attention, for a group of sequences of similar length: b sequences   T queries   S keys
+         in attention, for a group of sequences: b sequences   T queries   S keys
 """
 
 from dataclasses import dataclass

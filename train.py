@@ -79,7 +79,7 @@ def train_step(run, optimizer, scaler, examples):
 
     The batch can be split over processes (torchrun), and into micro-batches to save memory.  The accumulated gradient equals
     that of the full batch.
-    FloatingPointError, and no step, if the loss or a gradient is not finite.
+    FloatingPointError, and no step, if the loss or a gradient is not finite (in fp16 the scaler skips such a step itself).
     """
     model, config = run.model, run.config
     optimizer.zero_grad(set_to_none=True)
@@ -94,7 +94,6 @@ def train_step(run, optimizer, scaler, examples):
     total, tokens = processes.sum_over_processes(list(model.trainable_parameters().values()), total, tokens)
     gradients = [p.grad for p in model.trainable_parameters().values() if p.grad is not None]
     largest = torch.nn.utils.get_total_norm(gradients, math.inf)
-    # fp16 gradients sometimes overflow; GradScaler skips such steps itself.
     finite = scaler.is_enabled() or largest.isfinite()
     if not math.isfinite(total) or not finite:
         raise FloatingPointError(total if not math.isfinite(total) else f"{total}, but its gradients are not finite,")

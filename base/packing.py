@@ -1,4 +1,4 @@
-"""Sequences without padding: which tokens a layer computes, how attention groups and masks them, and the KV cache.
+"""Batches without padding in linear layers: which tokens a layer computes, how attention groups them, and the KV cache.
 
 A batch of B sequences is one matrix of N tokens.  Linear layers run on these N rows; only attention needs whole sequences,
 and gathers them by index.  This avoids two kinds of wasted work:
@@ -9,7 +9,8 @@ and gathers them by index.  This avoids two kinds of wasted work:
                         (The gradient of a shared token is the sum over its sequences, by autograd of index_select.)
 Example: the sequences [1, 5, 6] and [1, 5, 7] are ids [1, 5, 6, 7], position [0, 1, 2, 2], table [[0, 1, 2], [0, 1, 3]].
 
-Shapes   B sequences   b sequences of a group   T longest sequence of a group   N tokens   M tokens whose logits are needed
+Shapes   B sequences   N tokens   M tokens whose logits are needed
+         b sequences of a group   T longest of them, or most needed tokens
          H query heads   G key/value heads   d head dimension   S keys that a query may attend to
 """
 
