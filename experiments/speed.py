@@ -404,6 +404,8 @@ def measure(wanted, report, args):
             if to_scale and (subject.name != "demo's model" or args.models == ["demo"]):
                 bench_scaling(subject, report, args.rounds)
                 to_scale = False
+        if to_scale:
+            print("scaling   needs a larger model than the demo's: --llama DIR, or `wide` among --models")
     if "load" in wanted:
         bench_load(report, args)
     if "features" in wanted:
