@@ -93,8 +93,8 @@ def train_step(run, optimizer, scaler, examples):
         tokens += sum(len(example.prompt) + len(example.answer) for example in batch) if weight else 0
     total, tokens = processes.sum_over_processes(list(model.trainable_parameters().values()), total, tokens)
     gradients = [p.grad for p in model.trainable_parameters().values() if p.grad is not None]
-    largest = torch.nn.utils.get_total_norm(gradients, math.inf)
-    finite = scaler.is_enabled() or largest.isfinite()
+    # The largest of all: one check instead of one for each tensor.  In fp16 gradients may overflow.
+    finite = scaler.is_enabled() or torch.nn.utils.get_total_norm(gradients, math.inf).isfinite()
     if not math.isfinite(total) or not finite:
         raise FloatingPointError(total if not math.isfinite(total) else f"{total}, but its gradients are not finite,")
     scaler.step(optimizer)

@@ -1,9 +1,9 @@
-"""Batches without padding in linear layers: which tokens a layer computes, how attention groups them, and the KV cache.
+"""Sequences without padding, except in attention: which tokens a layer computes, how they are grouped, and the KV cache.
 
 A batch of B sequences is one matrix of N tokens.  Linear layers run on these N rows; only attention needs whole sequences,
 and gathers them by index.  This avoids two kinds of wasted work:
-    padding             sequences of similar length form a group, and only a group is padded to its longest sequence (for
-                        attention on a GPU all are one group)
+    padding             sequences of similar length form a group, and only a group is padded to its longest sequence (on
+                        a GPU all are one group: there, starting more operations would take longer)
     repeated prefixes   a prefix that several sequences share is computed once.  With causal attention a hidden state depends
                         only on the token itself and the tokens before it, so equal prefixes have equal hidden states.
                         (The gradient of a shared token is the sum over its sequences, by autograd of index_select.)
@@ -110,11 +110,11 @@ def pack(sequences, needed=None, device="cpu", cache=None):
                 position.append(t)
             own.append(before)
         index.append(own)
-    # A group: lengths within a factor of sqrt(2).  On a GPU there is one: fewer calls count for more than padding does.
-    several = cache is None and torch.device(device).type == "cpu"
+    # A group: lengths within a factor of sqrt(2); on a GPU, and with a cache, all sequences.
+    by_length = cache is None and torch.device(device).type == "cpu"
     similar = defaultdict(list)
     for b, sequence in enumerate(sequences):
-        similar[int(2 * math.log2(len(sequence))) if several else 0].append(b)
+        similar[int(2 * math.log2(len(sequence))) if by_length else 0].append(b)
 
     def tensor(x):
         return torch.tensor(x, device=device)

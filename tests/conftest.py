@@ -390,10 +390,13 @@ class World:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory, data_root, llama_dir, vit_dir):
+    """The World that a module attacks.  At the end nothing may have been written into its data set."""
     folder, before = tmp_path_factory.mktemp("world"), config.FEATURE_CACHE
     config.FEATURE_CACHE = folder / "features.sqlite"
     yield World(folder, data_root, llama_dir, vit_dir)
     config.FEATURE_CACHE = before
+    assert {p.name for p in data_root.iterdir()} == {"images", "shoes"}
+    assert len(list((data_root / "images").iterdir())) == len(PRODUCTS) * 11
 
 
 def files_in(folder):
@@ -403,5 +406,6 @@ def files_in(folder):
 
 
 def rows_of(path):
+    """[{column: cell}] of a TSV."""
     with open(path, encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file, dialect="excel-tab"))

@@ -1,13 +1,12 @@
 """Known values, confidence, and values held out of the training, as the commands have them."""
 
-import csv
 import json
 import re
 import shutil
 import sys
 
 import pytest
-from conftest import PRODUCTS, command, held
+from conftest import PRODUCTS, command, held, rows_of
 
 import evaluate
 import train
@@ -59,18 +58,13 @@ def fails(monkeypatch, capsys):
     return call
 
 
-def rows(path):
-    with open(path, encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file, dialect="excel-tab"))
-
-
 def metrics_of(folder):
     return json.loads((folder / "metrics.json").read_text())
 
 
 def test_free_answers_say_how_sure_they_are_and_what_stands_outside_the_list(run, says):
     out = says(run)
-    metrics, answers = metrics_of(run), rows(run / "predictions.tsv")
+    metrics, answers = metrics_of(run), rows_of(run / "predictions.tsv")
     known = json.loads((run / "config.json").read_text())["values"]
     n = sum(row["prediction"] not in known[row["attribute_names"]] for row in answers if row["prediction"])
     assert f"answers outside the attribute's known values: {n} of 15 ({100 * n / 15:.1f} %); " in out
@@ -106,12 +100,12 @@ def test_a_part_of_val_is_val(run, data_root):
 
 def test_the_temperature_is_fitted_on_val_and_used_from_then_on(run, says, data_root):
     assert "not calibrated (temperature 1); to calibrate them: python evaluate.py" in says(run, "--constrain")
-    before, at_1 = rows(run / "predictions.tsv"), metrics_of(run)["confidence"]
+    before, at_1 = rows_of(run / "predictions.tsv"), metrics_of(run)["confidence"]
     says(run, "--constrain", "--split", "val")
     fitted = json.loads((run / "calibration.json").read_text())
     assert (fitted["split"], fitted["n"], fitted["values"]) == ("val", 10, 5) and fitted["temperature"] != 1
     out = says(run, "--constrain")
-    after, confidence = rows(run / "predictions.tsv"), metrics_of(run)["confidence"]
+    after, confidence = rows_of(run / "predictions.tsv"), metrics_of(run)["confidence"]
     assert f"temperature {fitted['temperature']:.2f}, fitted on val (n = 10, 5 values)" in out
     assert [row["prediction"] for row in before] == [row["prediction"] for row in after]
     assert [row["probability"] for row in before] != [row["probability"] for row in after]
@@ -154,7 +148,7 @@ def test_values_of_a_file_are_the_ones_chosen_from(run, says, fails, tmp_path, d
     path = tmp_path / "values.tsv"
     path.write_text("Boot Style\tSandal\nBoot Style\tRain Boots\nHeel Height\tFlat\n")
     says(run, "--values", path)
-    assert {row["prediction"] for row in rows(run / "predictions.tsv")} <= {"Sandal", "Rain Boots", "Flat"}
+    assert {row["prediction"] for row in rows_of(run / "predictions.tsv")} <= {"Sandal", "Rain Boots", "Flat"}
     assert metrics_of(run)["constrained"] and metrics_of(run)["values"] == {"Boot Style": 2, "Heel Height": 1}
     one = ("--image", data_root / "images" / "B0001.jpg", "--text", "black shoe")
     assert "Heel Height: Flat  (probability 1.00)" in says(run, *one, "--attribute", "heel height", "--values", path)
@@ -172,7 +166,7 @@ def test_values_of_a_file_are_the_ones_chosen_from(run, says, fails, tmp_path, d
 def test_answers_below_the_confidence_are_left_empty(run, says, how, data_root):
     says(run, "--split", "val", "--constrain")          # the tiny model is too sure without
     says(run, *how)
-    before, confidence = rows(run / "predictions.tsv"), metrics_of(run)["confidence"]
+    before, confidence = rows_of(run / "predictions.tsv"), metrics_of(run)["confidence"]
     loaded = evaluate.load(run, data_needed=True)
     products = read_split(data_root, "shoes", "test")
     answering.prepare_photos(loaded, products)
@@ -181,7 +175,7 @@ def test_answers_below_the_confidence_are_left_empty(run, says, how, data_root):
     out = says(run, *how, "--min-confidence", cut)
     given = [q for q, row in zip(p, before) if row["prediction"]]
     assert f"answers below probability {cut} were left empty: {sum(q < cut for q in given)} of {len(given)}" in out
-    after, metrics = rows(run / "predictions.tsv"), metrics_of(run)
+    after, metrics = rows_of(run / "predictions.tsv"), metrics_of(run)
     assert [row["probability"] for row in after] == [row["probability"] for row in before]
     assert [row["prediction"] for row in after] == [row["prediction"] if q >= cut else "" for q, row in zip(p, before)]
     assert 0 < metrics["answered"] < 15 and metrics["precision"] == pytest.approx(100 * metrics["right"] / metrics["answered"])
@@ -237,7 +231,7 @@ def test_a_held_out_value_is_in_no_training_text_and_not_in_val(holding_out):
     [value] = config["held_out"]["Boot Style"]
     assert ("Boot Style", value) in PRODUCTS and config["values"]["Boot Style"].count(value) == 1
     assert len(seen) == 2 * 16 and not any(value in e.prompt.split("\n")[0] or value in e.answer for e in seen)
-    assert value not in {row["attribute_values"] for row in rows(folder / "val" / "predictions.tsv")}
+    assert value not in {row["attribute_values"] for row in rows_of(folder / "val" / "predictions.tsv")}
 
 
 def test_their_scores_are_reported_apart(holding_out, says):
@@ -245,7 +239,7 @@ def test_their_scores_are_reported_apart(holding_out, says):
     [value] = json.loads((folder / "config.json").read_text())["held_out"]["Boot Style"]
     for how in ([], ["--constrain"]):
         out = says(folder, *how)
-        metrics, answers = metrics_of(folder), rows(folder / "predictions.tsv")
+        metrics, answers = metrics_of(folder), rows_of(folder / "predictions.tsv")
         apart, of_value = metrics["seen_and_held_out"], [row for row in answers if row["attribute_values"] == value]
         assert (apart["values held out"]["n"], apart["values trained on"]["n"]) == (3, 12)
         assert apart["values held out"]["right"] == sum(row["prediction"] == value for row in of_value)
