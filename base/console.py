@@ -1,195 +1,246 @@
-"""For the terminal: errors as one line, progress as one line, and files that are never half written."""
+"""For the terminal and the disk: a mistake as one line, progress as one line, files that are never half
+written.
+"""
 
+import json
 import os
+import pickle
 import shutil
-import signal
-import stat
 import sys
 import time
+import traceback
 from contextlib import contextmanager, suppress
-from functools import cache
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:                                     # Windows: a folder is not locked there
+    fcntl = None
 
 PROJECT = Path(__file__).resolve().parent.parent
 
 
 class UserError(Exception):
-    """A mistake that the user can correct.  The message says what was given, where, what is allowed, and what to do next."""
-
-
-def first_line(error):
-    """The first line of what an exception says, or its type if it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:100]
+    """A mistake that the user can correct.  The message says what was given, where, what is allowed, and
+    what to do next.
+    """
 
 
 def cache_folder():
-    """Where computed features and the demo world are kept: $EIVEN_CACHE, else cache/ in the project's folder."""
+    """Where the features of photos and the demo world are kept: $EIVEN_CACHE, else cache/ in the project's
+    folder.
+    """
     return Path(os.environ.get("EIVEN_CACHE") or PROJECT / "cache").absolute()
 
 
-def end_at_once(*_):
-    """Ctrl-C while the imports are still running.  An exception there could come out of PyTorch as any other."""
-    os.write(2, f"\n{Path(sys.argv[0]).name}: interrupted\n".encode())
-    os._exit(130)
-
-
-started = Path(getattr(sys.modules["__main__"], "__file__", None) or "").resolve()
-if started.parent == PROJECT and signal.getsignal(signal.SIGINT) is signal.default_int_handler:     # train.py, evaluate.py
-    signal.signal(signal.SIGINT, end_at_once)
+# ---------------------------------------------------------------------------------------- a command
 
 
 def run(main, name=None):
-    """Run main() as a command: a UserError is printed as one line, and the exit code is 2.
+    """Run main() as a command.  Every error is one line on stderr; EIVEN_DEBUG=1 shows the traceback as well.
 
-    name  of the command in these lines; default: its file's
+    Exit code 2: a UserError, a mistake of the user.  1: anything else.  130: Ctrl-C.  141: nobody reads the
+    output.
+    name  of the command in the line; default: its file's
     """
-    name = name or Path(sys.argv[0]).name
-    if signal.getsignal(signal.SIGINT) is end_at_once:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    for stream in (sys.stdout, sys.stderr):             # where the terminal has no such letter, its number is printed
-        stream.reconfigure(errors="backslashreplace")
-
-    def fail(message):
-        stop(2, f"{name}: error: {message}")
-
-    odd = [argument for argument in sys.argv[1:] if argument.startswith("--") and argument.endswith("=--")]
-    if odd:                                     # Python 3.11's argparse makes an empty list of it
-        fail(f"{odd[0]}: `--` is not a value")
+    for stream in ("stdout", "stderr"):                 # closed, or not Python's own as in a notebook
+        if getattr(sys, stream) is None:
+            setattr(sys, stream, open(os.devnull, "w", encoding="utf-8"))
+        elif hasattr(getattr(sys, stream), "reconfigure"):
+            getattr(sys, stream).reconfigure(errors="backslashreplace")
+    code, message = 0, None
     try:
-        main()
-        sys.stdout.flush()
-    except UserError as error:
-        fail(error)
-    except KeyboardInterrupt:
-        stop(130, f"\n{name}: interrupted")
-    except BrokenPipeError:                     # e.g. `| head`: the reader has stopped reading
-        stop(141)
-    except (MemoryError, RuntimeError) as error:        # PyTorch's are RuntimeErrors, and known by what they say
-        if isinstance(error, RuntimeError) and not any(s in str(error) for s in ("out of memory", "can't allocate memory")):
+        try:
+            main()
+            sys.stdout.flush()
+        except Exception:
+            if os.environ.get("EIVEN_DEBUG"):
+                traceback.print_exc()
             raise
-        fail(f"more memory is needed than there is ({first_line(error)}); in training, --micro-batch-size and --grad-checkpoint "
-             "take less, also with --resume")
-    except UnicodeEncodeError as error:         # a name with bytes that are no UTF-8, where only text is possible
-        fail(f"{error.object[:100]!r} is not UTF-8 text; rename the file, or leave those characters out")
-    except OSError as error:                    # a full disk, a folder that may not be written
-        place = str(error.filename or "the output")
-        move = "; the environment variable EIVEN_CACHE names another folder for it" if str(cache_folder()) in place else ""
-        fail(f"{place}: {error.strerror or error}{move}")
+    except UserError as error:
+        code, message = 2, f"error: {error}"
+    except KeyboardInterrupt:
+        code, message = 130, "interrupted"
+    except BrokenPipeError:                             # e.g. `| head`
+        code = 141
+    except OSError as error:                            # a full disk, a folder that may not be written
+        code, message = 1, f"error: {error.filename or 'the output'}: {error.strerror or error}"
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        file = Path(place.filename).name
+        code = 1
+        message = (f"error: {type(error).__name__}: {reason(error)} ({file}, line {place.lineno}; "
+                   "EIVEN_DEBUG=1 shows where it came from)")
+    if code:
+        try:
+            sys.stdout.flush()
+        except OSError:  # Python would flush it again at exit, and print a traceback
+            sys.stdout = None
+        if message:
+            # whole, beside others
+            sys.stderr.write(f"{name or Path(sys.argv[0]).name}: {printable(message)}\n")
+        raise SystemExit(code)
 
 
-def stop(code, message=None):
-    """Leave the program with this exit code, after a last line on stderr."""
+def printable(text):
+    """The text on one line, with its control characters made visible: they could change the terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def reason(error):
+    """The first line of what an exception says, or its type if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:500]
+
+
+# ---------------------------------------------------------------------------------------- reading
+
+
+@contextmanager
+def reading(path, what):
+    """Whatever fails inside becomes a UserError: the path, what should be there, the reason, what to do next.
+
+    what  that should be at `path`, e.g. "LLaMA's config.json"
+    A reader inside raises what it likes, e.g. ValueError("line 5: ...").
+    """
+    path = Path(path)
+    if not os.path.isfile(path):                        # opening a pipe would wait for ever
+        there = "does not exist"
+        if os.path.exists(path):
+            there = "is a folder" if path.is_dir() else "is a pipe or a device"
+        raise UserError(f"{path}: {there}; {what} should be there")
     try:
-        sys.stdout.flush()
-    except OSError:                             # nobody reads it, or its disk is full: what is left of it goes nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    if message:
-        print(message, file=sys.stderr)
-    raise SystemExit(code) from None
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        problem = f"it has no {error}" if isinstance(error, KeyError) else reason(error)
+        if isinstance(error, pickle.UnpicklingError):   # PyTorch's words say how to run what is in the file
+            problem = "it holds something other than tensors, or is damaged"
+        impostor = what_is(path)
+        if impostor:
+            problem = f"it is {impostor}"
+        elif type(error) is not ValueError:             # what raised a ValueError knows what to do
+            problem += "; download or save it again"
+        raise UserError(f"{path}: cannot be read as {what}: {problem}") from error
 
 
-# ------------------------------------------------------------------------------------------------ files
+KINDS = (                                               # how a file begins, and what it is then
+    (b"version https://git-lfs", "a git-LFS pointer and not the file itself (git lfs pull)"),
+    (b"\x00\x05\x16\x07", "a macOS resource fork (`._` file), not the file itself"),
+    (b"<", "an HTML or XML page, such as a server sends with an error"),
+    (b"\xff\xfe", "UTF-16 text; save it as UTF-8"),
+    (b"\xfe\xff", "UTF-16 text; save it as UTF-8"),
+    (b"PK", "a zip archive or an Excel workbook; save a table as tab-separated text (UTF-8)"),
+    (b"\xd0\xcf\x11\xe0", "an Excel workbook; save it as tab-separated text (UTF-8)"),
+    (b"\x1f\x8b", "a gzip archive; unpack it first"),
+    (b"%PDF", "a PDF"),
+    (b"GGUF", "a GGUF file"),
+    (b"Entry not found", "a server's error message"),
+    (b"Access to model", "a server's error message"),
+)
+
+
+def what_is(path):
+    """What a file really is, in a few words, if its first bytes tell, else None.  For the message of an
+    error.
+    """
+    try:
+        with open(path, "rb") as file:
+            head = file.read(512)
+    except OSError as error:
+        return f"not readable ({error.strerror})"
+    if not head:
+        return "an empty file"
+    if b"/data.pkl" in head:                            # what torch.save writes is a zip archive, too
+        return None
+    return next((kind for start, kind in KINDS if head.lstrip().startswith(start)), None)
+
+
+def read_json(path, what):
+    """The JSON object in a file."""
+    with reading(path, what):
+        value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        if not isinstance(value, dict):
+            raise ValueError(f"it holds a {type(value).__name__}, not an object {{...}}")
+        return value
+
+
+# ---------------------------------------------------------------------------------------- writing
 
 
 @contextmanager
 def whole_file(path):
-    """Yield a temporary path next to `path`; the file or folder made there is renamed to `path` at the end, or removed on
-    an error.
+    """Yield a temporary path, .NAME.partial; the file written there replaces `path` at the end, or is removed
+    on an error.
 
-    A file's bytes are on the disk before the rename, so after a power cut there is the old file or the new one.
-    What a killed process left of an earlier attempt at the same file is removed.
-    A symbolic link stays: the file that it leads to is replaced.  What cannot be replaced (see `replaceable`) is yielded
-    itself, and written to directly.
+    Its bytes are on the disk before that, so after a power cut there is the old file or the new one.  A
+    symbolic link stays: the file that it leads to is replaced.  A device, such as /dev/stdout, is yielded
+    itself.
     """
     path = Path(path)
-    with naming(path):
-        if not replaceable(path):
-            yield path
-            return
-        if path.is_symlink():
-            path = Path(os.path.realpath(path))
+    if os.path.exists(path) and not os.path.isfile(path):
+        if path.is_dir():
+            raise UserError(f"{path}: is a folder; name a file")
+        yield path
+        return
+    path = Path(os.path.realpath(path))
+    partial = path.with_name(f".{path.name[:100]}.partial")
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # A file name has at most 255 bytes.
-        start = f".{path.name if len(os.fsencode(path.name)) < 230 else path.name[:50]}."
-        partial = path.with_name(f"{start}{os.getpid()}.partial")
-        for left in partials(path.parent):
-            process = left.name.removeprefix(start).removesuffix(".partial")
-            if left.name.startswith(start) and process.isdecimal() and not running(int(process)):
-                remove(left)
-        try:
-            yield partial
-            sync(partial)
-            os.replace(partial, path)
-            sync(path.parent)                           # the rename itself
-        finally:
-            remove(partial)
-
-
-@contextmanager
-def naming(path):
-    """An error of the operating system names `path`, if it names no file: a full disk is found by a write, which knows none."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is None or ".partial" in str(error.filename):
-            error.filename = str(path)
+        partial.touch()
+        mode = partial.stat().st_mode                   # by the umask; safetensors would let nobody else read
+        yield partial
+        os.chmod(partial, mode)
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (UserError, MemoryError):
         raise
-
-
-def replaceable(path):
-    """Whether a new file can take the place of `path`: not of a device or a pipe, nor of the file that stdout goes to."""
-    try:
-        there = os.stat(path)
-    except FileNotFoundError:
-        return True
-    with suppress(OSError):                             # stdout may be closed
-        if os.path.samestat(there, os.fstat(1)):
-            return False
-    return stat.S_ISREG(there.st_mode)
-
-
-@cache
-def partials(folder):
-    """Unfinished files in a folder.  It is listed once a process: a folder of photos is long."""
-    return list(folder.glob(".*.partial"))
-
-
-def running(process):
-    """Whether there is a process of this number on this machine."""
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        pass
-    return True
-
-
-def remove(path):
-    """Remove a file or a folder, if it is there and may be removed."""
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with suppress(OSError):
-            path.unlink()
-
-
-def sync(path):
-    """Wait until the file or folder is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
+    except Exception as error:  # a full disk has as many kinds of errors as there are writers
+        raise UserError(f"{path}: cannot be written: {reason(error)}") from error
     finally:
-        os.close(descriptor)
+        with suppress(OSError):
+            partial.unlink()
 
 
 def write_text(path, text):
-    """Write `text` to `path` whole, as UTF-8 with the newlines as given.
-
-    Bytes of a file name that are no UTF-8 are written as \\udc80 to \\udcff, which JSON reads back as they were.
-    """
+    """Write `text` to `path` whole, as UTF-8."""
     with whole_file(path) as partial:
         partial.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
+
+
+def write_json(path, value):
+    """Write `value` to `path` whole, as JSON."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def locked(folder, doing):
+    """While one process works in a folder, a second one that wants to is told so.  The lock ends with the
+    process.
+
+    doing  what the process does there, for the message: "training"
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        yield folder
+        return
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(held)
+        raise UserError(f"{folder}: another process is {doing} here; wait for it, or stop it") from None
+    except OSError:                                     # a file system without locks
+        pass
+    try:
+        yield folder
+    finally:
+        os.close(held)
+
+
+# ---------------------------------------------------------------------------------------- progress
 
 
 def duration(seconds):
@@ -203,70 +254,51 @@ def duration(seconds):
 
 
 class Progress:
-    """`what  done/total  rate  time left  note`: one updating line on a terminal, plain lines now and then in a log.
+    """`what  done/total unit  rate  time left  note`: one updating line on a terminal, a line now and then in
+    a log.
 
         with Progress("photos", total=763, unit="photos") as progress:
             for photo in photos:
                 ...
                 progress.step()
 
-    total  number of units, or None if it is unknown; done: units that were finished before this start (resume).
-    share  instead of a total: how much of the work is done, 0 to 1.  The caller sets it before each step.
-    On a terminal, nothing is printed within the first second.  A log file gets its first line after 5 s, then a line after
-    every further tenth of the time so far, at least every 30 s.  Everything goes to stderr; stdout is for results.
+    total  number of units, or None if it is unknown;  done: units that were finished before (resume)
+    What takes less than a second (in a log: 5 seconds) prints nothing.  All lines go to stderr; stdout is for
+    results.
     """
 
-    def __init__(self, what, total=None, unit="", done=0, share=None):
+    def __init__(self, what, total=None, unit="", done=0):
         self.what, self.total, self.unit = what, total, unit
-        self.share = self.share_before = share
         self.done = self.done_before = done
-        self.note = ""
-        self.terminal = sys.stderr.isatty()
 
     def __enter__(self):
+        self.terminal = getattr(sys.stderr, "isatty", bool)()     # a stream of the user's may lack it
         self.start = time.monotonic()
-        self.patience = 1 if self.terminal else 5       # what is done sooner needs no line
-        self.next_print = self.start + self.patience
+        self.next_print = self.start + (1 if self.terminal else 5)
+        self.printed = False
         return self
 
-    def step(self, n=1, note=None):
-        """n more units are done; `note` (a short text, such as the loss) is shown until the next one."""
+    def step(self, n=1, note=""):
+        """n more units are done; `note` is a short text, such as the loss."""
         self.done += n
-        if note is not None:
-            self.note = note
         now = time.monotonic()
         if now >= self.next_print:
-            self._print(now)
+            self.show(note, "" if self.terminal else "\n")
             self.next_print = now + (0.1 if self.terminal else min(30, max(5, (now - self.start) / 10)))
 
-    def __exit__(self, kind, value, traceback):
-        if time.monotonic() - self.start < self.patience:
-            return False
-        if kind is None:
-            self._print(time.monotonic(), last=True)
-        elif self.terminal:
-            print(file=sys.stderr)              # leave the unfinished line standing
-        return False
+    def show(self, note, end):
+        seconds = time.monotonic() - self.start
+        rate = (self.done - self.done_before) / max(seconds, 1e-9)
+        of_total = f"/{self.total:,}" if self.total else ""
+        line = f"{self.what}  {self.done:,}{of_total} {self.unit}  {rate:,.2f}/s  {duration(seconds)}"
+        if self.total and rate:
+            line += f"  {duration((self.total - self.done) / rate)} left"
+        line += f"  {note}"
+        if self.terminal:                               # go back to the start of the line, and clear it
+            line = "\r\x1b[K" + line[:shutil.get_terminal_size().columns - 1]
+        print(line, end=end, file=sys.stderr, flush=True)
+        self.printed = True
 
-    def _print(self, now, last=False):
-        elapsed = max(now - self.start, 1e-9)
-        rate = (self.done - self.done_before) / elapsed
-        parts = [f"{self.done:,}/{self.total:,}" if self.total is not None else f"{self.done:,}"]
-        parts[0] += f" {self.unit}" if self.unit else ""
-        if rate > 0:
-            parts.append(f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.2f}/s")
-        if last:
-            parts.append(f"took {duration(elapsed)}")
-        elif self.total is not None and rate > 0:
-            parts.append(f"{duration((self.total - self.done) / rate)} left")
-        elif self.share is not None and self.share > self.share_before:
-            parts.append(f"{self.share:.1%}")
-            parts.append(f"{duration(elapsed * (1 - self.share) / (self.share - self.share_before))} left")
-        if self.note:
-            parts.append(self.note)
-        line = f"{self.what}  " + "  ".join(parts)
-        if self.terminal:
-            width = os.get_terminal_size(sys.stderr.fileno()).columns or 80     # 0 where nobody set it
-            print("\r" + line[: width - 1].ljust(width - 1), end="\n" if last else "", file=sys.stderr, flush=True)
-        else:
-            print(line, file=sys.stderr, flush=True)
+    def __exit__(self, *_):
+        if self.printed:
+            self.show("", "\n")

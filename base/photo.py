@@ -1,32 +1,45 @@
-"""Opening pictures: the only place where bytes become an image, and only in formats that we name."""
+"""Opening photos: the only place where bytes become an image, and only in formats that we name."""
 
+import io
 import warnings
+from pathlib import Path
 
 from PIL import ExifTags, Image
 
-from base.console import UserError
+from base.console import reading
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")        # Pillow knows more; some of them start other programs
-MOST_PIXELS = 50_000_000        # of a picture: converting it takes at most 16 bytes a pixel, 0.8 GB
-MOST_RATIO = 100                # of the sides: CLIP sees a square from the middle, and the rest is resized for nothing
-TURNS = dict(enumerate((
-    Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.TRANSPOSE,
-    Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90), start=2))   # EXIF's orientations
+# Pillow knows more; some of them start other programs
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+MOST_PIXELS = 100_000_000                               # of a photo: decoded, 0.4 GB
+MOST_RATIO = 100                                        # of the sides: CLIP sees a square from the middle
+PNG_PARTS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")      # what the pixels of a PNG depend on
+TURNS = {                                               # for EXIF's orientations
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def open_picture(file):
     """The picture in `file` (a path or an open binary file), in one of FORMATS; its pixels are not read yet.
 
-    Errors  Pillow's own; Image.DecompressionBombError for a size that we do not read
+    Errors  Pillow's own; ValueError for a size that we do not read
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)         # MOST_PIXELS is our own limit
-        picture = Image.open(file, formats=FORMATS)
+        warnings.simplefilter("ignore")                 # about large, odd but readable files
+        try:
+            picture = Image.open(file, formats=FORMATS)
+        except Image.DecompressionBombError:            # Pillow's own limit is a higher one
+            raise ValueError(f"it has more than {MOST_PIXELS:,} pixels; make it smaller") from None
     width, height = picture.size
     if width * height > MOST_PIXELS or max(width, height) > MOST_RATIO * min(width, height):
         picture.close()
-        raise Image.DecompressionBombError(f"it has {width:,} x {height:,} pixels; at most {MOST_PIXELS:,} are read, and sides "
-                                           f"of at most 1 : {MOST_RATIO}")
+        raise ValueError(f"it has {width:,} x {height:,} pixels; at most {MOST_PIXELS:,} are read, and sides "
+                         f"of at most 1 : {MOST_RATIO}; make it smaller")
     return picture
 
 
@@ -36,27 +49,37 @@ def open_photo(path):
     The pixels are those that transformers' CLIP processor sees (docs/weights.md).
     Errors  UserError that says what the file really is
     """
-    # Imported here, because it needs torch, and the data set builder does not.
-    from base.checkpoint import check_file
-    check_file(path, "a photo")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")             # of Pillow, about odd but readable files
-            with open_picture(path) as picture:
-                picture.load()
-                return on_white(upright(picture))
-    except Image.UnidentifiedImageError:
-        reason = f"it is none of {', '.join(FORMATS)}"
-    except Exception as error:                          # Pillow's readers raise a dozen kinds for a damaged file
-        reason = " ".join(str(error).split()) or type(error).__name__
-    raise UserError(f"{path}: cannot be read as a photo ({reason})")
+    with reading(path, f"a photo ({', '.join(FORMATS)})"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            picture = open_picture(path)
+            picture.load()
+        except Exception:                               # Pillow has many kinds for one fault
+            if not Path(path).read_bytes().startswith(b"\x89PNG"):
+                raise
+            # Its pixels may be whole, and only a colour profile or a text in it damaged.
+            picture = open_picture(io.BytesIO(bare_png(path)))
+            picture.load()
+        with picture:
+            return on_white(upright(picture))
+
+
+def bare_png(path):
+    """The bytes of a PNG without the chunks that its pixels do not depend on."""
+    with open(path, "rb") as file:
+        parts = [file.read(8)]
+        while len(head := file.read(8)) == 8:           # length and name of a chunk
+            chunk = file.read(int.from_bytes(head[:4], "big") + 4)
+            if head[4:] in PNG_PARTS:
+                parts += [head, chunk]
+    return b"".join(parts)
 
 
 def upright(picture):
     """A loaded picture, turned as its EXIF says.  EXIF that cannot be read turns nothing."""
     try:
         turn = TURNS.get(picture.getexif().get(ExifTags.Base.Orientation))
-    except Exception:                                   # as above; the picture itself may be whole
+    except Exception:                                   # of a dozen kinds; the picture itself may be whole
         turn = None
     return picture if turn is None else picture.transpose(turn)
 
@@ -74,7 +97,9 @@ def on_white(picture):
 
 
 def eight_bits(picture):
-    """A grey picture of 16 bits -> L: the upper byte of each value, as Pillow itself reads colours of 16 bits."""
+    """A grey picture of 16 bits -> L: the upper byte of each value, as Pillow itself reads colours of 16
+    bits.
+    """
     bits, zero_is_black = 258, 262                      # tags of TIFF, the only format here where they vary
     tags = getattr(picture, "tag_v2", {bits: (16,), zero_is_black: 1})
     if (tags.get(bits), tags.get(zero_is_black)) != ((16,), 1) or "transparency" in picture.info:

@@ -1,66 +1,97 @@
-"""Data sets' TSV files: cells and line numbers on the way in, whole files on the way out.
+"""TSV files: the one reader and the one writer.
 
-The format is Python's csv dialect "excel-tab" in UTF-8: tabs between cells; a cell with a tab, a newline, a carriage
-return or a quote in it is quoted.
+The format is Python's csv dialect "excel-tab" in UTF-8: tabs between cells; a cell that holds a tab, a
+newline or a quote is quoted, and a quote in it is doubled.
 """
 
-import codecs
 import csv
 import itertools
-import os
+from pathlib import Path
 
-from base.console import UserError, whole_file
+from base.console import UserError, reading, whole_file
 
 COLUMNS = ("id", "images", "category", "texts", "attribute_names", "attribute_values")     # of a data set
-LONGEST = 1 << 24                                       # of a line in bytes, and of a cell in characters
-csv.field_size_limit(LONGEST)
 
 
-class Reader:
-    """Reads a TSV from an open binary file, from its current position on.
+def read_rows(lines, required=COLUMNS):
+    """Yield (number of its first line, {column: cell}) of each row; instead of the dict a ValueError that
+    says what is wrong.
 
-    cells  iterator over the lines, each a list of cells
-    end    byte offset after the line that was read last
-    UserError with file and line for what is not UTF-8 or not a TSV.
+    lines     of the file, as text with their line ends; bytes that are no UTF-8 as surrogates
+    required  columns that the header must name
+    Errors    ValueError: the header does not fit
+
+    A quote that is never closed would swallow the rows after it.  So where a line that a quoted cell goes on
+    in is by itself a row, the row in which the quote opened is wrong, and the lines after it are read again.
     """
+    lines, again, number = iter(lines), [], 0
+    header = None
+    while True:
+        taken = [again.pop() if again else next(lines, "")]
+        if not taken[0]:
+            break
+        first, cells = number + 1, None
+        while cells is None:
+            try:
+                cells = next(csv.reader(taken, dialect="excel-tab", strict=True), [])
+                "".join(cells).encode()
+            except UnicodeEncodeError:
+                cells = ValueError("is not UTF-8 text; save the file as UTF-8")
+            except csv.Error as error:                  # a quoted cell may go on in the next line
+                line = again.pop() if again else next(lines, "")
+                # Before the end of a first cell of several lines there is no tab.
+                is_row = header and "\t" in "".join(taken) and line.count("\t") == len(header) - 1
+                if not line or len(taken) > 1000 or is_row:
+                    again += [line, *reversed(taken[1:])]
+                    taken = taken[:1]
+                    cells = ValueError(f"has a cell that cannot be read ({error}); if it begins with a quote "
+                                       "which is not closed, put it in quotes, and write each quote in it "
+                                       'twice: """Lumen"" pillow"')
+                else:
+                    taken.append(line)
+        number += len(taken)
+        if header is None:
+            header = read_header(cells, required)
+        elif isinstance(cells, ValueError):
+            yield first, cells
+        elif len(cells) == len(header):
+            yield first, dict(zip(header, cells))
+        elif cells:
+            yield first, ValueError(f"has {len(cells)} cells, the header {len(header)}")
+    if header is None:
+        raise ValueError("it holds no line")
 
-    def __init__(self, file, path):
-        self.file, self.path, self.end = file, path, file.tell()
-        self.reader = csv.reader(self._text(), dialect="excel-tab", strict=True)
-        self.cells = self._read()
 
-    def _text(self):
-        for line in iter(lambda: self.file.readline(LONGEST), b""):
-            if len(line) == LONGEST:
-                raise UserError(f"{self.path}, line {self.reader.line_num + 1}: has more than {LONGEST:,} bytes; "
-                                "is this a TSV file, with one product on a line?")
-            if self.end == 0:
-                line = line.removeprefix(codecs.BOM_UTF8)
-            self.end = self.file.tell()
-            yield line.decode("utf-8")
-
-    def _read(self):
-        try:
-            yield from self.reader
-        except UnicodeDecodeError as error:
-            raise UserError(f"{self.path}, after line {self.reader.line_num}: is not UTF-8 text ({error.reason})") from None
-        except csv.Error as error:
-            advice = "cells with a quote in them must be quoted as Python's csv module does it"
-            if "field limit" in str(error):
-                advice = "a quote that is never closed makes one cell of all that follows"
-            raise UserError(f"{self.where()}: is not a readable TSV ({error}); {advice}") from None
-
-    def where(self):
-        return f"{self.path}, line {self.reader.line_num}"
+def read_header(cells, required):
+    """The names of the columns; ValueError if a required one is not there, or stands there twice."""
+    if isinstance(cells, ValueError):
+        raise ValueError(f"line 1 {cells}")
+    header = [cell.strip().lower() for cell in cells]
+    absent = [name for name in required if name not in header]
+    twice = [name for name in required if header.count(name) > 1]
+    if absent or twice:
+        problem = f"lacks {', '.join(absent)}" if absent else f"names {', '.join(twice)} twice"
+        raise ValueError(f"line 1, the header {' '.join(map(repr, header))[:200]}, {problem}; it must name "
+                         f"{' '.join(required)}, with tabs between them")
+    return header
 
 
-def stays_inside(name):
-    """Whether a file name from a data set stays within the folder that it is looked for in."""
-    return not os.path.isabs(name) and ".." not in name.replace("\\", "/").split("/")
+def read_tsv(path, what="a data set's TSV", required=COLUMNS):
+    """Yield (line, {column: cell}) of each row of a file.  UserError, with file and line, for whatever is
+    wrong.
+    """
+    path = Path(path)
+    with reading(path, what), open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        for line, row in read_rows(file, required):
+            if isinstance(row, ValueError):
+                raise UserError(f"{path}, line {line}: {row}")
+            yield line, row
 
 
 def tsv_line(cells):
-    """A line of a TSV file, with its newline.  (Python's csv.writer leaves a lone carriage return unquoted.)"""
+    """A line of a TSV file, with its newline.  (Python's csv.writer leaves a lone carriage return
+    unquoted.)
+    """
     def quoted(cell):
         return '"' + cell.replace('"', '""') + '"' if any(mark in cell for mark in '\t\n\r"') else cell
 
@@ -68,7 +99,9 @@ def tsv_line(cells):
 
 
 def write_tsv(path, rows, header=COLUMNS):
-    """Write `header` and then `rows` (any iterable of lists of cells); the file is whole or not there at all."""
-    with whole_file(path) as partial, open(partial, "w", encoding="utf-8", newline="") as file:
-        for row in itertools.chain([header], rows):
-            file.write(tsv_line(row))
+    """Write `header` and then `rows` (an iterable of lists of cells); the file is whole or not there at
+    all.
+    """
+    with whole_file(path) as partial:
+        with open(partial, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+            file.writelines(tsv_line(row) for row in itertools.chain([header], rows))
