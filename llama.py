@@ -1,21 +1,21 @@
 """LLaMA: config, tokenizer, the forward pass, and loading of the official weights.
 
-Source   Touvron et al. 2023 (arXiv 2302.13971): RMSNorm before each sublayer, rotary positions, SwiGLU feed-forward.
-Names    are those of the Hugging Face checkpoints: loading only adds a prefix to each name.
+Source   Touvron et al. 2023 (arXiv 2302.13971): RMSNorm before each sublayer, rotary positions, SwiGLU
+         feed-forward.
+Names    are those of the Hugging Face checkpoints, which have `model.` before each name but lm_head's.
 
-This file knows nothing about images or about what an adapter computes.  Each block has one slot, `adapter`: nn.Identity,
-until EIVEN puts a module there.
+This file knows nothing about images or about what an adapter computes.  Each block has one slot, `adapter`:
+nn.Identity, until EIVEN puts a module there.
 
-The sequences of a batch are stored without padding, as one matrix of N tokens.  Each layer gets a `tokens` object
-(base/packing.py): it knows which tokens form a sequence, and holds the masks and the KV cache.  The same attention for one
-sequence, with loops and nothing else, is in experiments/plain.py.
+The tokens of a batch are one matrix (N, D) without padding; a prefix that sequences share is stored once.
+Attention alone needs whole sequences.  `tokens.pad` (base/packing.py) gathers them before it: (B, heads, T,
+d), with padding at the end of the shorter ones.  After attention, `tokens.unpad` returns to the N tokens.
 
-Shapes   N tokens of all sequences   M tokens whose logits are needed   D hidden size   F feed-forward size
-         H query heads   G key/value heads   d head dimension
-         in attention, for a group of sequences: b sequences   T queries   S keys
+Shapes   N tokens   B sequences   T tokens of the longest sequence   S keys that attention reads
+         D width   H query heads   G key/value heads   d head dimension   M tokens whose logits are used
 """
 
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
 import sentencepiece
@@ -24,12 +24,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from base.checkpoint import check_fields, check_file, load_strict, map_safetensors, read_json, shard_files
-from base.console import UserError, first_line
-from base.frozen_ops import frozen_linear, rms_norm, swiglu
-from base.packing import KVCache, next_tokens, pack
+from base.checkpoint import load_strict, open_tensors, shard_files
+from base.console import UserError, read_json, reading
+from base.linear import frozen_linear
+from base.packing import next_tokens, pack
 
-# ------------------------------------------------------------------------------------------------ config, tokenizer
+# ---------------------------------------------------------------------------------------- config, tokenizer
 
 
 @dataclass(frozen=True)
@@ -50,49 +50,41 @@ class LlamaConfig:
     max_position_embeddings: int = 2048
 
 
-# What a LLaMA's config.json may say, {field: (type, allowed, default)}: its sizes, and settings that nothing else fits.
-SIZES = {
-    "num_attention_heads": (int, (1, 1024)),
-    "num_key_value_heads": (int, (1, 1024), None),
-    "head_dim": (int, (2, 4096), None),
-    "hidden_size": (int, (1, 10 ** 5)),
-    "intermediate_size": (int, (1, 10 ** 6)),
-    "num_hidden_layers": (int, (1, 1000)),
-    "vocab_size": (int, (1, 10 ** 7)),
-    "max_position_embeddings": (int, (1, 10 ** 8), 2048),
-    "rms_norm_eps": (float, (1e-30, 1)),
-    "rope_theta": (float, (1, 1e12), 10000.0),
-    "attention_bias": (bool, (False, True), False),
-    "tie_word_embeddings": (bool, (False, True), False),
-}
-SUPPORTED = {
-    "model_type": (str, ("llama",)),
-    "hidden_act": (str, ("silu",), "silu"),
-    "mlp_bias": (bool, (False,), False),
-    "quantization_config": (dict, (), None),
-    "sliding_window": (int, (), None),
-    "pretraining_tp": (int, (1, 1), 1),
-    "partial_rotary_factor": (float, (1, 1), 1.0),
-    "rope_type": (str, ("default",), "default"),        # of rope_scaling
-    "type": (str, ("default",), "default"),             # its older name
-}
+# Settings that would change the forward pass: only these values are supported.
+SUPPORTED = {"model_type": "llama", "hidden_act": "silu", "mlp_bias": False, "pretraining_tp": 1,
+             "sliding_window": None, "quantization_config": None, "partial_rotary_factor": 1,
+             "rope_type": "default", "type": "default"}  # rope_type and type are keys inside rope_scaling
 
 
 def read_config(path):
     """LlamaConfig from a config.json.  UserError for every setting that this file does not support."""
-    raw = read_json(path, "LLaMA's config")
-    for name in ("rope_scaling", "rope_parameters"):    # the second is newer, and holds rope_theta, too
-        raw |= check_fields(raw, {name: (dict, None, {})}, path)[name]
-    check_fields(raw, SUPPORTED, path)
-    sizes = check_fields(raw, SIZES, path)
-    heads = sizes["num_attention_heads"]
-    sizes["num_key_value_heads"] = sizes["num_key_value_heads"] or heads
-    sizes["head_dim"] = sizes["head_dim"] or sizes["hidden_size"] // heads
-    config = LlamaConfig(**sizes)
-    if heads % config.num_key_value_heads or config.head_dim % 2 or config.head_dim < 2:
-        raise UserError(f"{path}: {heads} query heads must be a multiple of {config.num_key_value_heads} key/value heads, "
-                        f"and head_dim {config.head_dim} even")
-    return config
+    config = read_json(path, "LLaMA's config.json")
+    with reading(path, "LLaMA's config.json"):
+        # rope_parameters is newer, and holds rope_theta as well
+        for rope in ("rope_scaling", "rope_parameters"):
+            config |= config.get(rope) or {}
+        for name, supported in SUPPORTED.items():
+            if config.get(name) is not None and config[name] != supported:
+                raise ValueError(f"{name} is {config[name]!r}, but only {supported!r} is supported")
+        if config.get("num_key_value_heads") is None:
+            config["num_key_value_heads"] = config["num_attention_heads"]
+        if config.get("head_dim") is None:
+            config["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
+        sizes = {f.name: config[f.name] for f in fields(LlamaConfig)
+                 if f.default is MISSING or config.get(f.name) is not None}
+        for f in fields(LlamaConfig):
+            size = sizes.get(f.name, f.default)
+            if f.type is bool:
+                valid = type(size) is bool
+            else:
+                valid = type(size) in (int, f.type) and 0 < size < 1e12
+            if not valid:
+                raise ValueError(f"{f.name} is {size!r}, but must be of type {f.type.__name__}, above 0")
+        if sizes["num_attention_heads"] % sizes["num_key_value_heads"] or sizes["head_dim"] % 2 \
+                or sizes["num_hidden_layers"] > 1000:
+            raise ValueError("the query heads must be a multiple of the key/value heads, head_dim even, and "
+                             "the layers at most 1,000")
+        return LlamaConfig(**sizes)
 
 
 class Tokenizer:
@@ -102,24 +94,20 @@ class Tokenizer:
     """
 
     def __init__(self, path):
-        check_file(path, "a SentencePiece model (tokenizer.model)")
-        try:
+        with reading(path, "LLaMA's tokenizer.model, a SentencePiece model (not tokenizer.json)"):
             self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
             self.vocab_size = self.pieces.vocab_size()
-            self.pieces.id_to_piece(list(range(self.vocab_size)))       # each must be UTF-8
+            self.pieces.id_to_piece(list(range(self.vocab_size)))               # each must be UTF-8
             self.adds_space = self.pieces.encode("a", out_type=str)[0].startswith("\u2581")
-        except (RuntimeError, OSError, ValueError, IndexError) as error:
-            raise UserError(f"{path}: is not a SentencePiece model ({first_line(error)}); "
-                            "LLaMA's tokenizer.model is needed, not tokenizer.json") from None
-        self.bos_id, self.eos_id = self.pieces.bos_id(), self.pieces.eos_id()
-        if self.bos_id < 0 or self.eos_id < 0:
-            raise UserError(f"{path}: has no BOS or no EOS token; a LLaMA's tokenizer has both")
+            self.bos_id, self.eos_id = self.pieces.bos_id(), self.pieces.eos_id()
+            if min(self.bos_id, self.eos_id) < 0:
+                raise ValueError("it has no BOS or no EOS token")
 
     def encode(self, text, new_word=False):
         """Ids of a text.
 
-        new_word  the text continues another text and needs a leading space.  LLaMA's own SentencePiece model adds this
-                  space to every text; other models do not.
+        new_word  the text continues another text and needs a leading space.  LLaMA's own SentencePiece model
+                  adds this space to every text; other models do not.
         """
         return self.pieces.encode(" " + text if new_word and not self.adds_space else text)
 
@@ -127,28 +115,29 @@ class Tokenizer:
         return self.pieces.decode(ids)
 
 
-# ------------------------------------------------------------------------------------------------ the forward pass
+# ---------------------------------------------------------------------------------------- the forward pass
 
 
 class Linear(nn.Module):
     """x W^T (+ bias) with a frozen weight: (N, in_features) -> (N, out_features).
 
-    W is `weight`; or, if that is int8, scale[:, None] * weight, with one fp32 scale for each row (base/frozen_ops.py).
+    W is `weight`; or, if that is int8, scale[:, None] * weight, with one fp32 scale for each row
+    (base/linear.py).
     """
 
     def __init__(self, in_features, out_features, bias=False):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
-        self.scale = None                               # (out_features,), where load_llama makes the weight int8
+        self.scale = None                               # (out_features,) where the weight is int8
 
     def forward(self, x):
         y = frozen_linear(x, self.weight, self.scale)
-        return y if self.bias is None else y.add_(self.bias.to(y.dtype))
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, in fp32 whatever the dtype of x: (N, D) -> (N, D)."""
+    """x / rms(x) * weight, with rms(x) = sqrt(mean(x^2) + eps) in fp32: (N, D) -> (N, D)."""
 
     def __init__(self, hidden_size, eps):
         super().__init__()
@@ -156,11 +145,14 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        return rms_norm(x, self.weight, self.eps)
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
 def rotary_table(position, head_dim, theta):
-    """cos and sin, (N, 1, d/2) each, fp32: the angle of pair i is position * theta^(-2i/d) (RoFormer, eq. 15)."""
+    """cos and sin, (N, 1, d/2) each, fp32.
+
+    The angle of pair i = 0 ... d/2 - 1 is position * theta^(-2i/d) (RoFormer, eq. 15).
+    """
     frequency = 1.0 / theta ** (torch.arange(0, head_dim, 2, device=position.device).float() / head_dim)
     angle = position.float()[:, None] * frequency       # (N, d/2)
     return angle.cos()[:, None], angle.sin()[:, None]
@@ -175,8 +167,44 @@ def apply_rotary(x, cos, sin):
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
+class KVCache:
+    """Keys and values of one layer during generation, so that no token is computed twice.
+
+    The first pass stores those of the prompts.  Each later step stores one token for each sequence.
+    keys, values  (B, G, places, d); a token is stored at its position in its sequence
+    """
+
+    def __init__(self, config, B, places, dtype, device):
+        shape = (B, config.num_key_value_heads, places, config.head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+
+    def update(self, k, v, tokens):
+        """Store keys and values (B, G, T, d) of new tokens; return those that attention reads, (B, G, S, d).
+
+        In the first pass, padding is stored as well.  Later masks hide it until a new token takes its place.
+        """
+        if tokens.mask is None:                         # the first pass: nothing was stored before
+            self.keys[:, :, :k.shape[2]] = k
+            self.values[:, :, :v.shape[2]] = v
+            return k, v
+        rows = torch.arange(len(k), device=k.device)    # one new token for each sequence: T = 1
+        self.keys[rows, :, tokens.position] = k[:, :, 0]
+        self.values[rows, :, tokens.position] = v[:, :, 0]
+        S = tokens.mask.shape[-1]
+        return self.keys[:, :, :S], self.values[:, :, :S]
+
+    def keep(self, rows):
+        """Keep only these sequences (a tensor of indices)."""
+        self.keys = self.keys[rows]
+        self.values = self.values[rows]
+
+
 class Attention(nn.Module):
-    """Causal self-attention with rotary positions.  Each key/value head serves H / G query heads (grouped-query attention)."""
+    """Causal self-attention with rotary positions.
+
+    Grouped-query attention: each of G key/value heads serves H / G query heads.  In LLaMA-7B, G = H.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -187,22 +215,26 @@ class Attention(nn.Module):
         self.v_proj = Linear(D, config.num_key_value_heads * config.head_dim, bias)
         self.o_proj = Linear(config.num_attention_heads * config.head_dim, D, bias)
 
-    def forward(self, x, tokens):
-        """(N, D) -> (M, D).  M = N, except in the last layer: there only the needed tokens are queries."""
-        q = self.q_proj(tokens.needed(x)).unflatten(-1, (-1, self.head_dim))    # (M, H, d)
+    def forward(self, x, tokens, cos, sin, cache=None):
+        """(N, D) -> (N, D)"""
+        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))                   # (N, H, d)
         k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))                   # (N, G, d)
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))                   # (N, G, d)
-        q = apply_rotary(q, tokens.needed(tokens.cos), tokens.needed(tokens.sin))
-        k = apply_rotary(k, tokens.cos, tokens.sin)
-        out = []
-        for q_b, k_b, v_b, mask in tokens.sequences(q, k, v):                   # (b, H, T, d), (b, G, S, d), (b, G, S, d)
-            out.append(F.scaled_dot_product_attention(                          # softmax(q k^T / sqrt(d)) v
-                q_b, k_b, v_b, attn_mask=mask, is_causal=mask is None, enable_gqa=q_b.shape[1] != k_b.shape[1]))
-        return self.o_proj(tokens.unpad(out))                                   # (M, D)
+        q = apply_rotary(q, cos, sin)
+        k = apply_rotary(k, cos, sin)
+        q, k, v = (tokens.pad(z) for z in (q, k, v))                            # (B, H or G, T, d)
+        if cache is not None:
+            k, v = cache.update(k, v, tokens)                                   # (B, G, S, d)
+        # softmax(q k^T / sqrt(d)) v.  The score of a key after the query's own position becomes -infinity: in
+        # the first pass by is_causal, later by the mask.  Padding stands after all tokens, so this hides it
+        # as well.
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=tokens.mask, is_causal=tokens.mask is None,
+                                           enable_gqa=q.shape[1] != k.shape[1])                 # (B, H, T, d)
+        return self.o_proj(tokens.unpad(y))                                     # (N, H d) -> (N, D)
 
 
 class MLP(nn.Module):
-    """SwiGLU feed-forward: (silu(x Wg) * x Wu) Wd, with sizes D -> F -> D."""
+    """SwiGLU feed-forward: (silu(x Wg) * x Wu) Wd, with the sizes D -> intermediate_size -> D."""
 
     def __init__(self, config):
         super().__init__()
@@ -211,7 +243,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x):
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Block(nn.Module):
@@ -220,14 +252,14 @@ class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.adapter = nn.Identity()                    # EIVEN replaces it: the only place where adapters enter
+        self.adapter = nn.Identity()                    # EIVEN replaces it; adapters enter nowhere else
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, tokens):
-        """(N, D) -> (M, D).  tokens.needed is the identity, except in the last layer."""
-        x = tokens.needed(x) + self.self_attn(self.adapter(self.input_layernorm(x)), tokens)
+    def forward(self, x, tokens, cos, sin, cache=None):
+        """(N, D) -> (N, D)"""
+        x = x + self.self_attn(self.adapter(self.input_layernorm(x)), tokens, cos, sin, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -247,7 +279,7 @@ class LLaMA(nn.Module):
 
     @property
     def compute_dtype(self):
-        """Dtype of the activations: that of the weights on a GPU; fp32 on a CPU, few of which have 16-bit units."""
+        """Dtype of the activations: the weights' on a GPU; fp32 on a CPU, which is slow in 16 bits."""
         weight = self.embed_tokens.weight
         return torch.float32 if weight.device.type == "cpu" else weight.dtype
 
@@ -255,16 +287,22 @@ class LLaMA(nn.Module):
         """(N,) ids -> (N, D)"""
         return self.embed_tokens(ids).to(self.compute_dtype)
 
-    def forward(self, x, tokens):
-        """Embeddings (N, D) of `tokens` (base/packing.py) -> final hidden states (M, D) of those whose logits are needed."""
+    def new_cache(self, B, places):
+        """An empty KV cache for B sequences of at most `places` tokens: one KVCache a layer."""
+        device = self.embed_tokens.weight.device
+        return [KVCache(self.config, B, places, self.compute_dtype, device) for _ in self.layers]
+
+    def forward(self, x, tokens, cache=None):
+        """Embeddings (N, D) of `tokens` -> final hidden states (M, D) of the tokens whose logits are used."""
         cos, sin = rotary_table(tokens.position, self.config.head_dim, self.config.rope_theta)
-        for i, block in enumerate(self.layers):
-            in_layer = tokens.at_layer(i, cos, sin, last=i == len(self.layers) - 1)
+        for block, layer_cache in zip(self.layers, cache or [None] * len(self.layers)):
             if self.grad_checkpoint and torch.is_grad_enabled():
-                # use_reentrant=True would give the adapters no gradient where x needs none: without photos.
-                x = checkpoint(block, x, in_layer, use_reentrant=False)
+                # Without photos x needs no gradient; use_reentrant=True would then give the adapters none.
+                x = checkpoint(block, x, tokens, cos, sin, use_reentrant=False)
             else:
-                x = block(x, in_layer)
+                x = block(x, tokens, cos, sin, layer_cache)
+        if tokens.needed is not None:
+            x = x.index_select(0, tokens.needed)        # (N, D) -> (M, D)
         return self.norm(x)
 
     def logits(self, h):
@@ -273,7 +311,7 @@ class LLaMA(nn.Module):
         return (frozen_linear(h, self.embed_tokens.weight) if tied else self.lm_head(h)).float()
 
 
-# ------------------------------------------------------------------------------------------------ official weights
+# ---------------------------------------------------------------------------------------- official weights
 
 
 def official_name(name):
@@ -289,40 +327,33 @@ def load_llama(folder, dtype=None, device="cpu", int8=False):
     Errors  UserError for whatever is missing, broken, unsupported, or does not fit
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: there is no such folder; LLaMA's config.json, tokenizer.model and safetensors "
-                        "should be in it")
     config = read_config(folder / "config.json")
     tokenizer = Tokenizer(folder / "tokenizer.model")
-    if tokenizer.vocab_size != config.vocab_size:
-        raise UserError(f"{folder}: tokenizer.model has {tokenizer.vocab_size:,} pieces, but the embeddings are for "
-                        f"{config.vocab_size:,}; they are not of the same model")
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(f"{folder}: tokenizer.model has {tokenizer.vocab_size:,} pieces, but config.json "
+                        f"has {config.vocab_size:,}; they are not of the same model")
     tensors = {}
-    for path in shard_files(folder, "LLaMA weights"):
-        shard = map_safetensors(path, "LLaMA weights")
-        twice = sorted(shard.keys() & tensors.keys())
-        if twice:
-            raise UserError(f"{path}: holds {twice[0]}, which another shard holds too")
-        tensors.update(shard)
-    shard = None                                        # drop this reference, so that load_strict can free each tensor
+    for path in shard_files(folder, "LLaMA's weights"):
+        tensors |= open_tensors(path, "LLaMA's weights in the Hugging Face layout (safetensors)")
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
-    if config.tie_word_embeddings and {"lm_head.weight", "model.embed_tokens.weight"} <= tensors.keys():
+    if config.tie_word_embeddings and "lm_head.weight" in tensors:
         if not torch.equal(tensors.pop("lm_head.weight"), tensors["model.embed_tokens.weight"]):
-            raise UserError(f"{folder}: config.json ties lm_head to the embeddings, but lm_head.weight differs")
+            raise UserError(f"{folder}: config.json ties lm_head to the embeddings, but they differ")
     with torch.device("meta"):
         llama = LLaMA(config)
     load_strict(llama, tensors, folder, official_name, dtype, device, int8=Linear if int8 else ())
     return llama.eval(), tokenizer
 
 
+@torch.no_grad()
 def greedy_continuation(llama, ids, n):
     """Greedy decoding with LLaMA alone: the n next ids after `ids`, one at a time, with the KV cache."""
     device = llama.embed_tokens.weight.device
-    cache = KVCache(llama.config, 1, len(ids) + n, llama.compute_dtype, device)
-    tokens, out = pack([ids], [1], device, cache), []
-    with torch.no_grad():
-        while len(out) < n:
-            h = llama(llama.embed(tokens.ids), tokens)                          # (1, D)
-            out.append(int(llama.logits(h).argmax()))
-            tokens = next_tokens(torch.tensor(out[-1:], device=device), [len(ids) + len(out) - 1], cache)
+    cache = llama.new_cache(1, len(ids) + n)
+    tokens = pack([ids], [1], device)
+    out = []
+    while len(out) < n:
+        h = llama(llama.embed(tokens.ids), tokens, cache)                       # (1, D)
+        out.append(int(llama.logits(h).argmax()))
+        tokens = next_tokens(torch.tensor(out[-1:], device=device), [len(ids) + len(out) - 1])
     return out

@@ -1,15 +1,18 @@
-"""CLIP's vision transformer: preprocessing, the [cls] tokens of chosen layers, and loading of the official weights.
+"""CLIP's vision transformer: preprocessing, the [cls] tokens of chosen layers, loading of official weights.
 
-Source   Dosovitskiy et al. 2021 (arXiv 2010.11929) with CLIP's changes (Radford et al. 2021, arXiv 2103.00020):
-         a LayerNorm right after the embeddings, quick-GELU, no bias in the patch embedding.
+Source   Dosovitskiy et al. 2021 (arXiv 2010.11929) with CLIP's changes (Radford et al. 2021, arXiv
+         2103.00020): a LayerNorm right after the embeddings, quick-GELU, no bias in the patch embedding.
 Names    are those of the Hugging Face checkpoints, including the typo `pre_layrnorm`.
 
-Nothing here is trained, so the [cls] tokens of a photo are computed only once.  This file knows nothing about language.
+Nothing here is trained, so the [cls] tokens of a photo are computed only once.  This file knows nothing about
+language.
 
 Shapes   P photos   S = 1 + patches tokens   V width   d = V / heads   K [cls] tokens of a photo
 """
 
 import math
+import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,8 +22,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from base.checkpoint import check_fields, check_file, load_strict, read_json, read_state_dict
-from base.console import UserError
+from base.checkpoint import load_strict, read_state_dict
+from base.console import UserError, read_json, reading
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)         # of CLIP's training photos, RGB in 0..1
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -39,7 +42,7 @@ class ViTConfig:
     layer_norm_eps: float = 1e-5
 
 
-# ------------------------------------------------------------------------------------------------ preprocessing
+# ---------------------------------------------------------------------------------------- preprocessing
 
 
 def preprocess(image, size=224):
@@ -50,8 +53,9 @@ def preprocess(image, size=224):
 def crop(image, size=224):
     """The part of an RGB image that CLIP sees: (size, size, 3), uint8.
 
-    The shorter side is resized to `size` (bicubic), the longer side in proportion, rounded down.  Then the centre is
-    cropped; an odd margin is larger at the right and at the bottom.  All as in transformers' CLIP processor.
+    The shorter side is resized to `size` (bicubic), the longer side in proportion, rounded down.  Then the
+    centre is cropped; an odd margin is larger at the right and at the bottom.  All as in transformers' CLIP
+    processor.
     """
     width, height = image.size
     short = min(width, height)
@@ -63,12 +67,14 @@ def crop(image, size=224):
 
 
 def normalize(pixels):
-    """(..., size, size, 3), uint8 -> (..., 3, size, size), fp32: each channel with CLIP's mean and deviation."""
+    """(..., size, size, 3), uint8 -> (..., 3, size, size), fp32: each channel with CLIP's mean and
+    deviation.
+    """
     pixels = (np.float32(pixels) / 255 - np.float32(CLIP_MEAN)) / np.float32(CLIP_STD)
     return torch.from_numpy(pixels).movedim(-1, -3)
 
 
-# ------------------------------------------------------------------------------------------------ the forward pass
+# ---------------------------------------------------------------------------------------- the forward pass
 
 
 class Embeddings(nn.Module):
@@ -88,7 +94,7 @@ class Embeddings(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention without a mask.  Queries: the first n_queries tokens; the last layer needs [cls] alone."""
+    """Self-attention without a mask: every token sees every token."""
 
     def __init__(self, config):
         super().__init__()
@@ -96,15 +102,18 @@ class Attention(nn.Module):
         self.heads = config.num_attention_heads
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(V, V) for _ in range(4))
 
-    def forward(self, x, n_queries):
-        q = self.q_proj(x[:, :n_queries]).unflatten(-1, (self.heads, -1)).transpose(1, 2)      # (P, heads, n_queries, d)
-        k = self.k_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)                     # (P, heads, S, d)
-        v = self.v_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)                     # (P, heads, S, d)
-        out = F.scaled_dot_product_attention(q, k, v)                           # softmax(q k^T / sqrt(d)) v
-        return self.out_proj(out.transpose(1, 2).flatten(2))                    # (P, n_queries, V)
+    def forward(self, x):
+        """(P, S, V) -> (P, S, V)"""
+        q = self.q_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)      # (P, heads, S, d)
+        k = self.k_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)      # (P, heads, S, d)
+        v = self.v_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)      # (P, heads, S, d)
+        y = F.scaled_dot_product_attention(q, k, v)                             # softmax(q k^T / sqrt(d)) v
+        return self.out_proj(y.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
+    """Two linear layers with quick-GELU, CLIP's own activation, between them."""
+
     def __init__(self, config):
         super().__init__()
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
@@ -112,10 +121,12 @@ class MLP(nn.Module):
 
     def forward(self, x):
         x = self.fc1(x)
-        return self.fc2(x * torch.sigmoid(1.702 * x))                           # quick-GELU, CLIP's own
+        return self.fc2(x * torch.sigmoid(1.702 * x))
 
 
 class Block(nn.Module):
+    """One layer: attention, then feed-forward, each added to the residual stream."""
+
     def __init__(self, config):
         super().__init__()
         self.layer_norm1 = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
@@ -123,9 +134,9 @@ class Block(nn.Module):
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, n_queries=None):
-        """(P, S, V) -> (P, n_queries, V); None: all S tokens."""
-        x = x[:, :n_queries] + self.self_attn(self.layer_norm1(x), n_queries)
+    def forward(self, x):
+        """(P, S, V) -> (P, S, V)"""
+        x = x + self.self_attn(self.layer_norm1(x))
         return x + self.mlp(self.layer_norm2(x))
 
 
@@ -141,17 +152,19 @@ class ViT(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, pixels, cls_layers):
-        """Photos (P, 3, size, size) -> (P, K, V): the [cls] token after each layer in `cls_layers` (counted from 1)."""
+        """Photos (P, 3, size, size) -> (P, K, V): the [cls] token after each layer in `cls_layers` (counted
+        from 1).
+        """
         x = self.pre_layrnorm(self.embeddings(pixels))                          # (P, S, V)
         cls_tokens = []
         for depth, block in enumerate(self.layers[:max(cls_layers)], start=1):
-            x = block(x, n_queries=1 if depth == max(cls_layers) else None)
+            x = block(x)
             if depth in cls_layers:
                 cls_tokens.append(x[:, 0])                                      # (P, V)   [cls] is token 0
         return torch.stack(cls_tokens, dim=1)                                   # (P, K, V)
 
 
-# ------------------------------------------------------------------------------------------------ official weights
+# ---------------------------------------------------------------------------------------- official weights
 
 
 def official_name(name):
@@ -188,93 +201,92 @@ def from_openai(tensors):
     return renamed
 
 
-def vision_tower(tensors, file):
-    """The ViT's tensors under Hugging Face's names without prefix, from any of the layouts; UserError if there are none.
+def vision_tower(tensors):
+    """The ViT's tensors under Hugging Face's names without prefix, from any of the layouts; ValueError if
+    there are none.
 
     The text tower of a whole CLIP, and everything after the last block, are not used here.
     """
-    def with_prefix(prefix):
-        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-    for prefix in ("vision_model.", ""):                # transformers 5 omits it for a vision tower alone
-        if f"{prefix}embeddings.class_embedding" in tensors:
-            found = with_prefix(prefix)
+    tensors = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): tensor for name, tensor in tensors.items()}
+    for prefix, cls in (("vision_model.", "embeddings.class_embedding"), ("", "embeddings.class_embedding"),
+                        ("visual.", "class_embedding"), ("", "class_embedding")):
+        if prefix + cls in tensors:
             break
     else:
-        for prefix in ("visual.", ""):
-            if f"{prefix}class_embedding" in tensors and f"{prefix}conv1.weight" in tensors:
-                found = from_openai(with_prefix(prefix))
-                break
-        else:
-            raise UserError(f"{file}: holds no CLIP vision transformer: neither vision_model.embeddings.class_embedding "
-                            "(Hugging Face) nor visual.class_embedding (OpenAI, open_clip) is in it")
-    unused = ("post_layernorm.", "proj", "embeddings.position_ids")
-    return {name: tensor for name, tensor in found.items() if not (name.startswith(unused[0]) or name in unused)}
+        raise ValueError("it has neither vision_model.embeddings.class_embedding (Hugging Face) nor "
+                         "visual.class_embedding (OpenAI, open_clip), so it holds no CLIP vision transformer")
+    tower = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    if cls == "class_embedding":
+        tower = from_openai(tower)
+    unused = ("post_layernorm.weight", "post_layernorm.bias", "proj", "embeddings.position_ids")
+    return {name: tensor for name, tensor in tower.items() if name not in unused}
 
 
 def weight_file(path):
     """The file with the weights: `path` itself, or the weight file in the folder `path`."""
     path = Path(path)
-    if path.is_dir():
-        for name in ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin"):
-            if (path / name).exists():
-                return path / name
-        raise UserError(f"{path}: holds neither model.safetensors nor pytorch_model.bin, CLIP's weights")
-    check_file(path, "CLIP's ViT weights")
-    return path
-
-
-SETTINGS = {                                            # of config.json: {field: (type, allowed, default)}
-    "hidden_act": (str, ("quick_gelu",), "quick_gelu"),
-    "num_attention_heads": (int, (1, 1024), None),
-    "layer_norm_eps": (float, (1e-30, 1), 1e-5),
-}
+    if not path.is_dir():
+        return path
+    for name in ("model.safetensors", "open_clip_model.safetensors",
+                 "pytorch_model.bin", "open_clip_pytorch_model.bin"):
+        if (path / name).exists():
+            return path / name
+    raise UserError(f"{path}: holds neither model.safetensors nor pytorch_model.bin, CLIP's weights")
 
 
 def read_settings(folder):
-    """{field of SETTINGS: value} from the configs beside the weights; UserError if the activation is not quick-GELU."""
-    open_clip, clip = folder / "open_clip_config.json", folder / "config.json"
+    """(heads or None, layer_norm_eps) from the config beside the weights.  UserError: the activation is not
+    quick-GELU.
+
+    Weights show neither.  Without a config the activation is taken to be quick-GELU, as in OpenAI's weights.
+    """
+    open_clip, path = folder / "open_clip_config.json", folder / "config.json"
     if open_clip.exists():
-        model = check_fields(read_json(open_clip, "open_clip's config"), {"model_cfg": (dict, None, {})}, open_clip)["model_cfg"]
-        if model.get("quick_gelu") is not True:
-            raise UserError(f"{open_clip}: quick_gelu is not set, so this ViT has the plain GELU, which is not supported; "
-                            "only CLIP's quick-GELU is (OpenAI's weights have it)")
-    raw = read_json(clip, "CLIP's config") if clip.exists() else {}
-    raw |= check_fields(raw, {"vision_config": (dict, None, {})}, clip)["vision_config"]        # of a whole CLIP
-    return check_fields(raw, SETTINGS, clip)
+        with reading(open_clip, "open_clip's config"):
+            if read_json(open_clip, "open_clip's config")["model_cfg"].get("quick_gelu") is not True:
+                raise ValueError("quick_gelu is not set, and only quick-GELU is supported, not GELU")
+    if not path.exists():
+        if not open_clip.exists():
+            print(f"note: {folder} has no config.json; the ViT is taken to have quick-GELU, as OpenAI's",
+                  file=sys.stderr)
+        return None, 1e-5
+    with reading(path, "CLIP's config.json"):
+        config = read_json(path, "CLIP's config.json")
+        config |= config.get("vision_config") or {}     # of a whole CLIP
+        if config.get("hidden_act", "quick_gelu") != "quick_gelu":
+            raise ValueError(f"hidden_act is {config['hidden_act']!r}, but only 'quick_gelu' is supported")
+        heads = config.get("num_attention_heads")
+        return heads, float(config.get("layer_norm_eps", 1e-5))
 
 
 def load_vit(path, device="cpu"):
-    """ViT in fp32 from official CLIP weights: a file, or a folder with one (and its config.json, if there is one).
+    """ViT in fp32 from official CLIP weights: a file, or a folder with one (and its config.json, if there is
+    one).
 
     Layouts  Hugging Face (a whole CLIP or the vision tower), OpenAI and open_clip (`visual.…`)
-    Sizes    are read from the weights.  Weights do not show the number of heads: it comes from config.json, else it is
-             V / 64 as in every ViT of CLIP.  They do not show the activation either: it is quick-GELU, as in OpenAI's
-             weights; if a config says otherwise, that is an error.
+    Sizes    are read from the weights; the number of heads from config.json, else it is V / 64 as in every
+             ViT of CLIP
     Errors   UserError for whatever is missing, broken, unsupported, or does not fit
     """
     file = weight_file(path)
-    tensors = vision_tower(read_state_dict(file, "CLIP's ViT weights"), file)
-    patch = tensors.get("embeddings.patch_embedding.weight")
-    position = tensors.get("embeddings.position_embedding.weight")
-    fc1 = tensors.get("encoder.layers.0.mlp.fc1.weight")
-    if (patch is None or position is None or fc1 is None or (patch.dim(), position.dim(), fc1.dim()) != (4, 2, 2)
-            or min(*patch.shape, *fc1.shape, len(position) - 1) < 1):
-        raise UserError(f"{file}: its patch embedding, position embedding or first layer is missing or misshapen")
-    layers = {name.split(".")[2] for name in tensors if name.startswith("encoder.layers.")}
-    settings = read_settings(file.parent)
-    config = ViTConfig(
-        hidden_size=patch.shape[0],
-        intermediate_size=len(fc1),
-        num_hidden_layers=len(layers),
-        num_attention_heads=settings["num_attention_heads"] or max(1, patch.shape[0] // 64),
-        patch_size=patch.shape[-1],
-        image_size=patch.shape[-1] * math.isqrt(len(position) - 1),
-        layer_norm_eps=settings["layer_norm_eps"],
-    )
-    if config.hidden_size % config.num_attention_heads:
-        raise UserError(f"{file}: {config.num_attention_heads} heads do not divide the width {config.hidden_size}")
-    with torch.device("meta"):
-        vit = ViT(config)
+    heads, eps = read_settings(file.parent)
+    with reading(file, "CLIP's ViT weights"):
+        tensors = vision_tower(read_state_dict(file, "CLIP's ViT weights"))
+        V, _, _, patch_size = tensors["embeddings.patch_embedding.weight"].shape
+        positions = len(tensors["embeddings.position_embedding.weight"])
+        config = ViTConfig(
+            hidden_size=V,
+            intermediate_size=len(tensors["encoder.layers.0.mlp.fc1.weight"]),
+            num_hidden_layers=len({name.split(".")[2] for name in tensors if name.startswith("encoder.")}),
+            num_attention_heads=heads or V // 64,
+            patch_size=patch_size,
+            image_size=patch_size * math.isqrt(positions - 1),
+            layer_norm_eps=eps,
+        )
+        heads = config.num_attention_heads
+        if type(heads) is not int or heads < 1 or V % heads or not 0 < eps < 1:
+            raise ValueError(f"{heads!r} heads do not divide the width {V}, or layer_norm_eps is {eps}")
+        with torch.device("meta"):
+            vit = ViT(config)
     load_strict(vit, tensors, file, official_name, torch.float32, device)
     return vit.eval()
