@@ -1,15 +1,14 @@
 """A trained run, and its answers to one product or to many."""
 
 import math
-import os
 import sys
-from array import array
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from shlex import quote
 from typing import NamedTuple
 
 from base.checkpoint import check_frozen
-from base.console import Progress, UserError
+from base.console import Progress, UserError, reading
 from base.tsv import COLUMNS, write_tsv
 from data import Product, base_question, comparison, encode_answer, encode_examples
 from demo import world
@@ -21,27 +20,28 @@ from support.run_folder import check_weights, read_config, read_temperature
 
 ANSWER_BATCH = 64                                       # products answered together
 SCORE_BATCH = 8                                         # products whose values are scored together
-SCORE_VALUES = 128                                      # at most so many values of theirs in all, but those of one product
-SCORE_TOKENS = 8192                                     # text tokens of questions with a value that are scored at once
-LEAST_LIMIT = 32                                        # tokens that a free answer may have at least
-SORTED_TOGETHER = 4096                                  # products sorted by length together
-PREDICTED = (*COLUMNS, "prediction", "probability", "runner_up", "runner_up_probability")       # columns of predictions.tsv
+SCORE_VALUES = 128                                      # pairs of product and value in one forward pass
+SHORTEST_LIMIT = 32                                     # tokens that a free answer may have at least
+# of predictions.tsv
+PREDICTED = (*COLUMNS, "prediction", "probability", "runner_up", "runner_up_probability")
+
+# ---------------------------------------------------------------------------------------- a run
 
 
 class Answer(NamedTuple):
-    """An answer and its probability; of scored values also the second most probable, and log p(R | X) of each in the list's order.
+    """An answer and its probability; of scored values also the second most probable one.
 
-    A value that was left out by `above` is "", and its probability is kept.
+    log_probs  of scored values: log p(R | X) of each, in the order of the list
     """
 
     value: str
     probability: float
     runner_up: str = ""
     runner_up_probability: float | None = None
-    log_probs: array = ()
+    log_probs: tuple = ()
 
     def above(self, min_confidence):
-        """The answer if it has this probability or more, else an empty one."""
+        """The answer if it has this probability or more; else an empty one, which keeps the probability."""
         return self if self.probability >= min_confidence else self._replace(value="")
 
     def __str__(self):
@@ -52,13 +52,16 @@ class Answer(NamedTuple):
 class Run:
     """A run folder with its model.  `load(folder)` makes one.
 
+    id              the run's: a hash of its config.json
     values          {attribute: its values in the training data, those held out included}
     photo_features  None if the run does not use photos
     held_out        {attribute: values that the training did not see} (--holdout-values)
-    calibration     the temperature of scored values, as support/confidence.py fits it; None: not fitted, and 1 is used
+    calibration     the temperature of scored values, as support/confidence.py fits it; None: not fitted, and
+                    1 is used
     """
 
     folder: Path
+    id: str
     config: Config
     values: dict
     sources: Sources
@@ -74,129 +77,166 @@ class Run:
     @property
     def answer_limit(self):
         """Tokens that a free answer may have: no known value may be cut off."""
-        known = (value for several in self.values.values() for value in several)
-        return max([LEAST_LIMIT, *(len(encode_answer(value, self.model.tokenizer)) for value in known)])
+        longest = longest_values(self, self.values).values()
+        return max(SHORTEST_LIMIT, *(len(encode_answer(value, self.model.tokenizer)) for value in longest))
 
     def known_attribute(self, name):
-        """The attribute's name as in the training data, ignoring case; an unknown name unchanged."""
+        """The attribute's name as in the training data, whatever its case and white space; or `name`."""
+        name = " ".join(name.split())
         return next((a for a in self.values if a.lower() == name.lower()), name)
 
     def product(self, image=None, text=None, attribute=""):
         """The Product that `answer` is asked for: the same arguments, the same errors."""
         attribute = self.known_attribute(attribute)
+        names = ", ".join(self.values)
+        try:
+            f"{text}{attribute}".encode()
+        except UnicodeEncodeError:                      # typed in a terminal of another encoding
+            raise UserError(f"--text or --attribute is not UTF-8 text: {text!r}, {attribute!r}") from None
         if not attribute.strip():
-            raise UserError("--attribute is empty; name the attribute to answer, e.g. one of this run's training data: "
-                            f"{', '.join(self.values)}")
+            raise UserError(f"--attribute is empty; name the one to answer, e.g. one of this run's: {names}")
         if attribute not in self.values:
-            print(f"note: {attribute!r} is not an attribute of this run's training data ({', '.join(self.values)})",
+            print(f"note: {attribute!r} is not an attribute of this run's training data ({names})",
                   file=sys.stderr)
-        for name, given, used in (("image", image, self.config.image), ("text", text, self.config.text)):
-            if used and given is None:
-                raise UserError(f"this run was trained with {name}s: give --{name}")
-            if given is not None and not used:
-                raise UserError(f"this run was trained without {name}s (--no-{name}): leave --{name} out")
-        if image is not None:
-            check_image(image)
-        return Product("", str(Path(image).resolve()) if image else "", "", " ".join((text or "").split()), attribute, "")
+        for name, argument, used in (("image", image, self.config.image), ("text", text, self.config.text)):
+            if used != (argument is not None):
+                with_or_without, do = ("with", "give") if used else ("without", "leave out")
+                raise UserError(f"this run was trained {with_or_without} {name}s: {do} --{name}")
+        photo = str(Path(image).absolute()) if image else ""
+        if photo:
+            with reading(photo, "the photo of --image"):
+                pass
+        return Product("", photo, "", " ".join((text or "").split()), attribute, "")
 
-    def answer(self, image=None, text=None, attribute="", constrain=False, temperature=TEMPERATURE, top_p=TOP_P,
-               values=None, min_confidence=0.0):
+    def answer(self, image=None, text=None, attribute="", **settings):
         """The Answer for one product: its value, and the probability of that value.
 
         image      file name of the photo, if the run was trained with photos
         text       title, best with the category: "title, category"; if the run was trained with texts
         attribute  its name in the training data; upper and lower case make no difference
+        settings   those of `answers`
+        """
+        return self.answers([{"image": image, "text": text, "attribute": attribute}], **settings)[0]
+
+    def answers(self, products, constrain=False, values=None, min_confidence=0.0, temperature=TEMPERATURE,
+                top_p=TOP_P):
+        """The Answers for many products, in their order.
+
+        products   dicts with "image", "text" and "attribute", as in `answer`
         constrain  choose from the attribute's known values instead of writing freely
         values     choose from these values (a list of texts) instead
-        min_confidence   below this probability the value is "" (and the probability is still that of the value left out)
+        min_confidence   below this probability the value is "" (the probability is still that of the value
+                         left out)
         temperature, top_p   of free answers, as in EIVEN.generate
-        The probability of a free answer is that of its text among all texts.  The probability of a chosen value is its
-        share among the values of the list, at the temperature that was fitted on val (or 1).
-        Errors     UserError: something is missing, not wanted, or unreadable; ValueError: values is no list of texts
+        The probability of a free answer is that of its text among all texts.  The probability of a chosen
+        value is its share among the values of the list, at the temperature that was fitted on val (or 1).
+        Errors     UserError: something is missing, not wanted, or unreadable; ValueError: values is no list
+                   of texts
         """
-        if values is not None and not (isinstance(values, (list, tuple)) and values and
-                                       all(isinstance(v, str) and v.strip() for v in values)):
-            raise ValueError(f"values must be a list of at least one text, none of them empty, but is {values!r}")
-        product = self.product(image, text, attribute)
-        attribute = product.attribute
-        if constrain and values is None and attribute not in self.values:
-            raise UserError(f"--constrain needs an attribute with known values: {', '.join(self.values)}")
-        prepare_photos(self, [product])
+        products = [self.product(**product) for product in products]
         if values is not None:
-            values = {attribute: list(dict.fromkeys(" ".join(v.split()) for v in values))}
+            texts = not isinstance(values, str) and all(isinstance(v, str) and v.strip() for v in values)
+            if not texts or not values:
+                raise ValueError(f"values must be a list of texts, none of them empty, but is {values!r}")
+            names = list(dict.fromkeys(" ".join(value.split()) for value in values))
+            values = {p.attribute: names for p in products}
         elif constrain:
             values = self.values
-        [answer] = answers(self, [product], values, temperature, top_p)
-        return answer.above(min_confidence)
+            check_values(products, values, "constrain", "the run's training data")
+        prepare_photos(self, products)
+        return [a.above(min_confidence) for a in answers(self, products, values, temperature, top_p)]
 
 
-def check_image(path):
-    """UserError if there is no file at `path`."""
-    if not os.path.isfile(path):
-        found = "is a folder, a pipe or a device, not a photo" if os.path.exists(path) else "there is no such file"
-        raise UserError(f"--image {path}: {found}")
-
-
-def load(folder, data_needed=False, feature_cache=True, **given):
+def load(folder, data_needed=False, feature_cache=True, **changed):
     """The Run in a run folder, ready to answer.
 
     data_needed    whether products will be read from the data set's folder
-    feature_cache  False: the features of photos are not kept; only support/catalogue.py can do without
-    given          flags that replace the saved ones: data, llama, vit, device, dtype, threads, shard
+    feature_cache  False: the features of photos are kept in memory only
+    changed        flags that replace the saved ones: data, llama, vit, device, dtype, threads
     Errors         UserError: no run, not finished, other weights than in training
     """
+    folder = Path(folder)
     config, record = read_config(folder)
-    for name, value in given.items():
-        setattr(config, name, value)
-    trained = Path(folder) / "adapter.safetensors"
+    config = replace(config, **changed)
+    trained = folder / "adapter.safetensors"
     if not trained.exists():
-        raise UserError(f"{folder}: its training is not finished; continue it with: python train.py --resume {folder}")
+        raise UserError(f"{folder}: its training is not finished; continue it with "
+                        f"python train.py --resume {quote(str(folder))}")
     sources = find_sources(config, data_needed)
     check_weights(folder, record, sources)
     model, photo_features = build_model(config, sources, choose_device(config.device), feature_cache)
-    model.load(trained)
-    return Run(Path(folder), config, record["values"], sources, model, photo_features, record["held_out"],
-               read_temperature(Path(folder)))
+    model.load(trained, record["id"])
+    return Run(folder, record["id"], config, record["values"], sources, model, photo_features,
+               record["held_out"], read_temperature(folder, record["id"]))
+
+
+def read_values(path):
+    """{attribute: its values, each once} from a file with one `attribute<TAB>value` a line and no header."""
+    values = {}
+    with reading(path, "a list of values (attribute, tab, value)"):
+        for number, line in enumerate(Path(path).read_text(encoding="utf-8-sig").splitlines(), start=1):
+            cells = [" ".join(cell.split()) for cell in line.split("\t")]
+            if not any(cells):
+                continue
+            if len(cells) != 2 or not all(cells):
+                raise ValueError(f"line {number}, {line[:80]!r}, should be an attribute, one tab and a value")
+            attribute, value = cells
+            values[attribute] = values.get(attribute, {}) | {value: None}
+        if not values:
+            raise ValueError("it holds no values; it needs an attribute, a tab and a value in each line")
+    return {attribute: list(names) for attribute, names in values.items()}
+
+
+def check_values(products, values, where, source):
+    """UserError if an attribute of the products has no values to choose from."""
+    unknown = sorted({p.attribute for p in products} - values.keys())
+    if unknown:
+        raise UserError(f"{where}: there are no known values of {', '.join(unknown[:5])}; {source} has those "
+                        f"of {', '.join(values)}")
+
+
+# ---------------------------------------------------------------------------------------- answers
 
 
 def prepare_photos(run, products):
-    """Compute the features of these products' photos, if the run uses photos; photos of the demo world are drawn first."""
+    """Compute the features of these products' photos, if the run uses photos; the demo world's are drawn
+    first.
+    """
     if run.photo_features is None:
         return
     with processes.one_first():
         if run.config.demo and not run.config.data:
             world.draw_photos(run.sources.data, [p.image for p in products])
-        run.photo_features.prepare(p.image for p in products)
+        run.photo_features.prepare([p.image for p in products])
 
 
 def answers(run, products, values=None, temperature=TEMPERATURE, top_p=TOP_P, what="answering"):
-    """Yield an Answer for each product, in order; SORTED_TOGETHER products are in memory at a time.
+    """An Answer for each product, in order.
 
-    Of several processes, each answers its part of the batches; process 0 yields all answers, and the others none.
-    values  {attribute: values} to choose from: each value is scored, and the most probable is the answer; None: free text
+    Of several processes, each answers its part of the batches; process 0 returns all answers, and the others
+    [].
+    values  {attribute: values} to choose from: each value is scored, and the most probable is the answer;
+            None: free
     """
+    answered = {}                                       # number of the product: its Answer
     with Progress(what, len(products), "products") as progress:
-        for first in range(0, len(products), SORTED_TOGETHER):
-            some = products[first:first + SORTED_TOGETHER]
-            found = [None] * len(some)
-            for number, chosen in enumerate(batches(run, some, values)):
-                if number % processes.size() == processes.rank():        # else another process answers it, about now
-                    answer_batch(run, some, chosen, found, values, temperature, top_p)
-                progress.step(len(chosen))
-            processes.keep_up(run.model.llama)
-            for each in zip(*processes.gather(found)):
-                yield next(answer for answer in each if answer is not None)
+        for number, batch in enumerate(batches(run, products, values)):
+            if number % processes.size() == processes.rank():
+                answered.update(answer_batch(run, products, batch, values, temperature, top_p))
+            progress.step(len(batch))
+    for part in processes.gather(answered):
+        answered |= part
+    return [answered[i] for i in range(len(products))] if processes.rank() == 0 else []
 
 
 def batches(run, products, values):
     """Products that are answered together: a list of lists of indices.
 
-    They are sorted by length to save padding; but the attributes of a product stay together, because their sequences begin
-    with the same tokens: BOS, I' and "Question: What is the".  base/packing.py computes those once.
+    They are sorted by length to save padding; but the attributes of a product stay together, because their
+    sequences begin with the same tokens: BOS, I' and "Question: What is the".  base/packing.py computes those
+    once.
     """
-    size = ANSWER_BATCH
-    if values is not None:                              # long lists: fewer products together, so that progress is seen
-        size = max(1, min(SCORE_BATCH, SCORE_VALUES // max(map(len, values.values()))))
+    size = ANSWER_BATCH if values is None else SCORE_BATCH
     longest = {}                                        # of the prompts of a product, in characters
     for p in products:
         longest[p.id] = max(longest.get(p.id, 0), len(base_question(p, run.config.text).prompt))
@@ -204,64 +244,67 @@ def batches(run, products, values):
     return [order[start:start + size] for start in range(0, len(order), size)]
 
 
-def answer_batch(run, products, chosen, found, values, temperature, top_p):
-    """Answer the products with the indices `chosen` as one batch: found[i] becomes the Answer of products[i].
+def answer_batch(run, products, indices, values, temperature, top_p, observe=None):
+    """{i: Answer} of the products with these indices, answered as one batch.
 
-    An answer does not depend on its batch, except for the last bits of the probabilities: each product draws from a generator
-    of its own.  (So a draw that falls between two tokens to the last bit may go to either.)
+    An answer does not depend on its batch, except for the last bits of the probabilities: each product draws
+    from a generator of its own.  (A draw that falls between two tokens to the last bit may go to either.)
+
+    observe  as in EIVEN.generate
     """
-    tokenizer, some = run.model.tokenizer, [products[i] for i in chosen]
-    batch, photos = encode_examples([base_question(p, run.config.text) for p in some], tokenizer, run.config.image)
+    tokenizer = run.model.tokenizer
+    batch_products = [products[i] for i in indices]
+    questions = [base_question(p, run.config.text) for p in batch_products]
+    batch, photos = encode_examples(questions, tokenizer, run.config.image)
     cls_tokens = run.photo_features.read(photos, run.model.device) if run.photo_features else None
     try:
         if values is None:
-            seeds = [f"answer {run.config.seed} {p.id} {p.attribute}" for p in some]
-            written = run.model.generate(batch, cls_tokens, seeds, temperature, top_p, run.answer_limit)
+            seeds = [f"answer {run.config.seed} {p.id} {p.attribute}" for p in batch_products]
+            written = run.model.generate(batch, cls_tokens, seeds, temperature, top_p, run.answer_limit,
+                                         observe)
             batch_answers = [Answer(tokenizer.decode(ids).strip(), p) for ids, p in written]
         else:
-            known = [values[p.attribute] for p in some]
-            log_probs = score_values(run.model, batch, known, cls_tokens)
-            batch_answers = [likeliest(v, lp, run.value_temperature) for v, lp in zip(known, log_probs)]
+            lists = [values[p.attribute] for p in batch_products]
+            log_probs = score_values(run.model, batch, lists, cls_tokens)
+            batch_answers = [likeliest(*scored, run.value_temperature) for scored in zip(lists, log_probs)]
     except FloatingPointError as error:
         check_frozen(run.model.llama, run.sources.llama)
-        raise UserError(f"{error}, in the batch that begins with product {some[0].id!r}; start again with "
+        first = batch_products[0].id
+        raise UserError(f"{error}, in the batch that begins with product {first!r}; start again with "
                         "--dtype fp32, whose numbers do not overflow so early") from None
-    for i, answer in zip(chosen, batch_answers):
-        found[i] = answer
+    return dict(zip(indices, batch_answers))
 
 
-def score_values(model, batch, values, cls_tokens):
-    """log p(R | X) of each value: for each example of the batch a list of floats, one for each of its values.
-
-    The values are scored in parts of at most SCORE_TOKENS tokens: an attribute may have hundreds of values.
+def score_values(model, batch, lists, cls_tokens):
+    """log p(R | X) of each value: for each example of the batch a list of floats, one for each value of its
+    list.
     """
-    parts, room = [], 0
-    for example, several in zip(batch, values):
-        for value in several:
-            R = encode_answer(value, model.tokenizer)
-            length = len(example.prompt) + len(R)
-            if length > room:
-                parts.append([])
-                room = SCORE_TOKENS
-            parts[-1].append((example, R))
-            room -= length
-    log_p = (lp for part in parts for [lp] in model.score([e for e, _ in part], [[R] for _, R in part], cls_tokens))
-    return [[next(log_p) for _ in several] for several in values]
+    pairs = [(example, encode_answer(value, model.tokenizer))
+             for example, names in zip(batch, lists) for value in names]
+    log_p = []
+    for start in range(0, len(pairs), SCORE_VALUES):    # an attribute may have hundreds of values
+        examples, answers = zip(*pairs[start:start + SCORE_VALUES])
+        log_p += [lp for [lp] in model.score(examples, [[R] for R in answers], cls_tokens)]
+    log_p = iter(log_p)
+    return [[next(log_p) for _ in names] for names in lists]
 
 
 def likeliest(values, log_probs, temperature=1.0):
-    """The Answer from scored values: the most probable, with its probability, softmax(log_probs / temperature)."""
+    """The Answer from scored values: the most probable, with its probability, softmax(log_probs /
+    temperature).
+    """
     ranked = sorted(range(len(values)), key=lambda i: -log_probs[i])
     weight = [math.exp((lp - log_probs[ranked[0]]) / temperature) for lp in log_probs]
     p = [weight[i] / sum(weight) for i in ranked[:2]]
     runner_up = (values[ranked[1]], p[1]) if len(values) > 1 else ("", None)
-    return Answer(values[ranked[0]], p[0], *runner_up, array("d", log_probs))
+    return Answer(values[ranked[0]], p[0], *runner_up, tuple(log_probs))
 
 
 def prediction(p, a):
     """The cells of a product and its Answer, in the order of PREDICTED."""
-    return [p.id, p.image, p.category, p.title, p.attribute, p.value, a.value, f"{a.probability:.4f}", a.runner_up,
-            "" if a.runner_up_probability is None else f"{a.runner_up_probability:.4f}"]
+    second = "" if a.runner_up_probability is None else f"{a.runner_up_probability:.4f}"
+    return [p.id, p.image, p.category, p.title, p.attribute, p.value,
+            a.value, f"{a.probability:.4f}", a.runner_up, second]
 
 
 def write_predictions(path, products, answers):
@@ -269,43 +312,43 @@ def write_predictions(path, products, answers):
     write_tsv(path, (prediction(p, a) for p, a in zip(products, answers)), PREDICTED)
 
 
+# ---------------------------------------------------------------------------------------- lengths
+
+
 def check_lengths(run, products, compared=False, values=None):
     """UserError before any work if a product's question and answer are longer than LLaMA can read.
 
-    compared, values   as in `too_long`
+    compared, values   as in `too_long` and `longest_values`
     """
     longest = longest_values(run, values)
-    with Progress("lengths", len(products), "products") as progress:
-        for p in products:
-            progress.step()
-            if reason := too_long(run, p, longest, compared):
-                raise UserError(reason)
+    for product in products:
+        problem = too_long(run, product, longest, compared)
+        if problem:
+            raise UserError(problem)
 
 
 def longest_values(run, values):
     """{attribute: the value with the most tokens} of {attribute: values}, or {} of None."""
-    return {attribute: max(several, key=lambda v: len(encode_answer(v, run.model.tokenizer)))
-            for attribute, several in (values or {}).items()}
+    return {attribute: max(names, key=lambda value: len(encode_answer(value, run.model.tokenizer)))
+            for attribute, names in (values or {}).items()}
 
 
-def too_long(run, p, longest, compared=False):
+def too_long(run, product, longest, compared=False):
     """What is wrong if a product's question and answer are longer than LLaMA can read; else None.
 
     longest   {attribute: value} that the product must fit together with, if it has this attribute
     compared  whether a question may hold two products; then both are assumed to be this long
     """
-    model, config = run.model, run.config
-    most = model.llama.config.max_position_embeddings
-    image_tokens = len(run.photo_features.cls_layers) if run.photo_features else 0
-    if p.attribute in longest:
-        p = replace(p, value=longest[p.attribute])
-    if 3 * (len(p.context.encode()) + len(p.attribute.encode()) + len(p.value.encode())) + 200 < most:
-        return None                                     # tokens <= bytes, in two contexts and values, and 200 for the rest
+    config, limit = run.config, run.model.llama.config.max_position_embeddings
+    p = replace(product, value=longest.get(product.attribute, product.value))
     example = comparison(p, p, config.lbc, config.text) if compared else base_question(p, config.text)
-    [encoded], _ = encode_examples([example], model.tokenizer, image=False)
-    tokens = 1 + image_tokens * (1 + compared) + len(encoded.prompt) + len(encoded.answer)
-    if tokens <= most:
+    tokens = 1 + len(example.photos) * (len(run.photo_features.cls_layers) if run.photo_features else 0)
+    if tokens + len(f"{example.prompt}{example.answer}".encode()) < limit:
+        return None  # a token is a byte or more, so nothing has to be tokenised
+    [encoded], _ = encode_examples([example], run.model.tokenizer)
+    tokens += len(encoded.prompt) + len(encoded.answer)
+    if tokens <= limit:
         return None
-    chosen = f", with the value {p.value[:60]!r}" if longest else ""
-    return (f"product {p.id!r}: its question{' with another product as long' if compared else ''} has {tokens:,} tokens, more "
-            f"than the {most:,} that this LLaMA was trained to read{chosen}; shorten its title: {p.title[:100]!r}…")
+    what = "a comparison with a product as long" if compared else "its question"
+    return (f"product {p.id!r}: {what} has {tokens:,} tokens with the answer {p.value[:60]!r}, more than the "
+            f"{limit:,} that this LLaMA was trained to read; shorten its title: {p.title[:100]!r}…")

@@ -2,47 +2,63 @@
 
     torchrun --nproc-per-node 2 train.py --dataset general --labels 50
 
-torchrun is PyTorch's own launcher.  Each process has the whole model, and takes its part of every batch.  Process 0 alone
-prints, and writes the run folder.  Without torchrun there is one process, and each function here returns at once.
-docs/scale.md shows the commands.
+torchrun is PyTorch's own launcher.  Each process has the whole model, and takes its part of every batch.
+Process 0 alone prints, and writes the run folder.  Without torchrun there is one process, and each function
+here returns at once.  docs/hardware.md shows the commands.
+
+All that is exchanged goes over TCP (gloo), the gradients too: for LLaMA-7B they are 10 MB a step.  So if a
+process ends, its connections close and the others notice at once, whatever device they compute on.
 """
 
 import os
 import signal
+import socket
 import sys
-import time
-import traceback
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from datetime import timedelta
+from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import distributed
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from base import console
-from base.checkpoint import map_safetensors, shard_files
-from base.console import UserError, first_line
-from base.frozen_ops import quantize
-from base.packing import pack
-from llama import load_llama, official_name
+from base.console import UserError, reason
 
-ENDED = "another process of this run has ended, or the job was stopped; a training continues with --resume RUN"
-objects = None                                          # the group for all that is no gradient; it may wait for long
+WAIT = timedelta(days=7)                                # for others: process 0 may compute features for hours
+
+
+def connected():
+    """Whether this process has joined others."""
+    return distributed.is_available() and distributed.is_initialized()
 
 
 def size():
     """The number of processes."""
-    return distributed.get_world_size() if objects else 1
+    return distributed.get_world_size() if connected() else 1
 
 
 def size_here():
     """The number of processes on this machine."""
-    return int(os.environ["LOCAL_WORLD_SIZE"]) if objects else 1
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if connected() else 1
 
 
 def rank():
     """The number of this process, from 0."""
-    return distributed.get_rank() if objects else 0
+    return distributed.get_rank() if connected() else 0
+
+
+# ---------------------------------------------------------------------------------------- values
+
+
+@contextmanager
+def exchange():
+    """Around everything that waits for other processes: if one of them has ended, say so."""
+    try:
+        yield
+    except RuntimeError as error:                       # its connection has closed
+        raise UserError("another process of this run has ended. If it printed an error, that is the cause. "
+                        "A training continues with --resume RUN") from error
 
 
 def broadcast(value=None):
@@ -50,7 +66,8 @@ def broadcast(value=None):
     if size() == 1:
         return value
     box = [value]
-    distributed.broadcast_object_list(box, src=0, group=objects)
+    with exchange():
+        distributed.broadcast_object_list(box)
     return box[0]
 
 
@@ -58,199 +75,131 @@ def gather(value):
     """In process 0 the values of all processes, a list in order of rank; in the others []."""
     if size() == 1:
         return [value]
-    values = [None] * size() if rank() == 0 else None
-    distributed.gather_object(value, values, dst=0, group=objects)
-    return values or []
+    values = [None] * size() if rank() == 0 else []
+    with exchange():
+        distributed.gather_object(value, values or None)
+    return values
 
 
 @contextmanager
 def one_first():
-    """The first process of each machine goes through the block, then the others: they find in the caches what it made."""
-    local = int(os.environ["LOCAL_RANK"]) if size() > 1 else 0
-    if local > 0:
-        distributed.barrier(group=objects)
-    yield
-    if size() > 1 and local == 0:
-        distributed.barrier(group=objects)
+    """The first process of each machine goes through the block, then the others: they find in the caches
+    what it made.
+    """
+    first = size() == 1 or os.environ["LOCAL_RANK"] == "0"
+    if first:
+        yield
+    gather(None)                                        # these two end once all have come here
+    broadcast()
+    if not first:
+        yield
 
 
 @contextmanager
 def in_process_0(context):
     """Process 0 alone enters a context manager, such as a lock; every process gets what it yields."""
-    if rank() == 0:
-        with context as value:
-            yield broadcast(value)
-    else:
+    if rank() > 0:
         yield broadcast()
+        return
+    with context as value:
+        yield broadcast(value)
 
 
-# ------------------------------------------------------------------------------------------------ one training step
+def check_same(what, values):
+    """UserError if a process has another value than process 0: together they would train a mixture.
+
+    what    for the message, e.g. "flags"
+    values  {name: value}; the first that differs is named
+    """
+    gathered = gather(values)
+    differences = broadcast([
+        f"{what}: {name} is {ours!r:.200} in process 0 and {theirs.get(name)!r:.200} in process {other}"
+        for other, theirs in enumerate(gathered)
+        for name, ours in gathered[0].items()
+        if theirs.get(name) != ours
+    ])
+    if differences and rank() > 0:                      # process 0 says it
+        raise SystemExit(2)
+    if differences:
+        raise UserError(f"{differences[0]}; start all processes with the same flags, data and code")
+
+
+# ---------------------------------------------------------------------------------------- one training step
 
 
 def micro_batches(examples, at_once=None):
-    """This process's part of a batch: yields (examples, weight), the weight being their share in the average over the batch.
+    """This process's part of a batch: yields (examples, weight), the weight being their share in the average
+    over the batch.
 
     at_once  examples held in memory at once; None: all of this process's
-    Every process yields equally often.  One that has nothing left yields the batch's first example with weight 0.
+    A process that has no part yields one example with weight 0: its gradients are 0, but they are there.
     """
-    mine, most = examples[rank()::size()], -(-len(examples) // size())
-    for start in range(0, most, at_once or most):
-        part = mine[start:start + (at_once or most)]
-        yield (part, len(part) / len(examples)) if part else (examples[:1], 0.0)
+    mine = examples[rank()::size()]
+    if not mine:
+        yield examples[:1], 0.0
+        return
+    at_once = at_once or len(mine)
+    for start in range(0, len(mine), at_once):
+        part = mine[start:start + at_once]
+        yield part, len(part) / len(examples)
 
 
 def sum_over_processes(parameters, *numbers):
     """Add up the gradients of all processes, in place, and these numbers, whose sums are returned."""
     if size() == 1:
         return numbers
-    flat = torch.cat([*(p.grad.flatten() for p in parameters), torch.tensor(numbers, device=parameters[0].device)])
-    distributed.all_reduce(flat)
-    parts = flat.split([*(p.numel() for p in parameters), len(numbers)])
-    for p, part in zip(parameters, parts):
-        p.grad.copy_(part.view_as(p))
-    return parts[-1].tolist()
+    gradients = [p.grad for p in parameters]
+    vector = parameters_to_vector(gradients)            # one exchange for all
+    total = torch.cat([vector.cpu(), torch.tensor(numbers)])
+    with exchange():
+        distributed.all_reduce(total)
+    vector_to_parameters(total.to(vector.device), gradients)
+    return total[len(vector):].tolist()
 
 
-# ------------------------------------------------------------------------------------------------ --shard
-
-
-def load_shard(folder, dtype, device, int8=False):
-    """What load_llama returns; but of each weight of a layer, a process reads and keeps only its part of the rows.
-
-    PyTorch gathers the rows of a layer when it is computed, and drops them afterwards.  All processes must therefore call
-    LLaMA equally often: see `keep_up`.  Embeddings, the last norm and lm_head are whole in every process.
-    Errors  those of load_llama; UserError if there is only one process
-    """
-    if size() == 1:
-        raise UserError("--shard spreads LLaMA's layers over several processes, but there is one: start it with torchrun "
-                        "(docs/scale.md), or leave --shard out")
-    from torch.distributed.device_mesh import init_device_mesh  # 0.6 s, that no other run needs
-    from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import DTensor
-
-    llama, tokenizer = load_llama(folder, dtype, "meta", int8)          # every file is checked, and no weight read
-    mesh = init_device_mesh(device.type, (size(),))
-    for block in llama.layers:
-        fully_shard(block, mesh=mesh, reshard_after_forward=True)
-    whole = {p for p in llama.parameters() if not isinstance(p, DTensor)}
-    fully_shard(llama, mesh=mesh, ignored_params=whole)
-    llama.to_empty(device=device)
-    files = {name: path for path in shard_files(folder, "LLaMA weights") for name in map_safetensors(path, "LLaMA weights")}
-    for name, parameter in llama.named_parameters():
-        owner, _, leaf = name.rpartition(".")
-        if leaf == "scale":                             # is computed with its weight
-            continue
-        part, first = parameter, 0
-        if isinstance(parameter, DTensor):              # one of a layer
-            part = parameter.to_local()
-            first = min(-(-len(parameter) // size()) * rank(), len(parameter))          # fully_shard's rule
-        official = official_name(name)
-        with safe_open(files[official], framework="pt") as file:        # closed after each tensor: its pages are given back
-            rows = file.get_slice(official)[first:first + len(part)]
-            if part.dtype == torch.int8:                # one scale for each row
-                rows, scale = quantize(rows.to(device))
-                kept = llama.get_submodule(owner).scale
-                (kept.to_local() if isinstance(kept, DTensor) else kept).copy_(scale)
-            part.copy_(rows)
-    llama.idle = pack([[0]], [1], device)               # one token: what a process computes that has no work of its own
-    llama.register_forward_pre_hook(announce)
-    return llama, tokenizer
-
-
-def announce(llama, inputs):
-    """Before each call of a sharded LLaMA: tell the others that there is work."""
-    if inputs[1] is not llama.idle:
-        working(llama, 1)
-
-
-@torch.no_grad()
-def keep_up(llama):
-    """Call a sharded LLaMA for as long as another process calls it; without --shard, nothing."""
-    while hasattr(llama, "idle") and working(llama, 0):
-        llama(llama.embed(llama.idle.ids), llama.idle)
-
-
-def working(llama, here):
-    """How many processes have work for a sharded LLaMA; here: 1 if this one has, else 0."""
-    count = torch.tensor(here, device=llama.idle.ids.device)
-    distributed.all_reduce(count)
-    return count.item()
-
-
-# ------------------------------------------------------------------------------------------------ start and end
+# ---------------------------------------------------------------------------------------- start and end
 
 
 def run(main):
     """console.run(main) in each process that torchrun started, or in the only one without torchrun.
 
-    If one process fails, all of them end.  Only the first one prints its error: the others fail in the same way, or because
-    they wait for it.
+    Each process prints its own error, with its rank; all else is printed by process 0 alone.  A process that
+    fails just ends, and torchrun then ends the others.
     """
-    if not distributed.is_available() or not distributed.is_torchelastic_launched() or int(os.environ["WORLD_SIZE"]) == 1:
-        return console.run(main)
-    store, stderr = join(), os.dup(2)
-    speaks, code = rank() == 0, 1
-    if not speaks:
-        silence()
+    if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":
+        console.run(main)
+        return
 
-    def first_error():
-        nonlocal speaks
-        try:
+    def joined():
+        signal.signal(signal.SIGINT, interrupted)
+        join()
+        if rank() == 0:
             main()
-        except BaseException as error:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)       # the error is printed first
-            if rank() == 0 or isinstance(error, Exception):     # Ctrl-C and --help are the same everywhere: process 0's
-                with suppress(RuntimeError):                    # the store has gone
-                    speaks = store.add("failed", 1) == 1
-            os.dup2(stderr, 2) if speaks else silence()
-            if isinstance(error, RuntimeError) and "gloo" in str(error):        # its connection has broken
-                raise UserError(ENDED) from None
-            if isinstance(error, distributed.DistError):
-                raise UserError(f"{ENDED} ({first_line(error)})") from None
-            raise
+            return
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+            main()
 
-    try:
-        console.run(first_error)
-        code = 0
-    except SystemExit as end:
-        code = end.code
-    except BaseException:                               # noqa: BLE001   the process ends below, in its own way
-        traceback.print_exc()
-    if not code:
-        return distributed.destroy_process_group()
-    with suppress(RuntimeError, OSError):
-        sys.stdout.flush()
-        sys.stderr.flush()
-        if speaks:
-            store.set("said", "")
-        else:
-            store.wait(["said"], timedelta(seconds=10))
-    if not speaks:                                      # torchrun ends this process, and reports only the one that failed
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(1)
-    os._exit(code)                                      # at once: PyTorch would wait for the others
+    console.run(joined, f"{Path(sys.argv[0]).name} [rank {os.environ.get('RANK', '?')}]")
 
 
 def join():
-    """Join the processes that torchrun started; their store of keys and values, which outlives each of them."""
-    global objects
-    if int(os.environ["LOCAL_RANK"]) < torch.cuda.device_count():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))            # what "cuda" means from here on
-    store, number, processes = next(distributed.rendezvous("env://"))
-    distributed.init_process_group(store=store, rank=number, world_size=processes)
-    objects = distributed.new_group(backend="gloo", timeout=timedelta(days=30))
-    signal.signal(signal.SIGTERM, sigterm)              # torchrun's way to end the other processes
-    distributed.barrier(group=objects)                  # nobody may fail before all are connected
-    return store
+    """Join the processes that torchrun started."""
+    try:
+        device = int(os.environ["LOCAL_RANK"])
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # torchrun listens here.  If nobody does, the variables are old, and PyTorch would try for WAIT.
+            address = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+            socket.create_connection(address, timeout=60).close()
+        distributed.init_process_group("gloo", timeout=WAIT)
+    except (KeyError, OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"torchrun's processes cannot be connected ({reason(error)}). If GLOO_SOCKET_IFNAME "
+                        "is set, it must name a network interface of this machine. To start without "
+                        "torchrun, unset TORCHELASTIC_RUN_ID") from error
+    if device < torch.cuda.device_count():
+        torch.cuda.set_device(device)                   # what "cuda" means from here on
 
 
-def sigterm(*_):
-    raise UserError(ENDED)
-
-
-def silence():
-    """Nothing that this process prints is seen from here on."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    os.dup2(nowhere, 2)
-    os.close(nowhere)
+def interrupted(*_):
+    """Ctrl-C: the terminal sends it to all processes, and torchrun sends it once more."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt

@@ -1,281 +1,248 @@
 """What a run shows: confusion matrices (figure 6) and a page with the scores and examples (figure 5)."""
 
 import base64
-import hashlib
-import html
 import io
-import itertools
-import sys
+import re
 from collections import Counter, defaultdict
+from html import escape
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from base.console import UserError, whole_file, write_text
 from base.photo import open_photo
-from base.tsv import write_tsv
+from support.confidence import error_text, outside_text
 
-MOST_VALUES = 60                                        # in a confusion matrix that can be read on a screen
-EXAMPLES = 12                                           # of each kind on the page
-OUTSIDE = 50                                            # answers outside the known values, on the page
+MOST_VALUES = 60                                # in a confusion matrix that can be read on a screen
+EXAMPLES = 12                                   # of each kind on the page
+CELL = 44                                       # side of a matrix's cell, in pixels
+LONGEST = 40                                    # characters of a name in a picture
+SETTINGS = ("temperature", "top_p", "constrained", "min_confidence", "merged")     # that the page names
 
 
 def draw_results(folder, title, products, answers, metrics, images=None, losses=()):
-    """Write a confusion matrix for each attribute, and report.html.
-
-    Drawing needs fonts and photos, and the scores are worth more: what cannot be drawn is a note on stderr.
-    """
-    counts = defaultdict(Counter)                       # attribute -> how often each (gold value, answer)
+    """Write a confusion matrix for each attribute, and report.html."""
+    counts = defaultdict(Counter)               # {attribute: how often each (gold value, answer)}
     for p, a in zip(products, answers):
         counts[p.attribute][p.value, a.value] += 1
-    for attribute, name in confusion_files(counts).items():
-        try:
-            with whole_file(folder / name) as partial:
-                confusion_png(f"{short(attribute)}: {title}", counts[attribute]).save(partial, format="png")
-            if len({gold for gold, _ in counts[attribute]}) > MOST_VALUES:
-                write_tsv((folder / name).with_suffix(".tsv"),
-                          ((gold, answer, n) for (gold, answer), n in sorted(counts[attribute].items())),
-                          ["gold", "answer", "count"])
-        except OSError:                                 # a full disk is no matter of drawing
-            raise
-        except Exception as error:
-            print(f"note: {folder / name} was not drawn: {error!r}", file=sys.stderr)
-    write_text(folder / "report.html", report_html(title, products, answers, metrics, images, losses))
+    matrices = {}                               # by a part of the file's name, which is not too long
+    for attribute, pairs in counts.items():
+        name = re.sub(r"\W", "-", attribute.lower())[:LONGEST]
+        while name in matrices:
+            name += f"-{len(matrices)}"
+        matrices[name] = confusion_png(f"{attribute[:LONGEST]}: {title}", pairs)
+        with whole_file(folder / f"confusion-{name}.png") as partial:
+            matrices[name].save(partial, "png")
+    page = report_html(title, products, answers, metrics, images, losses, matrices)
+    write_text(folder / "report.html", page)
+
+
+# --------------------------------------------------------------------------------------------------- pictures
 
 
 def confusion_png(title, counts):
-    """The confusion matrix as an image: rows are gold values, columns predictions, cells counts and shares of a row.
+    """The confusion matrix as an image: rows are gold values, columns answers, cells counts and shares of a
+    row.
 
-    counts  {(gold, prediction): number}
-    Of more than MOST_VALUES values only the most confused ones are drawn: those in the most mistakes, as the right or as
-    the given answer.  The last column, "(other)", counts the answers that are none of the values in the picture.
+    counts  a Counter of (gold, answer)
+    Of more than MOST_VALUES gold values, those with the most mistakes are drawn.  The last column, "(other)",
+    counts the answers that are none of the values in the picture.
     """
-    total, mistakes = Counter(), Counter()
-    for (gold, answer), n in counts.items():
+    total = Counter()
+    for (gold, _), n in counts.items():
         total[gold] += n
-        if gold != answer:
-            mistakes.update({gold: n, answer: n})
-    golds = sorted(sorted(sorted(total), key=lambda value: -mistakes[value])[:MOST_VALUES])
-    shown, cells = set(golds), Counter()
-    for (gold, answer), n in counts.items():
-        if gold in shown:
-            cells[gold, answer if answer in shown else None] += n
-    columns = golds + ([None] if any(answer is None for _, answer in cells) else [])
-    names = {value: "(other)" if value is None else short(value) for value in columns}
-    note = f"rows: gold value, columns: answer, n = {sum(total.values()):,}"
-    if len(golds) < len(total):
-        note += (f"; the {len(golds)} most confused of {len(total):,} values, n = {sum(cells.values()):,}; the TSV file of the "
-                 "same name has all of them")
-
-    cell, font, small = 44, ImageFont.load_default(14), ImageFont.load_default(12)
-    margin = 24 + int(max(font.getlength(name) for name in names.values()))
-    top = margin + 40
-    width = max(margin + cell * len(columns) + 24, 24 + int(font.getlength(title)))
-    image = Image.new("RGB", (width, top + cell * len(golds) + 44), "white")
+    golds = sorted(sorted(total, key=lambda gold: counts[gold, gold] - total[gold])[:MOST_VALUES])
+    note = (f"rows: gold value, columns: answer, n = {total.total():,}; values with the most mistakes: "
+            f"{len(golds)} of {len(total):,}")
+    names = [value[:LONGEST] for value in [*golds, "(other)"]]
+    font = ImageFont.load_default(14)
+    margin = 24 + int(max(map(font.getlength, names)))
+    top = margin + 50
+    width = 24 + int(max(margin + CELL * len(names), *map(font.getlength, (title, note))))
+    height = top + CELL * len(golds) + 24
+    image = Image.new("RGB", (height, width), "white")          # on its side, for the names of the columns
     draw = ImageDraw.Draw(image)
-    draw.text((12, 12), title, fill="black", font=font)
-    for j, value in enumerate(columns):                 # column names stand upright
-        name = Image.new("L", (margin - 16, 20), 0)
-        ImageDraw.Draw(name).text((0, 1), names[value], fill=255, font=font)
-        name = name.rotate(90, expand=True)
-        image.paste("black", (margin + cell * j + 12, top - 8 - name.height), name)
-    for i, gold in enumerate(golds):
-        y = top + cell * i
-        draw.text((margin - 10, y + cell // 2), names[gold], fill="black", font=font, anchor="rm")
-        for j, value in enumerate(columns):
-            n = cells[gold, value]
+    for x, name in zip(range(margin, width, CELL), names):
+        draw.text((height - top + 10, x + CELL // 2), name, "black", font, "lm")
+    image = image.rotate(90, expand=True)
+    draw = ImageDraw.Draw(image)
+    draw.text((12, 12), f"{title}\n{note}", "black", font)
+    for y, gold, name in zip(range(top, height, CELL), golds, names):
+        draw.text((margin - 10, y + CELL // 2), name, "black", font, "rm")
+        row = [counts[gold, answer] for answer in golds]
+        for x, n in zip(range(margin, width, CELL), [*row, total[gold] - sum(row)]):
             share = n / total[gold]
-            x = margin + cell * j
-            # white to blue along the row's share
-            shade = tuple(round(255 + (full - 255) * share) for full in (20, 70, 150))
-            draw.rectangle((x, y, x + cell, y + cell), fill=shade, outline=(210, 210, 210))
-            if n:
-                draw.text((x + cell // 2, y + cell // 2), str(n), font=small, anchor="mm",
-                          fill="white" if share > 0.5 else "black")
-    draw.text((12, image.height - 26), note, fill=(90, 90, 90), font=small)
+            white_to_blue = f"hsl(217, 76%, {100 - 67 * share}%)"
+            draw.rectangle((x, y, x + CELL, y + CELL), white_to_blue, "lightgrey")
+            colour = "white" if share > 0.5 else "black"
+            draw.text((x + CELL // 2, y + CELL // 2), str(n or ""), colour, font, "mm")
     return image
 
 
-def short(text, most=40):
-    """A text that fits into a picture."""
-    return text if len(text) <= most else text[:most - 1] + "…"
-
-
-def confusion_files(attributes):
-    """{attribute: the file name of its confusion matrix}: readable, each different, and never too long for a file system."""
-    readable = {a: "".join(c if c.isalnum() else "-" for c in a.lower()) for a in attributes}
-    uses = Counter(readable.values())
-    names = {}
-    for attribute, name in readable.items():
-        if uses[name] > 1 or len(name.encode()) > 100:
-            name = f"{name[:25]}-{hashlib.sha256(attribute.encode()).hexdigest()[:8]}"
-        names[attribute] = f"confusion-{name}.png"
-    return names
-
-
-def thumbnail(path):
-    """An <img> with a small copy of the photo inside it, so that the page needs no other file."""
-    try:
-        photo = open_photo(path)
-    except (UserError, OSError):
-        return "<div class='none'>no photo</div>"
-    photo.thumbnail((160, 160))
+def inline(picture, kind, words):
+    """An <img> that holds its picture, so that the page needs no other file."""
     data = io.BytesIO()
-    photo.save(data, "JPEG", quality=80)
-    return f"<img alt='' src='data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}'>"
+    picture.save(data, kind)
+    source = f"data:image/{kind};base64,{base64.b64encode(data.getvalue()).decode()}"
+    return f"<img alt='{words}' src='{source}'>"
+
+
+def thumbnail(images, name):
+    """An <img> with a small copy of the photo `name` in the folder `images`."""
+    try:
+        photo = open_photo(images / name)
+    except UserError:                           # damaged or absent
+        return "<div>no photo</div>"
+    photo.thumbnail((160, 160))
+    return inline(photo, "jpeg", "")
+
+
+# --------------------------------------------------------------------------------------------------- diagrams
+
+
+def diagram(name, top, right, shapes, texts=""):
+    """An inline SVG with axes from 0 to the texts `top` (y) and `right` (x).
+
+    shapes  SVG elements whose x and y go from 0 to 100, upwards
+    texts   <text> elements in the picture's own units: 400 x 250, downwards; the axes meet at (48, 200)
+    """
+    return f"""<svg viewBox="0 0 400 250" role="img" aria-label="{name}">
+<g transform="translate(48 200) scale(3.4 -1.88)">{shapes}<path d="M0 100V0H100"/></g>
+<text x="42" y="18">{top}</text><text x="42" y="204">0</text>
+<text x="388" y="220">{right}</text>{texts}</svg>"""
+
+
+def curve(points):
+    """A line through points (x, y), as SVG."""
+    return f"<polyline points='{' '.join(f'{x:.2f},{y:.2f}' for x, y in points)}'/>"
 
 
 def learning_curve(losses):
-    """The training loss as an inline SVG: the loss of each step as a thin line, the mean of about 20 steps as a thick one."""
-    if len(losses) < 2:
-        return ""
-    width, height, left, bottom = 640, 220, 48, 190
-    highest = max(losses)
-    window = max(1, min(20, len(losses) // 4))
-    means = [sum(losses[max(0, i - window + 1):i + 1]) / len(losses[max(0, i - window + 1):i + 1]) for i in range(len(losses))]
-
-    def points(values):
-        return " ".join(f"{left + i * (width - left - 10) / (len(values) - 1):.1f},{bottom - v * (bottom - 12) / highest:.1f}"
-                        for i, v in enumerate(values))
-
-    return (f"<svg class='curve' viewBox='0 0 {width} {height}' role='img' aria-label='training loss'>"
-            f"<line x1='{left}' y1='{bottom}' x2='{width - 10}' y2='{bottom}' stroke='#999'/>"
-            f"<polyline points='{points(losses)}' fill='none' stroke='#9ecae1' stroke-width='1'/>"
-            f"<polyline points='{points(means)}' fill='none' stroke='#0072B2' stroke-width='2.5'/>"
-            f"<text x='{left - 6}' y='18' text-anchor='end'>{highest:.1f}</text>"
-            f"<text x='{left - 6}' y='{bottom}' text-anchor='end'>0</text>"
-            f"<text x='{width - 10}' y='{height - 8}' text-anchor='end'>{len(losses):,} steps</text></svg>")
+    """The training loss: the means of (at most) 100 parts of the training."""
+    means = np.array([part.mean() for part in np.array_split(losses, min(100, len(losses)))])
+    points = zip(np.linspace(0, 100, len(means)), 100 * means / means.max())
+    return diagram("training loss", f"{means.max():.3g}", f"{len(losses):,} steps", curve(points))
 
 
 def reliability_diagram(bins):
-    """Confidence against accuracy as an inline SVG: a bar for each bin (accuracy), a mark at its mean confidence, and the
-    diagonal on which both are equal; below each bar the number of its answers.
+    """Confidence against accuracy: for each bin a bar (accuracy), a mark (mean confidence) and its number of
+    answers.
 
     bins  of support.confidence.calibration_error
     """
-    width, height, left, bottom, cell = 400, 250, 48, 200, 34
-
-    def y(percent):
-        return f"{bottom - percent * (bottom - 12) / 100:.1f}"
-
-    bars = ""
-    for i, b in enumerate(bins):
-        x = left + i * cell
-        bars += f"<text x='{x + cell / 2}' y='{bottom + 34}' text-anchor='middle' fill='#666'>{b['n'] or ''}</text>"
-        bars += f"<text x='{x}' y='{bottom + 16}' text-anchor='middle'>{b['from']:.1f}</text>"
-        if b["n"]:
-            top, mark = y(b["accuracy"]), y(b["confidence"])
-            bars += (f"<rect x='{x + 2}' y='{top}' width='{cell - 4}' height='{bottom - float(top):.1f}' fill='#0072B2'/>"
-                     f"<line x1='{x + 2}' x2='{x + cell - 2}' y1='{mark}' y2='{mark}' stroke='#D55E00' stroke-width='3'/>")
-    right = left + cell * len(bins)
-    return (f"<svg class='curve' viewBox='0 0 {width} {height}' role='img' aria-label='confidence against accuracy'>{bars}"
-            f"<line x1='{left}' y1='{y(0)}' x2='{right}' y2='{y(100)}' stroke='#999' stroke-dasharray='4'/>"
-            f"<line x1='{left}' y1='{bottom}' x2='{right}' y2='{bottom}' stroke='#999'/>"
-            f"<text x='{right}' y='{bottom + 16}' text-anchor='middle'>1</text>"
-            f"<text x='{left - 6}' y='18' text-anchor='end'>100 %</text>"
-            f"<text x='{left - 6}' y='{bottom}' text-anchor='end'>0</text>"
-            f"<text x='{left - 6}' y='{bottom + 34}' text-anchor='end' fill='#666'>n</text></svg>")
+    shapes = ""
+    texts = "<text x='42' y='240'>n</text>"
+    for b in bins:
+        x = 100 * b["from"]
+        shapes += f"""<rect x="{x + 0.5:.1f}" width="9" height="{b['accuracy']:.2f}"/>
+<rect class="mark" x="{x:.1f}" y="{b['confidence'] - 0.8:.2f}" width="10" height="1.6"/>"""
+        texts += f"<text class='middle' x='{65 + 3.4 * x:.1f}' y='240'>{b['n']}</text>"
+    shapes += "<path class='equal' d='M0 0L100 100'/>"
+    return diagram("confidence against accuracy", "100 %", "confidence 1", shapes, texts)
 
 
-def coverage_diagram(points):
-    """Coverage (x) against accuracy (y) as an inline SVG; points as support.confidence.coverage_curve gives them."""
-    width, height, left, bottom, right = 400, 250, 48, 200, 388
-    line = " ".join(f"{left + p['coverage'] * (right - left) / 100:.1f},{bottom - p['accuracy'] * (bottom - 12) / 100:.1f}"
-                    for p in points)
-    marks = "".join("<circle cx='{}' cy='{}' r='3' fill='#0072B2'/>".format(*xy.split(",")) for xy in line.split())
-    return (f"<svg class='curve' viewBox='0 0 {width} {height}' role='img' aria-label='coverage against accuracy'>"
-            f"<line x1='{left}' y1='{bottom}' x2='{right}' y2='{bottom}' stroke='#999'/>"
-            f"<polyline points='{line}' fill='none' stroke='#0072B2' stroke-width='2.5'/>{marks}"
-            f"<text x='{left - 6}' y='18' text-anchor='end'>100 %</text>"
-            f"<text x='{left - 6}' y='{bottom}' text-anchor='end'>0</text>"
-            f"<text x='{left}' y='{bottom + 16}' text-anchor='middle'>0</text>"
-            f"<text x='{right}' y='{bottom + 16}' text-anchor='end'>100 % of products answered</text></svg>")
+# --------------------------------------------------------------------------------------------------- the page
+
+
+STYLE = """
+body { font: 16px/1.45 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem;
+  color: #222; background: #fff; overflow-wrap: anywhere }
+.headline { font-size: 1.3rem }
+.wide { overflow-x: auto; max-width: 100% }
+table { border-collapse: collapse; overflow-wrap: normal }
+td, th { padding: .25rem .8rem; border-bottom: 1px solid #ddd; text-align: right }
+td:first-child, th:first-child { text-align: left }
+tr:last-child { font-weight: 600 }
+.row { display: flex; flex-wrap: wrap; gap: 1rem }
+.card { width: 12rem; padding: .6rem; border: 1px solid #ddd; border-radius: 6px; font-size: .85rem;
+break-inside: avoid } .card p { margin: .3rem 0 }
+.wrong { border-left: 5px solid #D55E00 }
+.right { border-left: 5px solid #0072B2 }
+figure { margin: 0; flex: 0 1 30rem }
+svg { width: 100%; max-width: 30rem; font-size: 13px }
+text { text-anchor: end } .middle { text-anchor: middle }
+path, polyline { fill: none; stroke: #999; vector-effect: non-scaling-stroke }
+.equal { stroke: #222; stroke-dasharray: 4 }
+polyline { stroke: #0072B2; stroke-width: 2.5 }
+rect { fill: #0072B2 } .mark { fill: #D55E00 }
+@media (max-width: 40rem) { td, th { padding: .25rem .2rem; font-size: .8rem } .card { width: 100% } }
+@media print { body { margin: 0; font-size: 11pt } h2 { break-after: avoid } }
+"""
+
+
+def score_row(name, m):
+    """A row of the table of scores."""
+    return (f"<tr><td>{escape(name)}</td><td>{m['micro_f1']:.2f}</td><td>{m['precision']:.2f}</td>"
+            f"<td>{m['recall']:.2f}</td><td>{m['implicitave']:.2f}</td><td>{m['n']}</td></tr>\n")
+
+
+def card(product, images, text, kind=""):
+    """A product as HTML: its photo, title and category, and more `text` (HTML)."""
+    photo = thumbnail(images, product.image) if images else ""
+    return f"<div class='card {kind}'>{photo}<p>{escape(product.context)}</p>{text}</div>\n"
+
+
+def cards(pairs, right, images):
+    """Up to EXAMPLES of the (product, answer) that are right, or of those that are not, with their photos."""
+    kind = "right" if right else "wrong"
+    page = ""
+    for p, a in [(p, a) for p, a in pairs if (a.value == p.value) == right][:EXAMPLES]:
+        text = f"<p>{escape(p.attribute)}: {escape(str(a))}</p><p>{kind}: it is {escape(p.value)}</p>"
+        page += card(p, images, text, kind)
+    return f"<div class='row'>{page or 'none'}</div>"
 
 
 def confidence_html(metrics):
-    """The part of the page on how far the answers' probabilities can be trusted, and on answers outside the known values."""
+    """The part of the page on how far probabilities can be trusted, and on answers outside the list."""
     confidence = metrics["confidence"]
-    before = (f" (at temperature 1: {confidence['calibration_error_at_1']:.1f} %; the temperature of the values is "
-              f"{confidence['temperature']:.2f})" if confidence.get("temperature", 1) != 1 else "")
-    page = (f"<h2>How sure the answers are</h2><p>Expected calibration error: {confidence['calibration_error']:.1f} %{before}, "
-            f"n = {confidence['n']}. It is the mean difference between confidence (an answer's probability) and accuracy over 10 "
-            "bins of equal width, weighted by their answers.</p><div class='pair'><figure><figcaption>Accuracy (bars) and mean "
-            "confidence (marks) of each bin; on the dashed line both are equal</figcaption>"
-            f"{reliability_diagram(confidence['bins'])}</figure>"
-            "<figure><figcaption>Accuracy of the answers given, if only the most confident are given</figcaption>"
-            f"{coverage_diagram(confidence['coverage'])}</figure></div>")
+    coverage = curve((point["coverage"], point["accuracy"]) for point in confidence["coverage"])
+    page = f"""<h2>How sure the answers are</h2>
+<p>Expected calibration error: {error_text(confidence)}, n = {confidence["n"]}. It is the mean difference
+between confidence (an answer's probability) and accuracy over 10 bins of equal width, weighted by their
+answers.</p>
+<div class="row"><figure><figcaption>Accuracy (bars) and mean confidence (marks) of the answers in each bin;
+on the dashed line both are equal</figcaption>{reliability_diagram(confidence["bins"])}</figure>
+<figure><figcaption>Accuracy of the answers given, if only the most confident are given</figcaption>
+{diagram("coverage against accuracy", "100 %", "100 % of products answered", coverage)}</figure></div>
+"""
     if "outside" in metrics:
-        n, named = metrics["outside"]["n"], [f"{html.escape(attribute)}: {html.escape(answer)} ({count})" for attribute, counts
-                                             in metrics["outside"]["answers"].items() for answer, count in counts.items()]
-        page += (f"<h2>Answers outside the known values</h2><p>{n} of {metrics['n']}. {'; '.join(named[:OUTSIDE])}"
-                 f"{'; …' if named[OUTSIDE:] else ''}</p>")
+        page += f"<h2>Answers outside the known values</h2><p>{escape(outside_text(metrics, 50))}</p>"
     return page
 
 
-def report_html(title, products, answers, metrics, images=None, losses=()):
-    """The page of a run's results: the main result in words, scores, the most confident mistakes, and how it was measured.
+def report_html(title, products, answers, metrics, images, losses, matrices):
+    """The page of a run's results: the main result in words, scores, the most confident mistakes, how it was
+    measured.
 
-    images  folder of the photos, or None for a run without
-    losses  of the training steps, for the learning curve
+    images    folder of the photos, or None for a run without
+    losses    of the training steps, for the learning curve
+    matrices  {name of an attribute: its confusion matrix, an image}
     """
-    def cells(name, m):
-        return (f"<tr><td>{html.escape(name)}</td><td>{m['micro_f1']:.2f}</td><td>{m['precision']:.2f}</td>"
-                f"<td>{m['recall']:.2f}</td><td>{m['implicitave']:.2f}</td><td>{m['n']}</td></tr>")
-
-    def card(product, answer):
-        photo = thumbnail(images / product.image) if images else ""
-        right = answer.value == product.value
-        return (f"<div class='card {'right' if right else 'wrong'}'>{photo}<p>{html.escape(product.context)}</p>"
-                f"<p>{html.escape(product.attribute)}: <b>{html.escape(answer.value or '(no answer)')}</b> "
-                f"<small>probability {answer.probability:.2f}</small></p>"
-                f"<p>{'right' if right else 'wrong: it is ' + html.escape(product.value)}</p></div>")
-
-    def cards(right):
-        judged = [(p, a) for p, a in zip(products, answers) if (p.value == a.value) == right]
-        if not right:                                   # the most confident mistakes first
-            judged.sort(key=lambda pair: -pair[1].probability)
-        return "".join(card(*pair) for pair in itertools.islice(judged, EXAMPLES)) or "none"
-
-    rows = "".join(cells(name, m) for name, m in [*metrics["attributes"].items(), *metrics.get("seen_and_held_out", {}).items()])
-    weakest = min(metrics["attributes"], key=lambda name: metrics["attributes"][name]["micro_f1"])
-    weakest = (f" Weakest attribute: {html.escape(weakest)} ({metrics['attributes'][weakest]['micro_f1']:.0f} %)."
-               if len(metrics["attributes"]) > 1 else "")
-    matrices = "".join(f"<img class='matrix' alt='confusion matrix: {html.escape(attribute)}' "
-                       f"src='{name}'>" for attribute, name in confusion_files(metrics["attributes"]).items())
-    curve = learning_curve(list(losses))
-    how = (f"temperature {metrics['temperature']}, top-p {metrics['top_p']}"
-           + (", only known values allowed" if metrics["constrained"] else "")
-           + (f", empty below probability {metrics['min_confidence']}" if metrics.get("min_confidence") else "")
-           + (", adapters merged" if metrics["merged"] else ""))
+    surest_first = sorted(zip(products, answers), key=lambda pair: -pair[1].probability)
+    rows = metrics["attributes"] | metrics.get("seen_and_held_out", {}) | {"all (micro)": metrics}
+    how = ", ".join(f"{name.replace('_', ' ')}: {metrics[name]}" for name in SETTINGS)
+    pictures = [f"<div class='wide'>{inline(matrix, 'png', f'confusion matrix {name}')}</div>"
+                for name, matrix in matrices.items()]
     return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>EIVEN: {html.escape(title)}</title>
-<style>
-body {{ font: 16px/1.45 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem;
-color: #222; background: #fff }}
-.headline {{ font-size: 1.3rem }} .table {{ overflow-x: auto }}
-table {{ border-collapse: collapse }} td, th {{ padding: .25rem .8rem; border-bottom: 1px solid #ddd; text-align: right }}
-td:first-child, th:first-child {{ text-align: left }} tr:last-child {{ font-weight: 600 }}
-.cards {{ display: flex; flex-wrap: wrap; gap: .8rem }} .card {{ width: 12rem; padding: .6rem; border: 1px solid #ddd;
-border-radius: 6px; font-size: .85rem; overflow-wrap: anywhere; break-inside: avoid }} .card p {{ margin: .3rem 0 }}
-.wrong {{ border-left: 5px solid #D55E00 }} .right {{ border-left: 5px solid #0072B2 }}
-.pair {{ display: flex; flex-wrap: wrap; gap: 1rem }} figure {{ margin: 0; flex: 1 1 20rem }}
-.matrix {{ max-width: 100%; vertical-align: top }} .curve {{ width: 100%; max-width: 40rem; font-size: 13px }}
-@media (max-width: 40rem) {{ td, th {{ padding: .25rem .4rem; font-size: .85rem }} .card {{ width: 100% }} }}
-@media print {{ body {{ margin: 0; font-size: 11pt }} h2 {{ break-after: avoid }} }}
-</style></head><body>
-<h1>EIVEN: {html.escape(title)}</h1>
-<p class="headline">{metrics["right"]:,} of {metrics["n"]:,} answers are right ({metrics["recall"]:.0f} %).{weakest}</p>
-<p>{html.escape(metrics["sources"])}</p>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>EIVEN: {escape(title)}</title>
+<style>{STYLE}</style></head><body>
+<h1>EIVEN: {escape(title)}</h1>
+<p class="headline">
+{metrics["right"]:,} of {metrics["n"]:,} answers are right ({metrics["recall"]:.0f} %).</p>
+<p>{escape(metrics["sources"])}</p>
 <h2>Scores</h2>
-<div class="table"><table><tr><th>attribute</th><th>micro-F1</th><th>precision</th><th>recall</th><th>gold inside answer</th>
+<div class="wide"><table>
+<tr><th>attribute</th><th>micro-F1</th><th>precision</th><th>recall</th><th>gold inside answer</th>
 <th>n</th></tr>
-{rows}{cells("all (micro)", metrics)}</table></div>
+{"".join(score_row(*row) for row in rows.items())}</table></div>
 <p>An answer is right if it equals the gold value exactly; per cent; {how}; n = {metrics["n"]}, answered in
 {metrics["seconds"]} s.</p>
-{confidence_html(metrics) if "confidence" in metrics else ""}
-<h2>The most confident mistakes</h2><div class="cards">{cards(right=False)}</div>
-<h2>Right answers</h2><div class="cards">{cards(right=True)}</div>
-<h2>Which values are confused</h2>{matrices}
-{"<h2>Training loss</h2>" + curve if curve else ""}
+{confidence_html(metrics)}
+<h2>The most confident mistakes</h2>{cards(surest_first, False, images)}
+<h2>Right answers</h2>{cards(surest_first, True, images)}
+<h2>Which values are confused</h2><div class="row">{"".join(pictures)}</div>
+{"<h2>Training loss</h2>" + learning_curve(losses) if len(losses) > 1 else ""}
 </body></html>
 """

@@ -1,224 +1,186 @@
-"""A run folder: its config.json, the state to resume from, the log, and the lock that keeps a second process out."""
+"""A run folder: its config.json and the id of the run, the state to resume from, and the log."""
 
+import hashlib
 import itertools
 import json
-import math
 import os
 import platform
 import sys
 import time
-from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from contextlib import contextmanager
+from dataclasses import asdict, fields
 from pathlib import Path
-
-try:
-    import fcntl
-except ImportError:                                     # not on Windows: there a run folder is not locked
-    fcntl = None
+from shlex import quote
 
 import torch
 
-from base.checkpoint import check_fields, not_finite, read_json, restore, sample_digest, shard_files, tensor_file
-from base.console import UserError, first_line, naming, write_text
+from base.checkpoint import check_run, fingerprint, restore, shard_files
+from base.console import PROJECT, UserError, locked, read_json, reading, whole_file, write_json, write_text
 from support import processes
-from support.config import FIELDS, PROJECT, Config
-from support.threads import StepTimes
+from support.config import Config, fits
 from vit import weight_file
 
-LATER = {"holdout_values": 0, "held_out": {}, "shard": False, "threads": None}     # of older run folders, which do not have them
-SAVE_EVERY = 60                                         # seconds: what a power cut costs at most, besides the current step
+SAVE_EVERY = 60  # seconds: what a power cut costs at most, besides a step
 
-# What config.json holds besides the flags: {field: (type, allowed, default)}
-RECORD = {"values": (dict, None), "held_out": (dict, None), "data_fingerprint": (dict, None), "weights_fingerprint": (dict, None)}
-SPLITS = {"train": (str, None), "val": (str, None), "test": (str, None)}
-WEIGHTS = {"llama": (str, None), "vit": (str, None, None)}
-STATE = {"trained": (dict, None), "optimizer": (dict, None), "scaler": (dict, None)}       # and step, of state.pt
-START_AGAIN = "start the run again in another folder"
-
-
-# ------------------------------------------------------------------------------------------------ the folder, config.json
+# ---------------------------------------------------------------------------------------- config.json
 
 
 @contextmanager
 def new_run_folder(config):
-    """The folder of a new run, locked: --out, which must not hold a run yet, or the next free runs/DATASET-LABELS-N.
-
-    A folder that was made here is removed again if nothing was written into it.
+    """The folder of a new run, locked: --out, which must be new or empty, or the next free
+    runs/DATASET-LABELS-N.
     """
-    base = PROJECT / "runs" / f"{config.dataset}-{config.labels or 'all'}"
+    name = f"{config.dataset}-{config.labels or 'all'}"
     for number in itertools.count(1):                   # two runs that start together take two numbers
-        run = Path(config.out or base.with_name(f"{base.name}-{number}"))
-        made = not run.exists()
+        folder = Path(config.out or PROJECT / "runs" / f"{name}-{number}")
         try:
-            run.mkdir(parents=True, exist_ok=bool(config.out))
+            folder.mkdir(parents=True, exist_ok=bool(config.out))
             break
         except FileExistsError:
             if config.out:
-                raise UserError(f"--out {run}: is a file; name a folder") from None
-        except OSError as error:
-            raise UserError(f"--out {run}: cannot be made ({error.strerror}); name another folder with --out") from None
-    with only_process(run):
-        if (run / "config.json").exists():
-            raise UserError(f"--out {run}: holds a run already; continue it with --resume {run}, or name another folder")
+                raise UserError(f"--out {folder}: is a file; name a folder") from None
+    with locked(folder, "training"):
+        if any(folder.glob("[!.]*")):                   # a hidden file is of a process that was killed
+            raise UserError(f"--out {folder}: is not empty; take another, or --resume the run in it")
         try:
-            yield run
+            yield folder
         finally:
-            if made:
-                with suppress(OSError):                 # it is not empty
-                    run.rmdir()
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()                          # nothing was written: an error at the start
 
 
-def write_config(run, config, sources, **more):
-    """Write config.json: every flag, and what else is needed to repeat the run.  Process 0 writes it, as all of a run folder."""
-    if processes.rank() > 0:
-        return
+def write_config(folder, config, sources, **more):
+    """Write config.json: every flag, and what else is needed to repeat the run; the run's id."""
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    record = {**asdict(config), "versions": versions, **more, "weights_fingerprint": weights_fingerprint(sources)}
-    write_text(run / "config.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    record = {**asdict(config), "versions": versions, **more,
+              "weights_fingerprint": weights_fingerprint(sources)}
+    run_id = None
+    if processes.rank() == 0:
+        write_json(folder / "config.json", record)
+        run_id = read_config(folder)[1]["id"]
+    return processes.broadcast(run_id)
 
 
-def read_config(run):
-    """(Config, the whole of config.json as a dict) of a run folder."""
-    path = Path(run) / "config.json"
-    if not path.exists():
-        raise UserError(f"{run}: is not a run folder: it has no config.json. train.py writes one (--out RUN)")
-    record = LATER | read_json(path, "a run's config")
-    absent = [name for name in [*FIELDS, *RECORD] if name not in record]
-    if absent:
-        raise UserError(f"{path}: lacks {', '.join(absent)}; was it written by another version?")
-    settings = check_fields(record, FIELDS, path) | {"shard": False}    # each start says it anew, with its own processes
-    check_fields(record, RECORD, path)
-    check_fields(record["data_fingerprint"], SPLITS, f"{path}: data_fingerprint")
-    check_fields(record["weights_fingerprint"], WEIGHTS, f"{path}: weights_fingerprint")
-    if not record["values"]:
-        raise UserError(f"{path}: values is empty; it must hold each attribute of the training data with its values")
-    for attribute, values in record["values"].items():
-        if not (isinstance(values, list) and values and all(isinstance(v, str) and v.strip() for v in values)):
-            raise UserError(f"{path}: the values of {attribute!r} must be a list of texts, none of them empty")
-    return Config(**settings), record
+def read_config(folder):
+    """(Config, the whole of config.json as a dict) of a run folder.
+
+    The dict's "id" is a hash of the file: the same in adapter.safetensors, state.pt and calibration.json of
+    the run.
+    """
+    path, what = Path(folder) / "config.json", "a run's config.json (train.py writes it)"
+    record = read_json(path, what)
+    with reading(path, what):
+        settings = {f.name: record[f.name] for f in fields(Config)}
+        for f in fields(Config):
+            if not fits(f, settings[f.name]):
+                raise ValueError(f"{f.name} is {settings[f.name]!r}, which is not allowed")
+        for name in ("values", "held_out", "data_fingerprint", "weights_fingerprint"):
+            if not isinstance(record[name], dict):
+                raise ValueError(f"{name} is {record[name]!r}, but must be an object")
+        return Config(**settings), record | {"id": hashlib.sha256(path.read_bytes()).hexdigest()[:16]}
+
+
+def check_still_there(folder, run_id):
+    """UserError if the folder does not hold this run any more: it was moved or removed meanwhile."""
+    if not (folder / "config.json").exists() or read_config(folder)[1]["id"] != run_id:
+        raise UserError(f"{folder}: this run is not here any more; was its folder moved? Go on with the new "
+                        "name (train.py --resume)")
 
 
 def weights_fingerprint(sources):
-    """{"llama": ..., "vit": ...}: which weights a run was trained with.  With other weights of the same shape its adapters
-    would load, and the answers would be nonsense."""
-    def beside(folder, *names):
-        return [folder / name for name in names if (folder / name).exists()]
+    """{"llama": ..., "vit": ...}: which weights a run was trained with.
 
-    llama = [*beside(sources.llama, "config.json", "tokenizer.model"), *shard_files(sources.llama, "LLaMA weights")]
-    vit = sources.vit and weight_file(sources.vit)
-    return {"llama": sample_digest(llama),
-            "vit": sample_digest([*beside(vit.parent, "config.json"), vit]) if vit else None}
+    With other weights of the same shape its adapters would load, and the answers would be nonsense.
+    """
+    llama = [sources.llama / "config.json", sources.llama / "tokenizer.model"]
+    llama += shard_files(sources.llama, "LLaMA's weights")
+    vit = []
+    if sources.vit:
+        weights = weight_file(sources.vit)
+        vit = [path for path in (weights, weights.parent / "config.json") if path.exists()]
+    return {"llama": fingerprint(llama), "vit": fingerprint(vit)}
 
 
-def check_weights(run, record, sources):
+def check_weights(folder, record, sources):
     """UserError if these are not the weights that the run was trained with."""
-    for name, now in weights_fingerprint(sources).items():
-        if record["weights_fingerprint"].get(name) != now:
-            raise UserError(f"{run}: was trained with another {name} than the one in {getattr(sources, name)}; name the right "
-                            f"folder with --{name}, or train again")
+    for name, digest in weights_fingerprint(sources).items():
+        if record["weights_fingerprint"].get(name) != digest:
+            raise UserError(f"{folder}: was trained with another {name} than {getattr(sources, name)}; "
+                            f"name the right one with --{name}, or train again")
 
 
-# ------------------------------------------------------------------------------------------------ state, log, lock
+# ---------------------------------------------------------------------------------------- state, log
 
 
 class TrainingState:
-    """The state of a training run on the disk, and its log.
+    """The state of a training run on the disk, and its log.  Process 0 writes both.
 
-    Everything that the rest of the run depends on, besides config and data, is in state.pt; random draws depend only on
-    (seed, epoch).  steps: of the whole run.  step: how many steps were done before this start.
+    All that the rest of the run depends on, besides config and data, is in state.pt; random draws depend only
+    on the seed and the epoch.  step: how many of the run's `steps` were done before this start.
     """
 
-    def __init__(self, folder, model, optimizer, scaler, steps):
+    def __init__(self, folder, run_id, model, optimizer, scaler, steps):
         self.path, self.log_path = folder / "state.pt", folder / "log.jsonl"
-        self.model, self.optimizer, self.scaler = model, optimizer, scaler
+        self.run_id, self.model, self.optimizer, self.scaler = run_id, model, optimizer, scaler
         self.step = self.load(steps) if self.path.exists() else 0
-        self.first = processes.rank() == 0              # it alone writes
-        if not self.first:
-            return
-        if self.log_path.exists():                      # the steps after the state will be done again
+        self.start = self.saved = time.monotonic()
+        if processes.rank() == 0:                       # the steps after the state will be done again
             kept = [json.dumps(line) + "\n" for line in read_log(folder) if line["step"] <= self.step]
             write_text(self.log_path, "".join(kept))
-        self.log = open(self.log_path, "a", encoding="utf-8")
-        self.start = self.saved = time.monotonic()
-        self.times = StepTimes(torch.get_num_threads() if model.device.type == "cpu" else 1)
 
     def record(self, step, last, **line):
         """Log a finished step; save the state every SAVE_EVERY seconds and after the last step."""
-        if not self.first:
+        if processes.rank() > 0:
             return
-        self.times.step(line["tokens"])
-        with naming(self.log_path):
-            self.log.write(json.dumps({"step": step, **line, "seconds": round(time.monotonic() - self.start, 2)}) + "\n")
-            self.log.flush()
-        if time.monotonic() - self.saved > SAVE_EVERY or last:
-            os.fsync(self.log.fileno())
+        line = {"step": step, **line, "seconds": round(time.monotonic() - self.start, 2)}
+        save = last or time.monotonic() - self.saved > SAVE_EVERY
+        check_still_there(self.path.parent, self.run_id)
+        with open(self.log_path, "a", encoding="utf-8") as log:
+            log.write(json.dumps(line) + "\n")
+            if save:
+                log.flush()
+                os.fsync(log.fileno())
+        if save:
             self.save(step)
-            self.saved = time.monotonic()
 
     def save(self, step):
-        if not self.first:
+        if processes.rank() > 0:
             return
         trained = {name: p.detach() for name, p in self.model.trainable_parameters().items()}
-        with tensor_file(self.path) as partial:
-            torch.save({"trained": trained, "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
-                        "step": step}, partial)
+        with whole_file(self.path) as partial:
+            torch.save({"run": self.run_id, "step": step, "trained": trained,
+                        "optimizer": self.optimizer.state_dict(),
+                        "scaler": self.scaler.state_dict()}, partial)
+        self.saved = time.monotonic()
 
     def load(self, steps):
-        """Restore everything; the number of steps done.  UserError, if it is not a state of this run."""
-        try:
+        """Restore everything; the number of steps done.  UserError if it is not a state of this run."""
+        with reading(self.path, "the state of this run, to resume from"):
             state = torch.load(self.path, map_location="cpu", weights_only=True)
-            check_fields(state, STATE | {"step": (int, (0, steps))}, self.path)
-            moments = self.moments(state)
-            restore(self.model.trainable_parameters(), state["trained"], self.path, START_AGAIN)
+            check_run(state["run"], self.run_id)
+            if not 0 <= state["step"] <= steps:
+                raise ValueError(f"step is {state['step']}, but the run has {steps} steps; start a new run")
+            restore(self.model.trainable_parameters(), state["trained"], self.path)
             # Settings of the optimizer come from train.py, not from the file.
             groups = self.optimizer.state_dict()["param_groups"]
-            self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+            self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
             if self.scaler.is_enabled() and state["scaler"]:        # a run that comes from a CPU has none
                 self.scaler.load_state_dict(state["scaler"])
             return state["step"]
-        except UserError:
-            raise
-        except Exception as error:                      # torch raises a dozen kinds for a broken file
-            raise UserError(f"{self.path}: cannot be read as the state of this run ({first_line(error)}); "
-                            f"{START_AGAIN}") from None
-
-    def moments(self, state):
-        """AdamW's state from the file: for each trained parameter its two moments and how many steps it was updated in.
-
-        PyTorch does not compare shapes with those of the parameters, and AdamW would write beyond the end of a moment.
-        """
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        moments = state["optimizer"]["state"]           # empty before the first update
-        if moments and moments.keys() != set(range(len(parameters))):
-            raise UserError(f"{self.path}: the optimizer's state is not that of {len(parameters)} parameters; {START_AGAIN}")
-        for i, moment in moments.items():
-            shape = tuple(parameters[i].shape)
-            found = {name: tuple(tensor.shape) for name, tensor in moment.items()}
-            if found != {"step": (), "exp_avg": shape, "exp_avg_sq": shape}:
-                raise UserError(f"{self.path}: the optimizer's state of parameter {i} does not fit this model: {found}; "
-                                f"{START_AGAIN}")
-            if not_finite(moment) or moment["exp_avg_sq"].min() < 0 or not 1 <= moment["step"] <= state["step"]:
-                raise UserError(f"{self.path}: the optimizer's state of parameter {i} is not one that training writes; "
-                                f"{START_AGAIN}")
-        return moments
 
 
 def read_log(folder):
     """The lines of a run's log.jsonl as dicts; none if there is no log.
 
-    A line that is cut off or damaged ends it, and is named: after a power cut it is the last one.
+    A line that is cut off ends it, and is named: after a power cut it is the last one.
     """
     path, lines = folder / "log.jsonl", []
-    for number, text in enumerate(path.read_bytes().splitlines() if path.exists() else [], start=1):
+    for number, text in enumerate(path.read_bytes().splitlines() if path.is_file() else [], start=1):
         try:
-            line = json.loads(text)
-            if type(line["step"]) is not int or not math.isfinite(line["loss"]):
-                raise ValueError
-        except (ValueError, TypeError, KeyError, ArithmeticError, RecursionError):
-            print(f"note: {path}, line {number}: is not a whole line of a log; it is left out, with all that follows",
-                  file=sys.stderr)
+            lines.append(json.loads(text))
+        except ValueError:
+            print(f"note: {path}, line {number}: is not a whole line; it ends the log", file=sys.stderr)
             break
-        lines.append(line)
     return lines
 
 
@@ -227,46 +189,30 @@ def read_losses(folder):
     return [line["loss"] for line in read_log(folder)]
 
 
+# ---------------------------------------------------------------------------------------- calibration
+
+
 def save_temperature(folder, temperature, n, values):
-    """Write RUN/calibration.json: a temperature that was fitted on n products of val, which chose from so many values."""
-    calibration = {"temperature": temperature, "split": "val", "n": n, "values": values}
-    write_text(folder / "calibration.json", json.dumps(calibration, indent=2) + "\n")
+    """Write RUN/calibration.json: a temperature fitted on n products of val, which chose from so many
+    values.
+    """
+    run_id = read_config(folder)[1]["id"]
+    calibration = {"run": run_id, "temperature": temperature, "split": "val", "n": n, "values": values}
+    write_json(folder / "calibration.json", calibration)
     return calibration
 
 
-def read_temperature(folder):
-    """What save_temperature wrote, or None if nothing was fitted yet.  UserError for a file that does not hold it."""
-    path = folder / "calibration.json"
+def read_temperature(folder, run_id):
+    """What save_temperature wrote, or None if nothing was fitted yet.  UserError for a file that does not
+    hold it.
+    """
+    path, what = folder / "calibration.json", "the temperature of a run's values"
     if not path.exists():
         return None
-    calibration = read_json(path, "the temperature of a run's values")
-    temperature, n, values = (calibration.get(name) for name in ("temperature", "n", "values"))
-    fine = isinstance(temperature, (int, float)) and 0 < temperature < float("inf")
-    if not (fine and isinstance(n, int) and isinstance(values, int)):
-        raise UserError(f"{path}: should hold a temperature above 0, n and values, but holds {str(calibration)[:100]}; delete "
-                        f"it, and fit the temperature again: python evaluate.py {folder} --constrain --split val")
+    calibration = read_json(path, what)
+    with reading(path, what):
+        check_run(calibration["run"], run_id)
+        if not calibration["temperature"] > 0:
+            raise ValueError("its temperature is not above 0; delete it, and fit it again: "
+                             f"python evaluate.py {quote(str(folder))} --constrain --split val")
     return calibration
-
-
-@contextmanager
-def only_process(run, doing="training"):
-    """While one process works in a run folder (or another folder), starting a second one there is an error.
-
-    The folder itself is locked: unlike the files in it, it is never replaced.  The lock ends with the process, however it
-    ends.  Where a file system has no locks, there is none.
-    """
-    if fcntl is None:
-        yield run
-        return
-    held = os.open(run, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            free = run.exists() and os.path.samestat(os.fstat(held), os.stat(run))      # it was not removed meanwhile
-        except OSError as error:
-            free = not isinstance(error, BlockingIOError)
-        if not free:
-            raise UserError(f"{run}: another process is {doing} in this folder; wait for it, or stop it")
-        yield run
-    finally:
-        os.close(held)

@@ -1,1 +1,0 @@
-"""Between the method and its two commands: configs, photo features, answering, run folders, reports."""
