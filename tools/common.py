@@ -1,0 +1,26 @@
+"""What the commands in tools/ share.  Those of answering have flags and loading of evaluate.py."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from support.config import add_flags
+
+
+def run_parser(description):
+    """A parser for RUN and the flags of its data and weights, for evaluate.load_run."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser.add_argument("run", metavar="RUN", type=Path, help="run folder that train.py wrote")
+    parser.set_defaults(values=None, constrain=False, merge=False)
+    add_flags(parser, ("data", "llama", "vit", "device", "dtype", "threads"))
+    return parser
+
+
+def parse_product(parser):
+    """The command line with the flags of one product; `--text "-Pillow"` is read as `--text=-Pillow`."""
+    parser.add_argument("--image", metavar="FILE", help="photo of the product")
+    parser.add_argument("--text", metavar="TEXT", help='"title, category"')
+    parser.add_argument("--attribute", metavar="NAME", default="", help="what to answer")
+    words = iter(sys.argv[1:])
+    return parser.parse_args([f"{word}={next(words, '')}" if word in ("--text", "--attribute") else word
+                              for word in words])
