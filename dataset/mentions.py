@@ -1,7 +1,8 @@
 """Values in words: raw spellings of one value, and its explicit mentions in a text.
 
-Section 3 of the paper removes "all explicit attribute value mentions from the product text"; this is what counts as one.
-One rule decides both: a raw value means v, and a piece of a title mentions v, if `folded` makes it equal to a spelling of v.
+Section 3 of the paper removes "all explicit attribute value mentions from the product text"; this is what
+counts as one.  One rule decides both: a raw value means v, and a piece of a title mentions v, if `folded`
+makes it equal to a spelling of v.
 """
 
 import html
@@ -9,42 +10,42 @@ import re
 import unicodedata
 from functools import lru_cache
 
-JOINING = r"\s\-‐-―−/_"         # blanks and the hyphens and slashes that join words, for a regular expression's [...]
+# blanks and the hyphens and slashes that join words, for a regular expression's [...]
+JOINING = r"\s\-‐-―−/_"
 GAP = 3                         # characters, at most, between two words of one mention: "polka - dot"
 WORD = re.compile(r"[^\W_]+(?:'s(?![^\W_]))?")          # letters and digits, and a possessive 's
-# Letters that a reader does not see, or takes for another character: they would hide a mention.
-INVISIBLE = re.compile("[\u034f\u115f\u1160\u180b-\u180d\ufe00-\ufe0f]")
 APOSTROPHES = re.compile("[’‘ʼ′`´]")
 
 
 def plain(text):
-    """`text` in the characters of a plain keyboard where there is a choice: full width, ligatures, fractions, invisibles."""
+    """`text` in the characters of a keyboard where there is a choice: full width, ligatures, fractions."""
     text = text.encode("utf-8", "ignore").decode()      # JSON may hold half a surrogate pair
-    if not text.isascii():
-        text = re.sub("[¼-¾⅐-⅞]", lambda fraction: f" {fraction[0]} ", text)      # "1¾" is not 13/4,
-        text = re.sub("[™℠]", " ", text)                # nor "Nike™" NikeTM
-        text = unicodedata.normalize("NFKC", text).replace("⁄", "/")
-        text = INVISIBLE.sub("", text)
-    if not text.isprintable():                          # soft hyphens and the like
-        text = "".join(" " if c.isspace() else c for c in text if c.isspace() or unicodedata.category(c)[0] != "C")
-    return text
+    if text.isascii() and text.isprintable():           # nothing of what follows would change it
+        return text
+    text = re.sub("[¼-¾⅐-⅞]", lambda fraction: f" {fraction[0]} ", text)          # "1¾" is not 13/4,
+    text = re.sub("[™℠]", " ", text)                    # nor "Nike™" NikeTM
+    text = unicodedata.normalize("NFKC", text).replace("⁄", "/")
+    text = re.sub(r"\s", " ", text)
+    return "".join(c for c in text if unicodedata.category(c)[0] != "C")          # soft hyphens and the like
 
 
 def clean(text):
-    """A raw title or value as plain text: no HTML, control or invisible characters, one blank between words."""
+    """A raw title or value as plain text: no HTML, control or invisible characters, one blank between
+    words.
+    """
     before = None
     while text != before:                               # again: shops escape twice, "A&amp;amp;B"
-        before, text = text, plain(text)
-        if "&" in text:
-            text = html.unescape(text)
-    if "<" in text:
-        text = re.sub(r"(?is)<(script|style)\b.*?</\1\s*>", " ", text)
-        text = re.sub(r"<[a-zA-Z/!][^<>]*>", " ", text)
+        before = text
+        text = html.unescape(plain(text))
+    text = re.sub(r"(?is)<(script|style)\b.*?</\1\s*>", " ", text)
+    text = re.sub(r"<[a-zA-Z/!][^<>]*>", " ", text)
     return " ".join(text.split())
 
 
 def stem(word):
-    """A lower-case word without its possessive, its plural or its -ed: stiletto's, galaxies -> galaxy, dotted -> dot."""
+    """A lower-case word without its possessive, its plural or its -ed: stiletto's, galaxies -> galaxy, dotted
+    -> dot.
+    """
     word = word.removesuffix("'s")
     if len(word) > 4 and word.endswith("ies"):
         word = word[:-3] + "y"
@@ -67,26 +68,23 @@ def stem(word):
 
 
 def joined(stems):
-    """Stems as one word.  Its last e goes where -ed and -es leave it open: camouflag(ed), fring(ed), canvas(es).
+    """Stems as one word.  Its last e goes where -ed and -es leave it open: camouflag(ed), fring(ed),
+    canvas(es).
 
     A short word keeps it: a cape is no cap.
     """
     word = "".join(stems)
     if re.search("[^aeiouy]{2}e$|[aeiouy][^aeiouy]+[aeiouy]+[^aeiouy]+e$", word):
         word = word[:-1]
-        return word[:-1] if word.endswith("s") and not word.endswith("ss") else word         # canvases as canvas
+        return word[:-1] if word.endswith("s") and not word.endswith("ss") else word  # canvases as canvas
     return word
-
-
-def words(text):
-    """The words of a value, lower-case: letters and digits, whatever stands between them."""
-    return WORD.findall(APOSTROPHES.sub("'", plain(text).lower()))
 
 
 @lru_cache(100_000)
 def folded(raw):
-    """What raw spellings of one value have in common: Short-Sleeves, "short sleeved", shortsleeve -> shortsleeve."""
-    return joined(stem(word) for word in words(raw))
+    """What raw spellings of one value share: Short-Sleeves, "short sleeved", shortsleeve -> shortsleeve."""
+    words = WORD.findall(APOSTROPHES.sub("'", plain(raw).lower()))
+    return joined(stem(word) for word in words)
 
 
 @lru_cache(20_000)
@@ -98,14 +96,17 @@ def mentions(names):
 def find(text, wanted):
     """[(start, end)] of every explicit mention in a clean text.  wanted: of `mentions`.
 
-    Whole words only: Round is found in "round-toe" and "rounded", not in "Surround".  The longest mention at a place wins.
+    Whole words only: Round is found in "round-toe" and "rounded", not in "Surround".  The longest mention at
+    a place wins.
     """
     text = APOSTROPHES.sub("'", text.lower())
-    found, longest = [], max(map(len, wanted), default=0)
     tokens = [(word.start(), word.end(), stem(word[0])) for word in WORD.finditer(text)]
+    longest = max(map(len, wanted), default=0)
+    places = []
     i = 0
     while i < len(tokens):
-        stems, last = [], None
+        stems = []
+        last = None
         for j in range(i, len(tokens)):
             if j > i and tokens[j][0] - tokens[j - 1][1] > GAP or sum(map(len, stems)) > longest + 1:
                 break
@@ -115,17 +116,19 @@ def find(text, wanted):
         if last is None:
             i += 1
         else:
-            found.append((tokens[i][0], tokens[last][1]))
+            places.append((tokens[i][0], tokens[last][1]))
             i = last + 1
-    return found
+    return places
 
 
 def without(text, wanted):
-    """A clean `text` without its mentions of what is `wanted`, and without what they leave: blanks, hyphens, empty brackets."""
-    while places := find(text, wanted):                 # again: "Short Short Sleeve Sleeve" hides one in another
+    """A clean `text` without its mentions of `wanted`, and without the blanks, hyphens, empty brackets they
+    leave.
+    """
+    while places := find(text, wanted):  # again: "Short Short Sleeve Sleeve" hides one in another
         for start, end in reversed(places):
             text = text[:start] + "\0" + text[end:]     # clean texts hold no such character
-        text = re.sub(rf"[{JOINING}]*\0[{JOINING}\0]*", " ", text)         # round-toe-shoe -> shoe, not --shoe
+        text = re.sub(rf"[{JOINING}]*\0[{JOINING}\0]*", " ", text)  # round-toe-shoe -> shoe, not --shoe
         text = re.sub(r"\(\s*\)|\[\s*\]|\{\s*\}|\"\s*\"", " ", text)
         text = re.sub(r"\s+([,;:)\]])", r"\1", text)
         text = re.sub(r"([,;:])(?:\s*[,;:])+", r"\1", text)

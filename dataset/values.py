@@ -1,100 +1,79 @@
-"""The attributes of the three data sets, and the table values.tsv of raw and canonical values (section 3, Table 6)."""
+"""The attributes of the three data sets, and the table values.tsv of raw and canonical values (section 3,
+Table 6).
+"""
 
-import csv
-import io
 from collections import defaultdict
 from pathlib import Path
 
 from base.console import UserError
+from base.tsv import read_tsv
 from dataset.mentions import folded
 
 VALUES = Path(__file__).with_name("values.tsv")         # the table
-HEADER = ["dataset", "attribute", "raw", "value", "category"]
-# Data set -> attribute -> MAVE's categories that it is collected from.  Names and categories are those of the authors'
-# release (ImplicitAVE); the paper's Table 6 writes Heel for Heel Height and Dress Length for Length.
-_TOPS, _BRIDAL = ["Dresses", "Shirts & Tops"], "Wedding & Bridal Party Dresses"
+# Data set -> attribute -> MAVE's categories that it is collected from.  Names and categories are those of the
+# authors' release (ImplicitAVE); the paper's Table 6 writes Heel for Heel Height and Dress Length for Length.
+TOPS = ["Dresses", "Shirts & Tops"]
+BRIDAL = "Wedding & Bridal Party Dresses"
+PATTERNED = ("Shirts & Tops; Dresses; Shoes; Hats; Scarves & Shawls; Socks; Pants; Handbags; Skirts; "
+             "Coats & Jackets; Wallets & Money Clips; Baby & Toddler Outfits; Baby & Toddler Dresses; "
+             "Underwear; Baby One-Pieces; Shorts; Vests; Jumpsuits & Rompers; Belts; Robes; Swimwear; Bras; "
+             "Pajamas")
+BAGS = ("Jewelry Holders; Backpacks; Messenger Bags; Briefcases; Wigs; Duffel Bags; Camera Bags & Cases; "
+        "Leather & Vinyl")
 ATTRIBUTES = {
-    "clothing": {"Neckline": _TOPS, "Length": ["Dresses", "Skirts", "Pants"],
-                 "Sleeve Style": [*_TOPS, _BRIDAL], "Shoulder Style": [*_TOPS, _BRIDAL]},
-    "footwear": {name: ["Shoes"] for name in ("Athletic Shoe Style", "Boot Style", "Shaft Height", "Heel Height",
-                                              "Toe Style")},
-    "general": {"Pattern": ["Shirts & Tops", "Dresses", "Shoes", "Hats", "Scarves & Shawls", "Socks", "Pants", "Handbags",
-                            "Skirts", "Coats & Jackets", "Wallets & Money Clips", "Baby & Toddler Outfits",
-                            "Baby & Toddler Dresses", "Underwear", "Baby One-Pieces", "Shorts", "Vests",
-                            "Jumpsuits & Rompers", "Belts", "Robes", "Swimwear", "Bras", "Pajamas"],
-                "Material": ["Jewelry Holders", "Backpacks", "Messenger Bags", "Briefcases", "Wigs", "Duffel Bags",
-                             "Camera Bags & Cases", "Leather & Vinyl"],
+    "clothing": {"Neckline": TOPS, "Length": ["Dresses", "Skirts", "Pants"],
+                 "Sleeve Style": [*TOPS, BRIDAL], "Shoulder Style": [*TOPS, BRIDAL]},
+    "footwear": {"Athletic Shoe Style": ["Shoes"], "Boot Style": ["Shoes"], "Shaft Height": ["Shoes"],
+                 "Heel Height": ["Shoes"], "Toe Style": ["Shoes"]},
+    "general": {"Pattern": PATTERNED.split("; "), "Material": BAGS.split("; "),
                 "Shape": ["Charms & Pendants"]},
 }
-OTHER_KEYS = {"Heel Height": ["Heel"], "Length": ["Dress Length"]}      # accepted in MAVE's place of the names above
+# Other names of attributes in MAVE's file.
+OTHER_KEYS = {"Heel": "Heel Height", "Dress Length": "Length"}
 
 
 def read_values(path):
-    """values.tsv as two dicts: {(data set, attribute, category): {folded raw spelling: value}}, which maps (a value's own
-    name is a spelling of it), and {(data set, attribute, value): [raw spelling, ...]}, which tells its mentions.
+    """values.tsv as two dicts.
 
-    The category column names the categories in which a spelling has this meaning: "Dresses; Skirts", or "not Pants".
-    On the line whose raw is the value itself, it names the categories that have this value at all.  Empty: all of those.
+    {(data set, attribute, category): {folded raw spelling: value}} maps; a value's own name is a spelling of
+    it. {(data set, attribute, value): [raw spelling, ...]} tells its mentions.
 
-    Raises UserError, with the line, for what is not in ATTRIBUTES and for a spelling with two values in one category.
+    The category column names the categories in which a spelling has this meaning: "Dresses; Skirts", or
+    "not Pants".  On the line whose raw is the value itself, it names the categories that have this value at
+    all.  Empty: all of those.
+    Errors  UserError, with the line: for what is not in ATTRIBUTES, and for a spelling with two values in one
+            category
     """
-    lines = []                                          # (where, data set, attribute, raw, value, categories or None)
-    having = {}                                         # (data set, attribute, value): the categories that have it
-    for where, dataset, attribute, raw, value, cell in _read_lines(path):
-        if attribute not in ATTRIBUTES.get(dataset, {}):
-            raise UserError(f"{where}: no attribute {attribute!r} in data set {dataset!r}. Allowed: "
-                            + "; ".join(f"{name}: {', '.join(each)}" for name, each in ATTRIBUTES.items()) + ".")
-        categories = _categories(where, cell, dataset, attribute)
-        if raw == value and categories:
-            if having.setdefault((dataset, attribute, value), categories) != categories:
-                raise UserError(f"{where}: {value!r} has other categories on an earlier line. Keep one of the two.")
-        lines.append((where, dataset, attribute, raw, value, categories))
-    table, names = defaultdict(dict), defaultdict(list)
-    for where, dataset, attribute, raw, value, categories in lines:
+    table = defaultdict(dict)
+    names = defaultdict(list)
+    lines = list(read_tsv(path, "the table of values", ("dataset", "attribute", "raw", "value")))
+    of_value = {(row["dataset"], row["attribute"], row["value"]): row.get("category", "")
+                for _, row in lines if row["raw"] == row["value"]}
+    for line, row in lines:
+        dataset, attribute, raw, value = row["dataset"], row["attribute"], row["raw"], row["value"]
         names[dataset, attribute, value].append(raw)
-        of_value = having.get((dataset, attribute, value), ATTRIBUTES[dataset][attribute])
-        if beyond := [name for name in categories or () if name not in of_value]:
-            raise UserError(f"{where}: {value!r} does not exist in {beyond[0]!r}. The line whose raw is {value!r} says where it "
-                            f"does: {'; '.join(of_value)}.")
-        for spelling, its_categories in ((raw, categories or of_value), (value, of_value)):
-            if not folded(spelling):
-                raise UserError(f"{where}: {spelling!r} holds neither letters nor digits.")
-            for category in its_categories:
-                known = table[dataset, attribute, category].setdefault(folded(spelling), value)
-                if known != value:
-                    raise UserError(f"{where}: {spelling!r} means {value!r} here, and {known!r} on an earlier line of "
-                                    f"{dataset}, {attribute}, {category}. (Case, hyphens, plural and -ed make no "
-                                    "difference.) Keep one of the two, or give them different categories.")
+        try:
+            known = ATTRIBUTES.get(dataset, {}).get(attribute, ())
+            having = categories(of_value.get((dataset, attribute, value), ""), known)
+            named = categories(row["category"], known) if row.get("category") else having
+            if not set(named) <= set(having):
+                raise ValueError(f"{value!r} exists only in {'; '.join(having)}, as its own line says, not "
+                                 f"in all of {row['category']!r}")
+            places = [(raw, category) for category in named]
+            for spelling, category in places + [(value, category) for category in having]:
+                other = table[dataset, attribute, category].setdefault(folded(spelling), value)
+                if other != value:
+                    raise ValueError(f"{spelling!r} means {value!r} here, and {other!r} on an earlier line "
+                                     f"of {category}")
+        except ValueError as error:
+            raise UserError(f"{path}, line {line}, {dataset}, {attribute}: {error}") from None
     return dict(table), names
 
 
-def _read_lines(path):
-    """Yield (file and line, the five cells stripped) of values.tsv; the category may be left out."""
-    try:
-        lines = csv.reader(io.StringIO(Path(path).read_text(encoding="utf-8-sig"), newline=""), dialect="excel-tab")
-        header = next(lines, None)
-        if header not in (HEADER, HEADER[:4]):
-            raise UserError(f"{path}, line 1: the header is {header or 'missing'}; it must be {', '.join(HEADER)} "
-                            "with tabs between them.")
-        for row in lines:
-            if not row:
-                continue
-            where = f"{path}, line {lines.line_num}"
-            if len(row) not in (4, 5) or not all(field.strip() for field in row[:4]):
-                raise UserError(f"{where}: {len(row)} fields, or an empty one; a line holds {', '.join(HEADER)} with tabs "
-                                "between them. Only the category may be empty.")
-            yield where, *(field.strip() for field in (*row, "")[:5])
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} cannot be read as the table of values: {error}") from None
-
-
-def _categories(where, cell, dataset, attribute):
-    """The categories that a cell names, in the order of ATTRIBUTES; None for an empty one."""
-    known = ATTRIBUTES[dataset][attribute]
-    given = {name.strip() for name in cell.removeprefix("not ").split(";")} - {""}
-    if wrong := sorted(given.difference(known)):
-        raise UserError(f"{where}: no category {wrong[0]!r} in {dataset}, {attribute}. Allowed: {'; '.join(known)}. Write "
-                        "several with semicolons between them, or 'not' before those that are left out.")
-    if cell.startswith("not "):
-        given = set(known) - given
-    return [name for name in known if name in given] or None
+def categories(cell, known):
+    """Those of the categories `known` that a cell names, in their order."""
+    names = {name.strip() for name in cell.removeprefix("not ").split(";")} - {""}
+    if not known or not names <= set(known):
+        raise ValueError(f"no such attribute, or not its categories: {cell!r}; it has {'; '.join(known)}. "
+                         "Write several with semicolons between them, or 'not' before those left out")
+    return [name for name in known if not names or (name in names) != cell.startswith("not ")]
