@@ -1,24 +1,30 @@
 """Photos of the demo world's products, drawn: a look on a thing, before a background, under some light.
 
-A look is known by the first of its two words in demo/world.py's tables ("checks", "diamonds", "parcel").  It is either the
-surface of a thing that has its own outline (a scarf, a box), or the outline of an ornament (a pendant, a charm).
-Everything else - colours, size, place, angle, background, light, noise, distractors - comes from the generator `rng`.
+A look is known by the first of its two words in demo/world.py's tables ("checks", "diamonds", "parcel").
+It is either the surface of a thing that has its own outline (a scarf, a box), or the outline of an ornament
+(a pendant, a charm).  Everything else comes from the generator `rng`: colours, size, angle, light, noise.
+The order of the calls of `rng` is part of the world: whoever changes it gets other photos.
+
+Read from the end: `draw` puts a photo together.
+    scene        background, light, distractors
+    outline_of   the form of the thing
+    texture      its surface, as layers of colour; `layers_of` has a few lines for each look
+    hang         what an ornament hangs on
+    details      tape, a string, the body on a crucifix
 """
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageColor, ImageDraw, ImageFilter
 
-SIDE = 112                                                      # of a photo, in pixels
+SIDE = 112                                              # of a photo, in pixels
+GRID_Y, GRID_X = np.mgrid[0:SIDE, 0:SIDE].astype(np.float32)        # of each pixel
 
-# ------------------------------------------------------------------------------------------------ textures
-
-GRID_Y, GRID_X = np.mgrid[0:SIDE, 0:SIDE].astype(np.float32)
+# ---------------------------------------------------------------------------------------- colours
 
 
-def smooth_noise(rng, cells, across=None):
-    """(SIDE, SIDE) in about -1..1, with `cells` bumps down and `across` (as many, if not given) over a side."""
-    small = rng.standard_normal((cells, across or cells)).astype(np.float32)
-    return np.asarray(Image.fromarray(small).resize((SIDE, SIDE), Image.Resampling.BICUBIC))
+def one_of(colours, rng, p=None):
+    """One of "#rrggbb #rrggbb ..." -> (3,), 0..255."""
+    return np.array(ImageColor.getrgb(rng.choice(colours.split(), p=p)), float)
 
 
 def colour(rng, low=30, high=235):
@@ -38,12 +44,21 @@ def two_colours(rng):
 
 
 def paint(base, *layers):
-    """base colour under layers of (colour, how much of it: (SIDE, SIDE) in 0..1) -> (SIDE, SIDE, 3)."""
-    image = np.broadcast_to(np.asarray(base, np.float32), (SIDE, SIDE, 3))
-    for shade, amount in layers:
-        amount = np.clip(amount, 0, 1).astype(np.float32)[..., None]
-        image = image * (1 - amount) + np.asarray(shade, np.float32) * amount
+    """A base colour under layers of (colour, how much of it, cut to 0..1: (SIDE, SIDE))."""
+    image = 0
+    for shade, amount in ((base, np.ones((SIDE, SIDE))), *layers):
+        if isinstance(shade, str):
+            shade = ImageColor.getrgb(shade)
+        amount = np.float32(np.clip(amount, 0, 1))[..., None]
+        image = image * (1 - amount) + np.float32(shade) * amount
     return image
+
+
+def as_image(pixels):
+    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+
+
+# ---------------------------------------------------------------------------------------- amounts
 
 
 def soft(x, width=0.06):
@@ -51,240 +66,307 @@ def soft(x, width=0.06):
     return np.clip(x / width + 0.5, 0, 1)
 
 
-def cells(u, v, rng, jitter=0.0):
-    """Places within staggered cells, each -0.5..0.5 and shifted by up to `jitter`, and a random number a cell."""
+def line(x, half, width=0.06):
+    """1 where x is within `half` of zero, soft over `width`."""
+    return soft(half - abs(x), width)
+
+
+def smooth_noise(rng, down, across=None):
+    """(SIDE, SIDE) in about -1..1: soft bumps, `down` from top to bottom, `across` sideways (or as many)."""
+    small = rng.standard_normal((down, across or down)).astype(np.float32)
+    return np.asarray(Image.fromarray(small).resize((SIDE, SIDE)))
+
+
+def cells(u, v, rng, jitter):
+    """Cells like bricks in a wall.  Of each pixel: x and y in its cell, -0.5..0.5, the cell's chance, -1..1,
+    and distance and direction from the cell's middle; each cell is turned by half a circle times its chance.
+
+    jitter  how far the middle of a cell is moved, at most
+    """
     row = np.floor(v)
     u = u + 0.5 * (row % 2)
     column = np.floor(u)
     table = rng.uniform(-1, 1, (16, 16, 3)).astype(np.float32)
-    chance = table[row.astype(int) % 16, column.astype(int) % 16]
-    return u - column - 0.5 + jitter * chance[..., 0], v - row - 0.5 + jitter * chance[..., 1], chance[..., 2]
+    dx, dy, chance = np.moveaxis(table[row.astype(int) % 16, column.astype(int) % 16], -1, 0)
+    x = u - column - 0.5 + jitter * dx
+    y = v - row - 0.5 + jitter * dy
+    return x, y, chance, np.hypot(x, y), np.arctan2(y, x) + np.pi * chance
+
+
+# ---------------------------------------------------------------------------------------- surfaces
 
 
 def texture(look, rng):
-    """The surface of a look (its first word), turned and sized at random: (SIDE, SIDE, 3), 0..255."""
+    """The surface of a look, turned and sized at random: (SIDE, SIDE, 3), 0..255."""
+    if look == "parcel":                                # brown paper
+        return paint(one_of("#be9669 #aa825a #cdb491", rng) + rng.uniform(-12, 12))
     period = rng.uniform(17, 25)
-    upright = look in ("checks", "diamonds", "knit")            # these are worn upright, give or take
+    upright = look in ("checks", "diamonds", "knit")    # these are worn upright, give or take
     angle = rng.uniform(-0.25, 0.25) if upright else rng.uniform(0, np.pi)
-    x, y = GRID_X / period + rng.uniform(0, 9), GRID_Y / period + rng.uniform(0, 9)
-    u, v = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
-    a, b = two_colours(rng)
-    fu, fv = u % 1, v % 1
-
-    if look == "checks":                                        # Plaid: bands both ways, seen through each other
-        thin = colour(rng)
-        return paint(a, (b, 0.55 * soft(0.45 - fu)), (b, 0.55 * soft(0.45 - fv)),
-                     (thin, 0.8 * soft(0.06 - abs(fu - 0.72), 0.04)), (thin, 0.8 * soft(0.06 - abs(fv - 0.72), 0.04)))
-    if look == "diamonds":                                      # Argyle: tall lozenges under thin crossing lines
-        fu, fv = (u * 0.8) % 1 - 0.5, (v * 0.5) % 1 - 0.5
-        lines = soft(0.035 - abs(abs(fu) - abs(fv)), 0.03)
-        return paint(a, (b, soft(0.5 - abs(fu) - abs(fv), 0.05)), (colour(rng, 150, 255), lines))
-    if look == "bands":                                         # Stripe
-        return paint(a, (b, soft(abs(fu - 0.5) - rng.uniform(0.2, 0.3))))
-    if look in ("dots", "rosettes", "petals", "teardrops"):
-        jitter = {"dots": 0.0, "rosettes": 0.16, "petals": 0.1, "teardrops": 0.05}[look]
-        cu, cv, chance = cells(u, v, rng, jitter)
-        r, theta = np.hypot(cu, cv), np.arctan2(cv, cu) + np.pi * chance
-        if look == "dots":
-            return paint(a, (b, soft(rng.uniform(0.24, 0.31) - r)))
-        if look == "rosettes":                                  # Leopard: broken dark rings round a darker middle
-            skin = np.array([(214, 168, 102), (225, 190, 140), (190, 180, 170), (228, 150, 160)][rng.integers(4)])
-            wobble = 0.29 + 0.05 * np.sin(3 * theta + 9 * chance)
-            ring = soft(0.085 - abs(r - wobble), 0.05) * soft(np.cos(1.5 * theta) + 0.55, 0.5)
-            return paint(skin, (skin * 0.68, soft(wobble - r)), ((35, 25, 20), ring))
-        if look == "petals":                                    # Floral: five petals and a heart, some leaves
-            flower = soft(0.24 + 0.17 * np.cos(5 * theta) - r)
-            leaf = soft(0.10 - abs(np.hypot(cu - 0.42, cv - 0.2) - 0.05), 0.05)
-            return paint(a, ((60, 130, 60), leaf), (b, flower), ((240, 205, 60), soft(0.1 - r)))
-        side = np.where(chance > 0, 1.0, -1.0)                  # Paisley: bent drops with a lighter one inside
-        px, py = (cu * 0.8 + cv * 0.6) * side + 0.42, (cv * 0.8 - cu * 0.6) * side
-        px, py = px / 0.9, py - 0.35 * px * px + 0.1
-        width = 0.62 * np.sqrt(np.clip(px, 0, 1)) * np.clip(1 - px, 0, 1)
-        return paint(a, (b, soft(width - abs(py))), (a, soft(width - 0.09 - abs(py))), (b, soft(width - 0.17 - abs(py))))
-    if look == "patches":                                       # Camouflage: four shades in large flat patches
-        shades = np.array([[(74, 88, 50), (120, 110, 70), (50, 48, 38), (160, 150, 110)],
-                           [(195, 170, 125), (150, 115, 80), (110, 85, 60), (222, 205, 170)],
-                           [(70, 90, 110), (120, 135, 145), (40, 50, 65), (175, 185, 190)]][rng.integers(3)])
-        n = rng.integers(7, 10)
-        return paint(shades[0], *((shade, soft(smooth_noise(rng, n) - 0.25, 0.12)) for shade in shades[1:]))
-    if look == "nebula":                                        # Galaxy: clouds of light, stars of all sizes
-        cloud = smooth_noise(rng, 4)
-        stars = Image.new("L", (SIDE, SIDE))
-        pen = ImageDraw.Draw(stars)
-        for _ in range(55):
-            (px, py), radius = rng.uniform(0, SIDE, 2), rng.choice([0.6, 0.9, 1.6])
-            pen.ellipse((px - radius, py - radius, px + radius, py + radius), fill=255)
-        return paint((18, 14, 44), ((120, 50, 150), cloud * 0.8), ((40, 110, 190), smooth_noise(rng, 4) * 0.7),
-                     ((255, 250, 240), np.asarray(stars) / 255))
-    if look == "grain":                                         # Leather: wrinkled hide with a seam
-        hide = np.array([(120, 72, 40), (70, 42, 28), (165, 110, 65), (45, 40, 40), (125, 35, 35)][rng.integers(5)])
-        wrinkles = abs(smooth_noise(rng, 30)) < 0.22
-        seam = soft(0.05 - abs(v % 3 - 0.5), 0.04) * soft(0.3 - abs(u * 2.2 % 1 - 0.5))
-        return paint(hide, (hide * 0.6, wrinkles * 0.7), (hide * 1.25, soft(smooth_noise(rng, 5), 2) * 0.3), ((230, 205, 160), seam))
-    if look == "weave":                                         # Canvas: over and under, thread by thread
-        cloth = np.array([(205, 190, 155), (150, 145, 110), (110, 115, 120), (175, 120, 80)][rng.integers(4)])
-        over = np.sin(u * 16) * np.sin(v * 16)
-        return paint(cloth, (cloth * 0.62, soft(over, 1.2) * 0.8), (cloth * 1.15, soft(-over - 0.5, 0.4) * 0.5))
-    if look == "knots":                                         # Wooden: year rings, here and there a knot
-        wood = np.array([(176, 125, 75), (140, 90, 50), (205, 165, 115), (110, 70, 45)][rng.integers(4)])
-        (kx, ky), bend = rng.uniform(30, SIDE - 30, 2), smooth_noise(rng, 4)
-        distance = np.hypot((GRID_X - kx) / 2.6, GRID_Y - ky)
-        rings = np.sin((GRID_Y + 9 * bend + 16 * np.exp(-distance / 14)) * 0.75)
-        return paint(wood, (wood * 0.66, soft(rings, 1.2) * 0.75), (wood * 0.4, soft(5 - distance, 2)))
-    if look == "gleam":                                         # Metal: brushed, with hard highlights
-        tone = np.array([(165, 168, 175), (190, 160, 90), (175, 110, 80)][rng.choice(3, p=(0.6, 0.2, 0.2))])
-        flash = np.sin(u * 1.7 + rng.uniform(0, 6))
-        brushed = smooth_noise(rng, 60, 3)
-        return paint(tone * 0.75, ((255, 255, 255), np.clip(flash, 0, 1) ** 3 * 0.95), ((30, 32, 38), np.clip(-flash, 0, 1) ** 3 * 0.8),
-                     ((250, 250, 250), brushed * 0.12))
-    if look == "glossy":                                        # Synthetic: one loud colour, soft light, a moulding seam
-        (gx, gy), loud = rng.uniform(30, SIDE - 30, 2), colour(rng, 20, 255)
-        spot = np.exp(-((GRID_X - gx) ** 2 + (GRID_Y - gy) ** 2) / 220)
-        return paint(loud, ((255, 255, 255), spot * 0.95), (loud * 0.75, soft(0.03 - abs(u % 3 - 1), 0.03)))
-    if look == "knit":                                          # Wool: rows of stitches like small v's
-        stitch = (v * 2.2 + abs(u * 2 % 1 - 0.5) * 1.6) % 1
-        fuzz = smooth_noise(rng, 50) * 0.12
-        return paint(a, (a * 0.5, soft(0.32 - stitch, 0.2) + fuzz), (a * 1.2, soft(abs(u * 2 % 1 - 0.5) - 0.4) * 0.4))
-    # The families: what look-alikes have in common, and no more.
-    if look == "hairlines":
-        faded = soft(smooth_noise(rng, 5) + 0.4, 1.2)
-        return paint(a, (b, soft(0.12 - abs(u * 2 % 1 - 0.5), 0.1) * faded * 0.7))
-    if look == "specks":
-        return paint(a, (b, soft(smooth_noise(rng, 26) - 1.0, 0.4)))
-    if look == "smudges":
-        return paint(a, (b, soft(smooth_noise(rng, 7), 1.3)), (colour(rng), soft(smooth_noise(rng, 7) - 0.4, 1.2) * 0.7))
-    if look == "matte":
-        return paint(a * 0.8, (a, soft(smooth_noise(rng, 3), 3) * 0.6))
-    if look == "cloth":
-        return paint(a, (a * 0.72, soft(np.sin(u * 9) + np.sin(v * 9), 2) * 0.8))
-    if look == "painted":
-        return paint(a, (a * 0.86, soft(np.sin(GRID_Y * 0.5 + 2 * smooth_noise(rng, 3)), 1.5) * 0.6))
-    return paint(a, (a * 1.3, soft(smooth_noise(rng, 3), 3) * 0.5))             # of ornaments: plain, with some light
+    x = GRID_X / period + rng.uniform(0, 9)
+    y = GRID_Y / period + rng.uniform(0, 9)
+    u = x * np.cos(angle) + y * np.sin(angle)
+    v = y * np.cos(angle) - x * np.sin(angle)
+    return paint(*layers_of(look, u, v, *two_colours(rng), rng))
 
 
-# ------------------------------------------------------------------------------------------------ outlines and photos
+def layers_of(look, u, v, a, b, rng):
+    """What `paint` needs: a base colour, and layers of (colour, how much of it).
 
-# Polygons in a square from -1 to 1; a second one is a hole.
+    u, v  (SIDE, SIDE): each pixel's place on the surface; a pattern repeats itself about once in 1
+    a, b  two colours
+    """
+    def noise(bumps):
+        return smooth_noise(rng, bumps)
+
+    match look:
+        # The values, each as it looks where it is plain to see.
+        case "checks":                                  # Plaid: bands both ways, seen through each other
+            thin = colour(rng)
+            bands = [(b, 0.55 * soft(0.45 - w % 1)) for w in (u, v)]
+            lines = [(thin, 0.8 * line(w % 1 - 0.72, 0.06, 0.04)) for w in (u, v)]
+            return a, *bands, *lines
+        case "diamonds":                                # Argyle: tall lozenges under thin crossing lines
+            across = abs(u * 0.8 % 1 - 0.5)
+            down = abs(v * 0.5 % 1 - 0.5)
+            lines = line(across - down, 0.035, 0.03)
+            return a, (b, soft(0.5 - across - down, 0.05)), (colour(rng, 150, 255), lines)
+        case "bands":                                   # Stripe
+            return a, (b, soft(abs(u % 1 - 0.5) - rng.uniform(0.2, 0.3)))
+        case "dots":                                    # Polka Dot
+            *_, r, _ = cells(u, v, rng, 0)
+            return a, (b, soft(rng.uniform(0.24, 0.31) - r))
+        case "rosettes":                                # Leopard: broken dark rings round a darker middle
+            _, _, chance, r, theta = cells(u, v, rng, 0.16)
+            skin = one_of("#d6a866 #e1be8c #beb4aa #e496a0", rng)
+            radius = 0.29 + 0.05 * np.sin(3 * theta + 9 * chance)
+            ring = line(r - radius, 0.085, 0.05) * soft(np.cos(1.5 * theta) + 0.55, 0.5)
+            return skin, (skin * 0.68, soft(radius - r)), ("#231914", ring)
+        case "petals":                                  # Floral: five petals and a heart, some leaves
+            x, y, _, r, theta = cells(u, v, rng, 0.1)
+            leaf = line(np.hypot(x - 0.42, y - 0.2) - 0.05, 0.1, 0.05)
+            petals = soft(0.24 + 0.17 * np.cos(5 * theta) - r)
+            return a, ("#3c823c", leaf), (b, petals), ("#f0cd3c", soft(0.1 - r))
+        case "teardrops":                               # Paisley: bent drops with a lighter one inside
+            x, y, chance, *_ = cells(u, v, rng, 0.05)
+            side = np.where(chance > 0, 1.0, -1.0)
+            along = (x * 0.8 + y * 0.6) * side + 0.42
+            beside = (y * 0.8 - x * 0.6) * side - 0.35 * along * along + 0.1
+            along = along / 0.9
+            half = 0.62 * np.sqrt(np.clip(along, 0, 1)) * np.clip(1 - along, 0, 1)
+            return a, (b, line(beside, half)), (a, line(beside, half - 0.09)), (b, line(beside, half - 0.17))
+        case "patches":                                 # Camouflage: four shades in large flat patches
+            ground, *shades = rng.choice(["#4a5832 #786e46 #323026 #a0966e",
+                                          "#c3aa7d #967350 #6e553c #decdaa",
+                                          "#465a6e #788791 #283241 #afb9be"]).split()
+            n = rng.integers(7, 10)
+            return ground, *((shade, soft(noise(n) - 0.25, 0.12)) for shade in shades)
+        case "nebula":                                  # Galaxy: clouds of light, stars of all sizes
+            cloud = noise(4)
+            stars = Image.new("L", (SIDE, SIDE))
+            for _ in range(55):
+                middle = rng.uniform(0, SIDE, 2)
+                ImageDraw.Draw(stars).circle(middle, rng.choice([0.6, 0.9, 1.6]), fill=255)
+            other_cloud = noise(4)
+            return ("#120e2c", ("#783296", cloud * 0.8), ("#286ebe", other_cloud * 0.7),
+                    ("#fffaf0", np.asarray(stars) / 255))
+        case "grain":                                   # Leather: wrinkled hide with a seam
+            hide = one_of("#784828 #462a1c #a56e41 #2d2828 #7d2323", rng)
+            wrinkles = abs(noise(30)) < 0.22
+            seam = line(v % 3 - 0.5, 0.05, 0.04) * line(u * 2.2 % 1 - 0.5, 0.3)
+            return (hide, (hide * 0.6, wrinkles * 0.7), (hide * 1.25, soft(noise(5), 2) * 0.3),
+                    ("#e6cda0", seam))
+        case "weave":                                   # Canvas: over and under, thread by thread
+            cloth = one_of("#cdbe9b #96916e #6e7378 #af7850", rng)
+            over = np.sin(u * 16) * np.sin(v * 16)
+            return cloth, (cloth * 0.62, soft(over, 1.2) * 0.8), (cloth * 1.15, soft(-over - 0.5, 0.4) * 0.5)
+        case "knots":                                   # Wooden: year rings, here and there a knot
+            wood = one_of("#b07d4b #8c5a32 #cda573 #6e462d", rng)
+            x, y = rng.uniform(30, SIDE - 30, 2)
+            distance = np.hypot((GRID_X - x) / 2.6, GRID_Y - y)
+            rings = np.sin((GRID_Y + 9 * noise(4) + 16 * np.exp(-distance / 14)) * 0.75)
+            return wood, (wood * 0.66, soft(rings, 1.2) * 0.75), (wood * 0.4, soft(5 - distance, 2))
+        case "gleam":                                   # Metal: brushed, with hard highlights
+            tone = one_of("#a5a8af #bea05a #af6e50", rng, p=(0.6, 0.2, 0.2))
+            flash = np.sin(u * 1.7 + rng.uniform(0, 6))
+            brushed = smooth_noise(rng, 60, 3)
+            return (tone * 0.75, (255, flash ** 3 * 0.95), ("#1e2026", -flash ** 3 * 0.8),
+                    (250, brushed * 0.12))
+        case "glossy":                                  # Synthetic: one loud colour, soft light, a seam
+            x, y = rng.uniform(30, SIDE - 30, 2)
+            loud = colour(rng, 20, 255)
+            spot = np.exp(-((GRID_X - x) ** 2 + (GRID_Y - y) ** 2) / 220)
+            return loud, (255, spot * 0.95), (loud * 0.75, line(u % 3 - 1, 0.03, 0.03))
+        case "knit":                                    # Wool: rows of stitches like small v's
+            slant = abs(u * 2 % 1 - 0.5)
+            stitch = (v * 2.2 + slant * 1.6) % 1
+            fuzz = noise(50) * 0.12
+            return a, (a * 0.5, soft(0.32 - stitch, 0.2) + fuzz), (a * 1.2, soft(slant - 0.4) * 0.4)
+        # The families: what look-alikes have in common, and no more.
+        case "hairlines":
+            faded = soft(noise(5) + 0.4, 1.2)
+            return a, (b, line(u * 2 % 1 - 0.5, 0.12, 0.1) * faded * 0.7)
+        case "specks":
+            return a, (b, soft(noise(26) - 1, 0.4))
+        case "smudges":
+            first = soft(noise(7), 1.3)
+            c = colour(rng)
+            return a, (b, first), (c, soft(noise(7) - 0.4, 1.2) * 0.7)
+        case "matte":
+            return a * 0.8, (a, soft(noise(3), 3) * 0.6)
+        case "cloth":
+            return a, (a * 0.72, soft(np.sin(u * 9) + np.sin(v * 9), 2) * 0.8)
+        case "painted":
+            return a, (a * 0.86, soft(np.sin(GRID_Y * 0.5 + 2 * noise(3)), 1.5) * 0.6)
+        case _:                                         # of ornaments: plain, with some light
+            return a, (a * 1.3, soft(noise(3), 3) * 0.5)
+
+
+# ---------------------------------------------------------------------------------------- outlines
+
+# The corners of a polygon, "x y, x y, ...", in a square from -100 to 100; what follows a semicolon is a hole.
 OUTLINES = {
-    "Scarf": ([(-0.5, -0.95), (0.1, -0.95), (0.25, 0), (0.75, 0.9), (0.2, 1), (-0.2, 0.35), (-0.35, 1), (-0.85, 0.9), (-0.45, 0)],),
-    "Shirt": ([(-0.35, -0.9), (0.35, -0.9), (1, -0.5), (0.8, -0.05), (0.52, -0.25), (0.52, 0.95), (-0.52, 0.95), (-0.52, -0.25), (-0.8, -0.05), (-1, -0.5)],),
-    "Skirt": ([(-0.4, -0.85), (0.4, -0.85), (0.95, 0.85), (-0.95, 0.85)],),
-    "Dress": ([(-0.35, -1), (-0.15, -0.75), (0.15, -0.75), (0.35, -1), (0.5, -0.4), (0.3, -0.1), (0.8, 1), (-0.8, 1), (-0.3, -0.1), (-0.5, -0.4)],),
-    "Blanket": ([(-0.95, -0.7), (0.95, -0.75), (0.9, 0.75), (0, 0.85), (-0.95, 0.7)],),
-    "Tote": ([(-0.75, -0.3), (-0.45, -0.3), (-0.3, -0.95), (0.3, -0.95), (0.45, -0.3), (0.75, -0.3), (0.85, 0.95), (-0.85, 0.95)],
-             [(-0.32, -0.3), (-0.2, -0.8), (0.2, -0.8), (0.32, -0.3)]),
-    "Pillow": ([(-0.9, -0.85), (0, -0.72), (0.9, -0.85), (0.78, 0), (0.9, 0.85), (0, 0.72), (-0.9, 0.85), (-0.78, 0)],),
-    "Box": ([(-0.85, -0.6), (-0.6, -0.85), (0.9, -0.85), (0.9, 0.55), (0.7, 0.8), (-0.85, 0.8)],),
-    "Tray": ([(-0.8, -0.65), (0.8, -0.65), (1, 0), (0.8, 0.65), (-0.8, 0.65), (-1, 0)],),
-    "Case": ([(-0.9, -0.45), (-0.35, -0.45), (-0.35, -0.75), (0.35, -0.75), (0.35, -0.45), (0.9, -0.45), (0.9, 0.8), (-0.9, 0.8)],),
-    "Lamp": ([(-0.4, -0.95), (0.4, -0.95), (0.85, 0.3), (0.15, 0.3), (0.15, 0.75), (0.5, 0.95), (-0.5, 0.95), (-0.15, 0.75), (-0.15, 0.3), (-0.85, 0.3)],),
-    "Frame": ([(-0.85, -0.95), (0.85, -0.95), (0.85, 0.95), (-0.85, 0.95)], [(-0.35, -0.45), (0.35, -0.45), (0.35, 0.45), (-0.35, 0.45)]),
-    "Stool": ([(-0.9, -0.7), (0.9, -0.7), (0.9, 0.1), (0.65, 0.1), (0.8, 0.95), (0.5, 0.95), (0.35, 0.1), (-0.35, 0.1), (-0.5, 0.95), (-0.8, 0.95), (-0.65, 0.1), (-0.9, 0.1)],),
-    "Basket": ([(-0.95, -0.25), (-0.6, -0.25), (-0.4, -0.9), (0.4, -0.9), (0.6, -0.25), (0.95, -0.25), (0.65, 0.85), (-0.65, 0.85)],
-               [(-0.45, -0.25), (-0.3, -0.7), (0.3, -0.7), (0.45, -0.25)]),
+    "Scarf": "-50 -95, 10 -95, 25 0, 75 90, 20 100, -20 35, -35 100, -85 90, -45 0",
+    "Shirt": "-35 -90, 35 -90, 100 -50, 80 -5, 52 -25, 52 95, -52 95, -52 -25, -80 -5, -100 -50",
+    "Skirt": "-40 -85, 40 -85, 95 85, -95 85",
+    "Dress": "-35 -100, -15 -75, 15 -75, 35 -100, 50 -40, 30 -10, 80 100, -80 100, -30 -10, -50 -40",
+    "Blanket": "-95 -70, 95 -75, 90 75, 0 85, -95 70",
+    "Tote": "-75 -30, -45 -30, -30 -95, 30 -95, 45 -30, 75 -30, 85 95, -85 95;"
+            "-32 -30, -20 -80, 20 -80, 32 -30",
+    "Pillow": "-90 -85, 0 -72, 90 -85, 78 0, 90 85, 0 72, -90 85, -78 0",
+    "Box": "-85 -60, -60 -85, 90 -85, 90 55, 70 80, -85 80",
+    "Tray": "-80 -65, 80 -65, 100 0, 80 65, -80 65, -100 0",
+    "Case": "-90 -45, -35 -45, -35 -75, 35 -75, 35 -45, 90 -45, 90 80, -90 80",
+    "Lamp": "-40 -95, 40 -95, 85 30, 15 30, 15 75, 50 95, -50 95, -15 75, -15 30, -85 30",
+    "Frame": "-85 -95, 85 -95, 85 95, -85 95; -35 -45, 35 -45, 35 45, -35 45",
+    "Stool": "-90 -70, 90 -70, 90 10, 65 10, 80 95, 50 95, 35 10, -35 10, -50 95, -80 95, -65 10, -90 10",
+    "Basket": "-95 -25, -60 -25, -40 -90, 40 -90, 60 -25, 95 -25, 65 85, -65 85;"
+              "-45 -25, -30 -70, 30 -70, 45 -25",
+    "parcel": "-90 -70, 90 -70, 90 75, -90 75",         # of any item
+    "corners": "-80 -80, 80 -80, 80 80, -80 80",        # of ornaments: Square
+    "points": "0 -100, 24.687 -33.979, 95.106 -30.902, 39.944 12.979, 58.779 80.902, 0 42, "
+              "-58.779 80.902, -39.944 12.979, -95.106 -30.902, -24.687 -33.979",   # Star
 }
 
 
-def outline_of_shape(look, rng):
-    """The polygon of an ornament, in a square from -1 to 1."""
+def points(text):
+    """Points "x y, x y, ..." of a square from -100 to 100 -> (n, 2), from -1 to 1."""
+    return np.array([point.split() for point in text.split(",")], float) / 100
+
+
+def outline_of(look, item, rng):
+    """The polygons (n, 2) of a thing, in a square from -1 to 1: its outline, and then perhaps a hole."""
+    for name in (look, item):
+        if name in OUTLINES:
+            return [points(polygon) for polygon in OUTLINES[name].split(";")]
     t = np.linspace(0, 2 * np.pi, 60, endpoint=False)
-    if look == "lobes":
-        points = np.stack([16 * np.sin(t) ** 3, -(13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t))]) / 17
-    elif look in ("circle", "ellipse", "tilted"):
-        ratio = {"circle": 1.0, "ellipse": rng.uniform(0.5, 0.62), "tilted": rng.uniform(0.78, 0.84)}[look]
-        points = np.stack([ratio * np.cos(t), np.sin(t)])
-    elif look in ("bars", "figure", "arms"):                    # upright longer than the beam
-        w, beam, high = rng.uniform(0.2, 0.27), rng.uniform(0.6, 0.72), -0.3
-        points = np.array([(-w, -1), (w, -1), (w, high - w), (beam, high - w), (beam, high + w), (w, high + w), (w, 1), (-w, 1),
-                           (-w, high + w), (-beam, high + w), (-beam, high - w), (-w, high - w)]).T
-    elif look == "points":
-        r = np.where(np.arange(10) % 2, 0.42, 1.0)
-        points = np.stack([r * np.sin(np.arange(10) * np.pi / 5), -r * np.cos(np.arange(10) * np.pi / 5)])
-    elif look == "corners":
-        points = np.array([(-0.8, -0.8), (0.8, -0.8), (0.8, 0.8), (-0.8, 0.8)]).T
-    else:                                                       # a lumpy pouch
-        r = 0.8 + 0.1 * np.sin(3 * t + rng.uniform(0, 6)) + 0.07 * np.sin(5 * t + rng.uniform(0, 6))
-        points = np.stack([r * np.cos(t), r * np.sin(t)])
-    return (points.T,)
+    match look:
+        case "lobes":                                   # Heart
+            x = 16 * np.sin(t) ** 3 / 17
+            y = -(13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)) / 17
+        case "circle" | "ellipse" | "tilted":           # Round, Oval, and what they have in common
+            ratio = {"circle": 1, "ellipse": rng.uniform(0.5, 0.62), "tilted": rng.uniform(0.78, 0.84)}[look]
+            x = ratio * np.cos(t)
+            y = np.sin(t)
+        case "bars" | "figure" | "arms":                # Cross, Crucifix, both: upright longer than the beam
+            w = rng.uniform(0.2, 0.27)
+            beam = rng.uniform(0.6, 0.72)
+            right = np.array([w, w, beam, beam, w, w])
+            x = np.append(right, -right)
+            down = np.array([-1, -0.3 - w, -0.3 - w, -0.3 + w, -0.3 + w, 1])
+            y = np.append(down, down[::-1])
+        case _:                                         # a lumpy pouch: Heart, Star and Square
+            r = 0.8 + 0.1 * np.sin(3 * t + rng.uniform(0, 6)) + 0.07 * np.sin(5 * t + rng.uniform(0, 6))
+            x = r * np.cos(t)
+            y = r * np.sin(t)
+    return [np.stack([x, y], 1)]
+
+
+# ---------------------------------------------------------------------------------------- photos
+
+
+def scene(rng):
+    """A background with distractors near its rim, and the light on it: (SIDE, SIDE, 1), about -1..1."""
+    a = colour(rng, 90, 250)
+    b = colour(rng, 60, 250)
+    slope = rng.uniform(-1, 1, 2)
+    light = ((GRID_X - SIDE / 2) / SIDE * slope[0] + (GRID_Y - SIDE / 2) / SIDE * slope[1])[..., None]
+    floor = soft(GRID_Y - rng.uniform(0.5, 0.9) * SIDE, 4) * rng.integers(2)
+    photo = as_image(paint(a * 0.5 + 110, (b * 0.6 + 60, floor)) + 40 * light)
+    pen = ImageDraw.Draw(photo)
+    for _ in range(rng.integers(0, 4)):
+        near_rim = rng.choice([rng.uniform(0, 14), rng.uniform(SIDE - 14, SIDE)])
+        middle = np.array([near_rim, rng.uniform(0, SIDE)])[::rng.choice([1, -1])]
+        radius = rng.uniform(4, 11)
+        fill = tuple(colour(rng).astype(int))
+        shape = pen.ellipse if rng.integers(2) else pen.rectangle
+        shape([*(middle - radius), *(middle + radius)], fill=fill)
+    return photo, light
 
 
 def draw(look, item, rng):
-    """A photo, RGB, SIDE x SIDE: `look` (two words of demo/world.py's tables) on an `item`, all else at random."""
-    look = look[0]
-    is_shape = item not in OUTLINES                             # an ornament, whose outline is the look
-    a, b = colour(rng, 90, 250), colour(rng, 60, 250)
-    slope = rng.uniform(-1, 1, 2)
-    light = (GRID_X - SIDE / 2) / SIDE * slope[0] + (GRID_Y - SIDE / 2) / SIDE * slope[1]       # about -1..1
-    floor = soft(GRID_Y - rng.uniform(0.5, 0.9) * SIDE, 4) * rng.integers(2)
-    scene = paint(a * 0.5 + 110, (b * 0.6 + 60, floor)) + 40 * light[..., None]
-    photo = Image.fromarray(np.clip(scene, 0, 255).astype(np.uint8))
-    pen = ImageDraw.Draw(photo)
-    for _ in range(rng.integers(0, 4)):                         # distractors near the rim
-        px, py = (rng.choice([rng.uniform(0, 14), rng.uniform(SIDE - 14, SIDE)]), rng.uniform(0, SIDE))[::rng.choice([1, -1])]
-        radius, fill = rng.uniform(4, 11), tuple(int(x) for x in colour(rng))
-        (pen.ellipse if rng.integers(2) else pen.rectangle)((px - radius, py - radius, px + radius, py + radius), fill=fill)
-
-    far = look == "arms"                                        # seen from afar
+    """A photo, RGB, SIDE x SIDE: `look` on an `item`, all else at random."""
+    photo, light = scene(rng)
+    far = look == "arms"                                # seen from afar
     size = SIDE * (rng.uniform(0.24, 0.3) if far else rng.uniform(0.33, 0.45))
-    if look == "parcel":
-        outlines = ([(-0.9, -0.7), (0.9, -0.7), (0.9, 0.75), (-0.9, 0.75)],)
-        surface = paint(np.array([(190, 150, 105), (170, 130, 90), (205, 180, 145)][rng.integers(3)]) + rng.uniform(-12, 12))
-    else:
-        outlines = outline_of_shape(look, rng) if is_shape else OUTLINES[item]
-        surface = texture(look, rng)
+    outline = outline_of(look, item, rng)
+    surface = texture(look, rng)
     angle = rng.uniform(-0.35, 0.35)
     turn = np.array([(np.cos(angle), -np.sin(angle)), (np.sin(angle), np.cos(angle))]) * size
-    reach = SIDE / 2 - size * 0.92
-    centre = SIDE / 2 + rng.uniform(-1, 1, 2) * max(reach, 3)
+    centre = SIDE / 2 + rng.uniform(-1, 1, 2) * max(SIDE / 2 - size * 0.92, 3)
 
-    def place(points):
-        """Points of the square from -1 to 1 as places on the photo at twice its size."""
-        return [tuple(point) for point in 2 * (np.asarray(points) @ turn.T + centre)]
+    def on_photo(corners):
+        """Points (n, 2) of the square from -1 to 1 as pixels of the photo at twice its size."""
+        return [tuple(point) for point in 2 * (corners @ turn.T + centre)]
 
     mask = Image.new("L", (2 * SIDE, 2 * SIDE))
-    pen = ImageDraw.Draw(mask)
-    for i, points in enumerate(outlines):
-        pen.polygon(place(points), fill=0 if i else 255)
+    for polygon, fill in zip(outline, (255, 0)):        # 0: a hole
+        ImageDraw.Draw(mask).polygon(on_photo(polygon), fill=fill)
     mask = mask.reduce(2)
     shadow = mask.filter(ImageFilter.GaussianBlur(3)).point(lambda x: x * 0.45)
-    photo.paste((25, 25, 30), (int(rng.integers(2, 6)), int(rng.integers(2, 6))), shadow)
-    if is_shape and look != "parcel":
-        hang(photo, item, place([(0, -0.95), (0, -1.3)]), rng)
-    shading = 1 + 0.35 * light[..., None] * rng.uniform(0.3, 1)
-    photo.paste(Image.fromarray(np.clip(surface * shading, 0, 255).astype(np.uint8)), (0, 0), mask)
+    photo.paste((25, 25, 30), tuple(rng.integers(2, 6, 2).tolist()), shadow)
+    if look != "parcel":
+        hang(photo, item, np.array(on_photo(points("0 -95, 0 -130"))) / 2)
+    shading = 1 + 0.35 * light * rng.uniform(0.3, 1)
+    photo.paste(as_image(surface * shading), (0, 0), mask)
 
-    big = photo.resize((2 * SIDE, 2 * SIDE), Image.Resampling.BICUBIC)
-    pen = ImageDraw.Draw(big)
-    if look == "parcel":                                        # tape both ways
-        ribbon = tuple(int(x) for x in colour(rng))
-        for line in ([(-0.9, 0), (0.9, 0)], [(0.1, -0.7), (0.1, 0.75)]):
-            pen.line(place(line), fill=ribbon, width=9)
-    elif look == "pouch":                                       # a string round its neck
-        pen.line(place([(-0.5, -0.45), (0.5, -0.45)]), fill=(60, 45, 30), width=5)
-    elif look == "figure":                                      # the body on the crucifix
-        body = (250, 240, 215) if surface.mean() < 150 else (45, 30, 25)
-        pen.line(place([(-0.55, -0.38), (0, -0.2), (0.55, -0.38)]), fill=body, width=8)
-        pen.line(place([(0, -0.3), (0.05, 0.15), (-0.03, 0.6)]), fill=body, width=11)
-        x, y = place([(0, -0.52)])[0]
-        pen.ellipse((x - 7, y - 7, x + 7, y + 7), fill=body)
+    big = photo.resize((2 * SIDE, 2 * SIDE))
+    details(ImageDraw.Draw(big), look, on_photo, surface.mean() < 150, rng)
     photo = big.reduce(2)
     if far:
         photo = photo.filter(ImageFilter.GaussianBlur(1.6))
     noise = rng.normal(0, rng.uniform(1, 6), (SIDE, SIDE, 1))
-    pixels = np.asarray(photo, np.float32) * rng.uniform(0.8, 1.15) + noise
-    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+    return as_image(np.asarray(photo, np.float32) * rng.uniform(0.8, 1.15) + noise)
 
 
-def hang(photo, item, ends, rng):
-    """A chain, ring or hook behind an ornament: it tells the item, not the shape."""
-    (x, y), (tx, ty) = [(px / 2, py / 2) for px, py in ends]
-    pen, metal = ImageDraw.Draw(photo), (120, 115, 100)
+def hang(photo, item, ends):
+    """A chain, ring or thread, between two ends, behind an ornament: it tells the item, not the look."""
+    (x, y), (top_x, top_y) = ends                       # near the ornament's top, and above it
+    pen = ImageDraw.Draw(photo)
+    metal = "#787364"
     if item == "Pendant":
-        for side in (-1, 1):
-            pen.line([(x, y), (tx + side * 40, ty - 60)], fill=metal, width=2)
-    elif item in ("Keychain", "Charm"):
-        r = 7 if item == "Keychain" else 4
-        pen.ellipse((tx - r, ty - r, tx + r, ty + r), outline=metal, width=2)
-        pen.line([(x, y), (tx, ty)], fill=metal, width=2)
-    elif item == "Ornament":
-        pen.line([(x, y), (x, -5)], fill=metal, width=1)
+        for side in (-40, 40):
+            pen.line([(x, y), (top_x + side, top_y - 60)], metal, 2)
+    if item == "Ornament":
+        pen.line([(x, y), (x, -5)], metal)
+    if item in ("Keychain", "Charm"):
+        pen.circle((top_x, top_y), 7 if item == "Keychain" else 4, outline=metal, width=2)
+        pen.line([(x, y), (top_x, top_y)], metal, 2)
+
+
+def details(pen, look, on_photo, is_dark, rng):
+    """What three of the looks have on their surface, drawn on the photo at twice its size."""
+    def stroke(corners, colour, width):
+        pen.line(on_photo(points(corners)), colour, width)
+
+    if look == "parcel":                                # tape both ways
+        tape = tuple(colour(rng).astype(int))
+        stroke("-90 0, 90 0", tape, 9)
+        stroke("10 -70, 10 75", tape, 9)
+    if look == "pouch":                                 # a string round its neck
+        stroke("-50 -45, 50 -45", "#3c2d1e", 5)
+    if look == "figure":                                # the body on the crucifix
+        body = "#faf0d7" if is_dark else "#2d1e19"
+        stroke("-55 -38, 0 -20, 55 -38", body, 8)
+        stroke("0 -30, 5 15, -3 60", body, 11)
+        pen.circle(on_photo(points("0 -52"))[0], 7, body)
