@@ -2,16 +2,21 @@
 
     python -m experiments.plain                 compares it with EIVEN on the demo world's model
 
-Read this first.  It computes what eiven.py, llama.py and adapters.py compute, slowly: no packing, no shared prefixes, no
-cache, no fused operation.  tests/test_eiven.py compares the fast model with it.
+Read this first.  It computes what eiven.py, llama.py and adapters.py compute, slowly: no packing, no shared
+prefixes, no cache, no fused operation.  tests/test_eiven.py compares the fast model with it.
 
-Shapes   T tokens of the sequence   D hidden size   d head dimension   P photos   K [cls] tokens of a photo   V ViT width
-         r adapter rank
+Shapes   T tokens of the sequence   D LLaMA's width   d head dimension   P photos   K [cls] tokens of a photo
+         V ViT's width   r adapter rank
 """
 
 import math
 
 import torch
+
+from data import base_question, comparison, encode_examples, read_split
+from demo import world
+from eiven import EIVEN
+from llama import load_llama
 
 
 def answer_log_probs(model, example, cls_tokens):
@@ -21,24 +26,26 @@ def answer_log_probs(model, example, cls_tokens):
     cls_tokens  (P, K, V), I of each photo
     """
     llama, config = model.llama, model.llama.config
-    table = llama.embed_tokens.weight                                           # (vocab, D)
-    visual_tokens = [projector(model.projector, cls_tokens[p]) for p in example.photos]         # I', (K, D) each
-    x = torch.cat([table[[model.tokenizer.bos_id]], *visual_tokens, table[example.prompt + example.answer]])    # (T, D)
+    table = llama.embed_tokens.weight                                       # (vocab, D)
+    visual_tokens = [projector(model.projector, cls_tokens[p]) for p in example.photos]     # I', (K, D) each
+    text = table[example.prompt + example.answer]
+    x = torch.cat([table[[model.tokenizer.bos_id]], *visual_tokens, text])  # (T, D)
     T, d = len(x), config.head_dim
 
     for block in llama.layers:
-        h = adapter(block.adapter, rms_norm(x, block.input_layernorm))          # (T, D)   x itself is not changed
-        q = h @ block.self_attn.q_proj.weight.T                                 # (T, heads d)
+        h = adapter(block.adapter, rms_norm(x, block.input_layernorm))      # (T, D)   x itself is not changed
+        q = h @ block.self_attn.q_proj.weight.T                             # (T, heads d)
         k = h @ block.self_attn.k_proj.weight.T
         v = h @ block.self_attn.v_proj.weight.T
         heads = []
         for i in range(config.num_attention_heads):
-            j = i // (config.num_attention_heads // config.num_key_value_heads)         # the key/value head of head i
-            q_i = rotate(q[:, i * d:(i + 1) * d], config.rope_theta)            # (T, d)
+            # the key/value head of head i
+            j = i // (config.num_attention_heads // config.num_key_value_heads)
+            q_i = rotate(q[:, i * d:(i + 1) * d], config.rope_theta)        # (T, d)
             k_j = rotate(k[:, j * d:(j + 1) * d], config.rope_theta)
             v_j = v[:, j * d:(j + 1) * d]
-            scores = q_i @ k_j.T / math.sqrt(d)                                 # (T, T)
-            scores = scores + torch.full((T, T), float("-inf")).triu(1)         # causal mask
+            scores = q_i @ k_j.T / math.sqrt(d)                             # (T, T)
+            scores = scores + torch.full((T, T), float("-inf")).triu(1)     # causal mask
             heads.append(scores.softmax(-1) @ v_j)
         x = x + torch.cat(heads, -1) @ block.self_attn.o_proj.weight.T
         h = rms_norm(x, block.post_attention_layernorm)
@@ -46,13 +53,13 @@ def answer_log_probs(model, example, cls_tokens):
         up = h @ block.mlp.up_proj.weight.T
         x = x + (gate * gate.sigmoid() * up) @ block.mlp.down_proj.weight.T
 
-    logits = rms_norm(x, llama.norm) @ llama.lm_head.weight.T                   # (T, vocab)
+    logits = rms_norm(x, llama.norm) @ llama.lm_head.weight.T               # (T, vocab)
     R = torch.tensor(example.answer)
-    before = torch.arange(T - len(R) - 1, T - 1)                                # the token before R_t predicts R_t
+    before = torch.arange(T - len(R) - 1, T - 1)        # the token before R_t predicts R_t
     return logits.log_softmax(-1)[before, R]
 
 
-def projector(p, I):                                    # noqa: E741   I as in the paper
+def projector(p, I):                                    # I as in the paper
     """I' = (swish(I Wg + bg) * (I Wd + bd)) Wu + bu, section 2.1: (K, V) -> (K, D)"""
     gate = I @ p.gate.weight.T + p.gate.bias
     return (gate * gate.sigmoid() * (I @ p.down.weight.T + p.down.bias)) @ p.up.weight.T + p.up.bias
@@ -60,10 +67,10 @@ def projector(p, I):                                    # noqa: E741   I as in t
 
 def adapter(a, h):
     """h' = h + s (U sigma(D h + d) + u), section 2.2 and Appendix D: (T, D) -> (T, D)"""
-    z = h @ a.down.weight.T + a.down.bias                                       # (T, r)
+    z = h @ a.down.weight.T + a.down.bias                                   # (T, r)
     if a.kind == "mlp":
         z = z.clamp(min=0)
-    parts = zip(z.chunk(len(a.up_weight), dim=-1), a.up_weight)                 # RepAdapter: U in two groups
+    parts = zip(z.chunk(len(a.up_weight), dim=-1), a.up_weight)             # RepAdapter: U in two groups
     return h + a.scale * (torch.cat([z_g @ U_g.T for z_g, U_g in parts], -1) + a.up_bias)
 
 
@@ -85,20 +92,17 @@ def rotate(x, theta):
 
 
 def main():
-    from data import base_question, comparison, encode_examples, read_split
-    from demo import world
-    from eiven import EIVEN
-    from llama import load_llama
     model = EIVEN(*load_llama(world.LLAMA, torch.float32), visual_width=64)
+    first, second = read_split(world.write_dataset(), "general", "test")[:2]
+    examples = [base_question(first), comparison(first, second, "judge_last")]
+    batch, _ = encode_examples(examples, model.tokenizer)
+    cls_tokens = torch.randn(2, 4, 64)
     with torch.no_grad():
         for p in model.trainable_parameters().values():
             p += 0.02 * torch.randn_like(p)             # up-projections of zero would hide the adapters
-        first, second = read_split(world.write_dataset(), "general", "test")[:2]
-        batch, photos = encode_examples([base_question(first), comparison(first, second, "judge_last")], model.tokenizer)
-        cls_tokens = torch.randn(len(photos), 4, 64)
-        loss = model(batch, cls_tokens)
-        plain = -sum(answer_log_probs(model, example, cls_tokens).sum() for example in batch) / len(batch)
-    print(f"the training objective L of two examples: {plain:.6f} written out, {loss:.6f} by EIVEN.forward")
+        plain = -sum(answer_log_probs(model, example, cls_tokens).sum() for example in batch) / 2
+        print(f"the training objective L of two examples: {plain:.6f} written out, "
+              f"{model(batch, cls_tokens):.6f} by EIVEN.forward")
 
 
 if __name__ == "__main__":

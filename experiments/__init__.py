@@ -1,1 +1,0 @@
-"""The paper's tables, speed and memory, probes, and the tools that tests use:  python -m experiments.NAME --help"""
