@@ -1,178 +1,245 @@
-"""python -m dataset check: what train.py refuses is refused, what spoils a result is named, and a clean folder passes."""
+"""What counts as a mention and as a duplicate, the table of values, and python -m dataset check."""
 
-import numpy as np
+import re
+import shutil
+
 import pytest
-from conftest import command, held
-from PIL import Image
+from conftest import SHARED, jpeg
 
 from base.console import UserError
-from base.tsv import write_tsv
-from dataset.check import check
-from dataset.stats import SPLITS
+from base.duplicates import groups, not_in, photo_key, title_key
+from base.tsv import read_tsv, write_tsv
+from data import Product
+from dataset.__main__ import main
+from dataset.mentions import clean, folded, mentions, without
+from dataset.values import ATTRIBUTES, VALUES, read_values
 
-SHOES = ["ankle", "suede", "lace", "trail", "city", "winter", "slip", "heavy", "light", "classic", "retro", "urban", "alpine"]
+RELEASE = SHARED / "data" / "implicitave"
+PARTS = "train", "val", "test"
 
 
-def write_shop(folder, change=lambda rows: None):
-    """FOLDER/shop/{train,val,test}.tsv and FOLDER/images/: 3 values of one attribute, 12 + 2 + 2 products each; `change` may
-    alter the rows {split: [row]} before they are written."""
-    rows, n = {}, 0
+def table(text):
+    """The cells of a table in a text: lines, and " | " between the cells."""
+    return [[cell.strip() for cell in line.split(" |")] for line in text.strip().splitlines()]
+
+
+# ---------------------------------------------------------------------------------------- mentions
+
+
+@pytest.mark.parametrize("names, title, left", table("""
+Round | Surround Sound Round Pendant | Surround Sound Pendant
+Round | ROUND-cut, rounded (round) Disc's | cut, Disc's
+Short Sleeve | Short Short Sleeve Sleeve Tee | Tee
+Short Sleeve | short_sleeve short – sleeve short. sleeved shortsleeve short....sleeve | short....sleeve
+V-Neck | Deep V Neck VNeck v—neck Top (V-NECK) | Deep Top
+Crew Neck | Crew Necks crew-necked crewneck Top | Top
+Stripe + striped | Striped/Plaid Scarf - Stripes | Plaid Scarf
+Golf | Nike Golf's Best Goldfish golfer | Nike Best Goldfish golfer
+Camo & More | A camo & more hat | A hat
+Canvas | Two Canvases bag | Two bag
+Leather | Leatherette Amerileather Bag | Leatherette Amerileather Bag
+Heart | Heart |
+??? | Nothing ??? to find | Nothing ??? to find
+Flat | \ufb02at shoe, Ｆｌａｔ, \ufb02at’s | shoe
+3/4 Sleeve | Top ¾ Sleeve 3⁄4 sleeves ３／４ Sleeve | Top
+Polka Dot | Pol\u00adka\u200b Dot, Polka\u00a0Dots, Polka&nbsp;Dot & P\ufe0folka-D\u034fotted Dress | Dress
+Stripe | &amp;lt;b&amp;gt;Striped&amp;lt;/b&amp;gt; Tee | Tee
+A & B | A&amp;amp;amp;B Shirt | Shirt
+Stiletto | Stiletto's, STILETTO’S, Stilettoʼs heel | heel
+Galaxy | Galaxies Galaxy's galaxy-printed | printed
+Bootie | Booties, Booty & bootie's |
+Camouflage | Camouflaged camouflages hat | hat
+Round Toe | Round-Toed Toe | Toe
+Square Neck | Squared-Neck, squarenecked, Squarely | Squarely
+Cap | Cape Caps capped escape | Cape escape
+Naïve | nai\u0308ve NAÏVE naive | naive
+Heart | Nike™ heart℠ Ⓗeart | Nike
+Leopard | <b title='leopard'>Cat</b> &lt;i&gt;Leopard&lt;/i&gt;<style>.x{}</style> I <3 | Cat I <3
+"""))
+def test_every_mention_goes_and_nothing_else(names, title, left):
+    assert without(clean(title), mentions(tuple(names.split(" + ")))) == left
+
+
+def test_a_raw_value_means_what_its_mention_means():
+    """Whatever goes from a title as a mention of a value is mapped to it when it stands alone, and the other
+    way round.
+    """
+    for (_, _, value), raws in read_values(VALUES)[1].items():
+        wanted = mentions((value, *raws))
+        for raw in (value, *raws):
+            for form in (raw.upper(), raw + "s", raw + "'s", raw.replace(" ", "-"), raw.replace(" ", "")):
+                assert (folded(clean(form)) in wanted) == (without(clean(form), wanted) == ""), (form, value)
+
+
+# ---------------------------------------------------------------------------------------- the table of values
+
+
+@pytest.mark.skipif(not RELEASE.is_dir(), reason="the authors' data are not here")
+def test_the_table_has_the_authors_values_and_categories():
+    meanings = read_values(VALUES)[0]
+    for dataset in ATTRIBUTES:
+        rows = [row for part in PARTS for _, row in read_tsv(RELEASE / dataset / f"{part}.tsv")]
+        theirs = {(row["attribute_names"], row["category"], row["attribute_values"]) for row in rows}
+        assert theirs == {(attribute, category, value) for (name, attribute, category), of in meanings.items()
+                          if name == dataset for value in of.values()}
+
+
+@pytest.mark.parametrize("dataset, attribute, category, raw, value", table("""
+clothing | Length | Pants | long | None
+clothing | Length | Dresses | Long | Long Dress/Gown
+clothing | Length | Pants | mid-calf | Capri
+clothing | Length | Skirts | mid-calf | Midi
+clothing | Length | Dresses | capris | None
+clothing | Sleeve Style | Dresses | ¾ | 3/4 Sleeve
+general | Pattern | Shirts & Tops | check | Plaid
+footwear | Heel Height | Shoes | stiletto's | High Heel
+"""))
+def test_a_spelling_means_a_value_in_its_categories(dataset, attribute, category, raw, value):
+    assert str(read_values(VALUES)[0][dataset, attribute, category].get(folded(clean(raw)))) == value
+
+
+@pytest.mark.parametrize("text, says", [
+    ("clothing\tLength\tCapri\tCapri\tTrousers\n",
+     "line 2, clothing, Length: no such attribute, or not its categories: 'Trousers'"),
+    ("clothing\tLength\tCapri\tCapri\tPants\nclothing\tLength\tcropped\tCapri\tDresses\n",
+     "line 3, clothing, Length: 'Capri' exists only in Pants"),
+    ("clothing\tLength\tlong\tMaxi\tDresses\nclothing\tLength\tLong\tMidi\tnot Pants\n",
+     "line 3, clothing, Length: 'Long' means 'Midi' here, and 'Maxi' on an earlier line"),
+    ("clothing\tColor\tred\tRed\t\n", "line 2, clothing, Color: no such attribute")])
+def test_a_bad_table_is_refused_with_its_line(tmp_path, text, says):
+    (tmp_path / "v.tsv").write_text("dataset\tattribute\traw\tvalue\tcategory\n" + text)
+    with pytest.raises(UserError, match=re.escape(says)):
+        read_values(tmp_path / "v.tsv")
+
+
+# ---------------------------------------------------------------------------------------- duplicates
+
+
+def test_titles_are_compared_by_their_words_and_groups_join_in_a_chain():
+    """0 and 1 have one title, 1 and 2 the same photo; the others stand alone, also those without both."""
+    titles = ["Shoe shoe, AIR nike!", "Ｎｉｋｅ Air Shoe", "Shoe 7", "Shoe 8", " - ! ", ""]
+    numbers = groups([*map(title_key, titles)], [1, 2, 2, 3, None, None])
+    assert numbers[0] == numbers[1] == numbers[2] and len(set(numbers)) == 4
+
+
+def test_what_is_not_in_train(tmp_path):
+    (tmp_path / "a.jpg").write_text("a")
+    (tmp_path / "b.jpg").write_text("b")
+
+    def product(title, image):
+        return Product("1", image, "", title, "Pattern", "Plaid")
+
+    train = [product("Red boot", "a.jpg"), product("", "missing.jpg")]
+    test = [product("boot RED", "b.jpg"), product("Blue boot", "a.jpg"), product("Blue boot", "b.jpg"),
+            product("", "missing.jpg")]
+    assert not_in(train, test, tmp_path) == test[2:] and not_in(train, test) == test[1:]
+    assert photo_key(tmp_path) is None
+
+
+# ---------------------------------------------------------------------------------------- check
+
+
+def write_shop(folder, *edits):
+    """FOLDER/shop/{train,val,test}.tsv and FOLDER/images/: 3 values of one attribute, 12 + 2 + 2 products
+    each.
+
+    edits  (split, row, column, cell) to be written instead
+    """
+    rows = {part: [] for part in PARTS}
     (folder / "images").mkdir(parents=True)
-    for part, each in zip(SPLITS, (12, 2, 2)):
-        rows[part] = []
-        for value in ("Chelsea", "Combat", "Rain Boots") * each:
-            n += 1
-            blocks = np.random.default_rng(n).integers(0, 256, (6, 8, 3), dtype=np.uint8)
-            Image.fromarray(blocks).resize((80, 60)).save(folder / "images" / f"{n}.jpg")
-            rows[part].append([f"P{n}", f"{n}.jpg", "Footwear", f"[Title] {SHOES[n % 13]} shoe number {n}", "Boot Style", value])
-    change(rows)
-    for part, each in rows.items():
-        write_tsv(folder / "shop" / f"{part}.tsv", each)
+    for n, part in enumerate(["train"] * 36 + ["val"] * 6 + ["test"] * 6, start=1):
+        (folder / f"images/{n}.jpg").write_bytes(jpeg())
+        value = ("Chelsea", "Combat", "Rain Boots")[n % 3]
+        rows[part].append([f"P{n}", f"{n}.jpg", "Footwear", f"[Title] shoe number {n}", "Boot Style", value])
+    for part, row, column, cell in edits:
+        rows[part][row][column] = cell
+    for part, its in rows.items():
+        write_tsv(folder / "shop" / f"{part}.tsv", its)
     return folder / "shop"
 
 
-def test_a_clean_folder_can_be_trained(tmp_path, capsys):
-    check(write_shop(tmp_path))
-    out = capsys.readouterr().out
-    assert "REFUSED" not in out and "SPOILS" not in out and "train 36, val 6, test 6" in out
-    assert f"python train.py --data {tmp_path} --dataset shop --labels 10" in out
-
-
-def answer_in_title(rows):
-    rows["train"][0][3] = "[Title] chelseas for the rain"
-
-
-def few_labels(rows):
-    del rows["train"][3:9:3]
-
-
-def one_value(rows):
-    rows["train"][0][4:], rows["test"][0][4:] = ["Colour", "Red"], ["Colour", "Red"]
-
-
-def same_title(rows):
-    rows["test"][0][3] = "[Title] 5 NUMBER " + rows["train"][4][3].removeprefix("[Title] ").replace("number 5", "")
-
-
-def same_photo(rows):
-    rows["val"][0][1] = rows["train"][0][1]
-
-
-def twins(rows):
-    for row in rows["train"][::6]:
-        row[5] = "chelsea's"
-
-
-def unknown_value(rows):
-    rows["test"][1][5] = "Western"
-
-
-def id_twice(rows):
-    rows["train"][3][0] = rows["train"][0][0]
-
-
-def two_values(rows):
-    rows["val"][1][0] = rows["train"][0][0]
-
-
-@pytest.mark.parametrize("change, says", [
-    (answer_in_title, "titles or categories that hold their answer: 1 (the model learns to copy)\n"
-                      "      P1 (train.tsv) Boot Style = Chelsea"),
-    (few_labels, "values with fewer than 12 labels to train on: 1\n      Boot Style = Chelsea: 10"),
-    (one_value, "attributes with one value alone: 1 (there is nothing to learn)\n      Colour = Red"),
-    (same_title, "products of test.tsv with the same title words as one of train.tsv: 1 (their score measures memory)\n"
-                 "      P43 as P5"),
-    (same_photo, "products of val.tsv with the same photo bytes as one of train.tsv: 1 (their score measures memory)\n"
-                 "      P37 as P1"),
-    (twins, "values that differ only in case, plural or hyphens: 1 (an exact match takes them for two)\n"
-            "      Boot Style: \"chelsea's\" 6, 'Chelsea' 10"),
-    (unknown_value, "values of test.tsv that train.tsv does not have: 1 (no answer to them can be right)\n"
-                    "      Boot Style = Western: 1 products"),
-    (id_twice, "ids that stand twice in a file for one attribute: 1\n      P1, Boot Style (train.tsv)"),
-    (two_values, "ids with two values of one attribute: 1\n      P1, Boot Style: Chelsea, Combat")])
-def test_what_spoils_a_result_is_named_and_can_be_trained(change, says, tmp_path, capsys):
-    check(write_shop(tmp_path, change), labels=12)
+@pytest.mark.parametrize("edit, says", [
+    (("train", 2, 3, "chelseas for the rain"), """titles or categories that hold their answer: 1 \
+(the model learns to copy)
+      P3 (train.tsv) Boot Style = Chelsea"""),
+    (("train", 2, 5, "Combat"), """values with fewer than 12 labels to train on: 1
+      Boot Style = Chelsea: 11"""),
+    (("train", 2, 4, "Colour"), """attributes with one value alone: 1 (there is nothing to learn)
+      Colour = Chelsea"""),
+    (("test", 0, 3, "5 NUMBER shoe"), """products of test.tsv with the same title words as one of train.tsv: \
+1 (of 6, 0 of them with the same label; their score measures memory)
+      P43 as P5"""),
+    (("val", 1, 1, "2.jpg"),
+     "products of val.tsv with the same photo bytes as one of train.tsv: 1 (of 6, 1 of them"),
+    (("train", 2, 5, "chelsea's"), """values that differ only in case, plural or hyphens: 1 \
+(an exact match takes them for two)
+      Boot Style: "chelsea's" 1, 'Chelsea' 15"""),
+    (("test", 1, 5, "Western"), """values of test.tsv that train.tsv does not have: 1 \
+(no answer to them can be right)
+      Boot Style = Western: 1 products"""),
+    (("train", 3, 0, "P1"), """ids that stand twice in a file for one attribute: 1
+      P1, Boot Style"""),
+    (("val", 1, 0, "P1"), "products of val.tsv with the same id as one of train.tsv: 1")])
+def test_what_spoils_a_result_is_named_and_can_be_trained(edit, says, tmp_path, capsys):
+    main(["check", str(write_shop(tmp_path, edit)), "--labels", "12"])
     out = capsys.readouterr().out
     assert "REFUSED" not in out and says in out, out
 
 
-def no_photo(folder):
-    (folder / "images/1.jpg").unlink()
+def test_a_clean_folder(tmp_path, capsys):
+    main(["check", str(write_shop(tmp_path))])
+    out = capsys.readouterr().out
+    assert "SPOILS" not in out and f"train.py --data {tmp_path} --dataset shop --labels 10\n" in out
 
 
-def broken_photo(folder):
-    (folder / "images/2.jpg").write_text("<!doctype html>")
-
-
-def bad_line(folder):
+def bad_lines(folder):
     with open(folder / "shop/val.tsv", "a") as file:
-        file.write("P99\ttoo few\n")
+        file.write("P99\ttoo few\nP98\t1.jpg\t\tshoe\tBoot Style\t\n")
 
 
-def no_val(folder):
-    (folder / "shop/val.tsv").unlink()
-
-
-def empty_test(folder):
-    write_tsv(folder / "shop/test.tsv", [])
-
-
-def no_value(folder):
-    write_tsv(folder / "shop/test.tsv", [["P1", "1.jpg", "Shoes", "[Title] x", "Boot Style", ""]])
+def link_out(folder):
+    (folder / "images/2.jpg").rename(folder / "outside.jpg")
+    (folder / "images/2.jpg").symlink_to(folder / "outside.jpg")
 
 
 @pytest.mark.parametrize("change, says", [
-    (no_photo, "photos that are not in {}/images: 1 (train with --no-image if there are none)\n      1.jpg (train.tsv)"),
-    (broken_photo, "files that are no photos: 1\n      {}/images/2.jpg: "), (bad_line, "{}/shop/val.tsv, line 8: has 2 columns"),
-    (no_val, "val.tsv missing. Divide"), (empty_test, "{}/shop/test.tsv: has a header but no products"),
-    (no_value, "{}/shop/test.tsv, line 2: attribute_values is empty")])
-def test_what_train_py_refuses_is_refused(change, says, tmp_path, capsys, llama_dir, vit_dir, monkeypatch):
-    """By both, and a clean folder by neither."""
-    import train
-    monkeypatch.setattr("support.config.FEATURE_CACHE", tmp_path / "features.sqlite")
+    (lambda folder: (folder / "images/2.jpg").write_text("<!doctype html>"),
+     "or cannot be read: 1 (--no-image trains without photos)\n      {}/images/2.jpg: "),
+    (link_out, "photos that are missing or cannot be read: 1"),
+    (bad_lines, "{}/shop/val.tsv, line 8: has 2 cells, the header 6\n      {}/shop/val.tsv, line 9: "
+                "attribute_values is empty"),
+    (lambda folder: (folder / "shop/val.tsv").unlink(), "{}/shop/val.tsv: does not exist"),
+    (lambda folder: write_tsv(folder / "shop/test.tsv", []),
+     "{}/shop/test.tsv: has a header but no products")])
+def test_what_train_py_refuses_is_refused(change, says, tmp_path, capsys):
     folder = write_shop(tmp_path)
     change(tmp_path)
     with pytest.raises(UserError, match="train.py would refuse it"):
-        check(folder)
+        main(["check", str(folder)])
     out = capsys.readouterr().out
-    assert out.index("REFUSED") < out.index(says.format(tmp_path)), out
-    with pytest.raises(UserError):
-        train.main(["--data", str(tmp_path), "--dataset", "shop", "--llama", str(llama_dir), "--vit", str(vit_dir),
-                    "--epochs", "1", "--device", "cpu", "--out", str(tmp_path / "run")])
+    assert out.index("REFUSED") < out.index(says.replace("{}", str(tmp_path))), out
 
 
-def test_a_shop_with_one_file_is_told_what_is_missing(tmp_path, capsys):
-    write_shop(tmp_path)
-    rows = (tmp_path / "shop/train.tsv").read_bytes()
-    for part in SPLITS:
-        (tmp_path / f"shop/{part}.tsv").unlink()
-    (tmp_path / "shop/products.tsv").write_bytes(rows)
-    (tmp_path / "images").rename(tmp_path / "shop/images")
-    with pytest.raises(UserError):
-        check(tmp_path / "shop")
+def test_what_is_absent_is_listed_unless_there_shall_be_no_image(tmp_path, capsys):
+    folder = write_shop(tmp_path)
+    for n in range(1, 5):
+        (tmp_path / f"images/{n}.jpg").unlink()
+    for more, last in ([], 3), (["--all"], 4):
+        with pytest.raises(UserError):
+            main(["check", str(folder), *more])
+        assert re.findall(r"/(\d)\.jpg: does not exist", capsys.readouterr().out) == list("1234"[:last])
+    main(["check", str(folder), "--no-image"])
     out = capsys.readouterr().out
-    assert "train.tsv, val.tsv, test.tsv missing. Divide the lines of products.tsv into train.tsv, val.tsv and test.tsv" in out
-    assert f"some are in {tmp_path}/shop/images, move them" in out and "products 36" in out
+    assert "--no-image\n" in out and "photo" not in out
 
 
-def test_tokens_are_counted_as_train_py_counts_them(tmp_path, capsys, llama_dir):
-    def long_title(rows):
-        rows["train"][0][3] = "[Title] " + "shoe " * 1500
-
-    folder = write_shop(tmp_path, long_title)
+def test_tokens_are_counted(llama_dir, tmp_path, capsys):
+    llama = shutil.copytree(llama_dir, tmp_path / "llama")
+    main(["check", str(write_shop(tmp_path / "fine")), "--llama", str(llama)])
+    out = capsys.readouterr().out
+    assert "and its answer: at most " in out
     with pytest.raises(UserError):
-        check(folder, llama=llama_dir)
-    assert "products with more tokens than the 2,048 that this LLaMA reads: 1\n      P1 (train.tsv): " in capsys.readouterr().out
-    check(write_shop(tmp_path / "fine"), llama=llama_dir)
-    assert "tokens of a question and its answer: median" in capsys.readouterr().out
-
-
-def test_the_command_and_its_errors(tmp_path):
-    folder = write_shop(tmp_path / "root")
-    fine = command("-m dataset", ["check", str(folder), "--labels", "12"], tmp_path)
-    assert fine.code == 0 and not held(fine) and "It can be trained" in fine.out
-    for arguments, says in (([str(tmp_path / "none")], "is not a folder"),
-                            ([str(tmp_path / "root")], "Its folders shop do: give one"), ([str(tmp_path)], "holds no TSV file"), ([str(folder), "--llama", str(tmp_path)], "config.json")):
-        outcome = command("-m dataset", ["check", *arguments], tmp_path)
-        assert outcome.code == 2 and not held(outcome), held(outcome)
-        assert outcome.err.startswith("python -m dataset: error: ") and says in outcome.err, outcome.err
+        main(["check", str(write_shop(tmp_path / "bad", ("train", 0, 3, "shoe " * 1500))),
+              "--llama", str(llama)])
+    out = capsys.readouterr().out
+    assert "products with more tokens than the 2,048 that this LLaMA reads: 1\n      P1 (train.tsv): " in out

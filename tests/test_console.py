@@ -1,131 +1,234 @@
-"""Files are never half written, progress is one line on a terminal and plain lines in a log."""
+"""Commands: exit codes, streams, progress; files that are whole or absent; weight files, read strictly."""
 
-import errno
+import io
+import itertools
+import json
 import os
-import pty
-import signal
-import subprocess
+import re
+import resource
 import sys
-from pathlib import Path
 
 import pytest
+import torch
+from conftest import command, held
+from safetensors.torch import load_file, save_file
 
-from base.console import duration, whole_file, write_text
+from base import console
+from base.checkpoint import check_frozen, fingerprint, load_strict, read_state_dict, restore, save_tensors
+from base.console import Progress, UserError, duration, whole_file, write_text
+from experiments.random_weights import write_llama
+from llama import load_llama
 
-PROJECT = Path(__file__).resolve().parent.parent
+# ---------------------------------------------------------------------------------------- a command
+
+
+def fails(error):
+    def main():
+        raise error
+    return main
+
+
+@pytest.mark.parametrize("error, code, said", [
+    (UserError("what\x1b[31m, where\r\n, what next"), 2, r"x: error: what\x1b[31m, where\r\n, what next"),
+    (RuntimeError("first line\nsecond"), 1, "x: error: RuntimeError: first line (test_console.py, line "),
+    (OSError(28, "No space left on device", "a.txt"), 1, "x: error: a.txt: No space left on device"),
+    (KeyboardInterrupt(), 130, "x: interrupted"), (BrokenPipeError(), 141, ""),
+])
+def test_an_error_has_its_exit_code_and_one_line(error, code, said, capsys, monkeypatch):
+    with pytest.raises(SystemExit) as end:
+        console.run(fails(error), "x")
+    err = capsys.readouterr().err
+    assert end.value.code == code and err.startswith(said) and err.count("\n") == bool(said)
+    monkeypatch.setenv("EIVEN_DEBUG", "1")
+    with pytest.raises(SystemExit):
+        console.run(fails(error), "x")
+    assert ("Traceback" in capsys.readouterr().err) == isinstance(error, Exception)
+
+
+class Bare:
+    """A stream as in a notebook or a logger of the user's: it can write and flush, and nothing more."""
+
+    def __init__(self):
+        self.text = ""
+
+    def write(self, text):
+        self.text += text
+
+    def flush(self):
+        pass
+
+
+@pytest.mark.parametrize("stream", [lambda: None, Bare, io.StringIO])
+def test_closed_and_replaced_streams(run, tmp_path, stream):
+    """A daemon has none, and a notebook its own.  Scores and exit codes are the same."""
+    def before():
+        sys.stdout, sys.stderr = stream(), stream()
+
+    expected = (run / "predictions.tsv").read_bytes()
+    (run / "predictions.tsv").unlink()
+    assert command("evaluate.py", [run], tmp_path, before=before).code == 0
+    assert (run / "predictions.tsv").read_bytes() == expected
+    assert command("evaluate.py", [tmp_path / "nowhere"], tmp_path, before=before).code == 2
+
+
+def test_an_output_that_is_full_is_one_line(run, tmp_path):
+    full = os.open("/dev/full", os.O_WRONLY)
+    done = command("evaluate.py", [run], tmp_path, before=lambda: os.dup2(full, 1))
+    os.close(full)
+    assert done.code == 1 and not held(done) and "the output: No space left on device" in done.err
+
+
+@pytest.mark.parametrize("seconds, text", [(59.4, "59 s"), (59.6, "1 min 00 s"),
+                                           (3599.7, "1 h 00 min"), (7620, "2 h 07 min")])
+def test_durations(seconds, text):
+    assert duration(seconds) == text
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_is_one_line_on_a_terminal_and_lines_in_a_log(monkeypatch, terminal):
+    stream, clock = io.StringIO(), iter(range(0, 4000, 4))
+    stream.isatty = lambda: terminal
+    monkeypatch.setattr("sys.stderr", stream)
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))          # every look at the clock is 4 s later
+    with Progress("counting", 10, "sheep") as progress:
+        for _ in range(10):
+            progress.step(note="asleep")
+    text = stream.getvalue()
+    assert re.search(r"counting  2/10 sheep  0\.1\d/s  1[26] s  (48 s|1 min 04 s) left  asleep", text)
+    assert text.count("\n") == (1 if terminal else len(text.splitlines())) and ("\r" in text) == terminal
+    assert text.splitlines()[-1].lstrip("\r\x1b[K").startswith("counting  10/10 sheep")
+
+
+# ---------------------------------------------------------------------------------------- whole files
 
 
 def test_a_file_is_whole_or_absent(tmp_path):
     path = tmp_path / "deep" / "file.txt"
     write_text(path, "one\n")
-    with pytest.raises(RuntimeError), whole_file(path) as partial:
-        partial.write_text("half")
-        raise RuntimeError
-    assert path.read_text() == "one\n"
-    assert [p.name for p in path.parent.iterdir()] == ["file.txt"]
+    for error, caught in ((RuntimeError("half"), UserError), (KeyboardInterrupt(), KeyboardInterrupt)):
+        with pytest.raises(caught), whole_file(path) as partial:
+            partial.write_text("half")
+            raise error
+    assert path.read_text() == "one\n" and [p.name for p in path.parent.iterdir()] == ["file.txt"]
+    with pytest.raises(UserError, match="deep: is a folder"):
+        write_text(path.parent, "two")
+    for unwritable in (path / "x", tmp_path / ("x" * 300), "/proc/x"):
+        with pytest.raises(UserError, match="cannot be written: "):
+            write_text(unwritable, "two")
 
 
-def test_a_folder_is_whole_or_absent(tmp_path):
-    with pytest.raises(RuntimeError), whole_file(tmp_path / "folder") as partial:
-        partial.mkdir()
-        (partial / "a").write_text("half")
-        raise RuntimeError
-    assert not list(tmp_path.iterdir())
-    with whole_file(tmp_path / "folder") as partial:
-        partial.mkdir()
-        (partial / "a").write_text("whole")
-    assert [p.name for p in tmp_path.rglob("*")] == ["folder", "a"]
-
-
-def test_what_cannot_be_replaced_is_written_to(tmp_path):
-    (tmp_path / "target").write_text("old")
+def test_links_and_devices_stay_what_they_are(tmp_path):
     (tmp_path / "link").symlink_to("target")
     (tmp_path / "null").symlink_to("/dev/null")
-    write_text(tmp_path / "link", "new")
-    write_text(tmp_path / "null", "new")
-    assert (tmp_path / "target").read_text() == "new" and (tmp_path / "link").is_symlink()
-    assert os.readlink(tmp_path / "null") == "/dev/null" and Path("/dev/null").is_char_device()
-    assert len(list(tmp_path.iterdir())) == 3
+    for name in ("link", "null"):
+        write_text(tmp_path / name, "new")
+        assert (tmp_path / name).is_symlink()
+    assert (tmp_path / "target").read_text() == "new" and not os.path.isfile("/dev/null")
 
 
-def test_a_full_disk_names_the_file(tmp_path):
-    """The error of a write knows no file name, and the temporary name is of no use."""
-    path = tmp_path / "a.txt"
-    with pytest.raises(OSError, match="No space left") as caught, whole_file(path):
-        raise OSError(errno.ENOSPC, "No space left on device")
-    assert caught.value.filename == str(path)
-    with pytest.raises(OSError, match="No space left") as caught, whole_file(path) as partial:
-        raise OSError(errno.ENOSPC, "No space left on device", str(partial))
-    assert caught.value.filename == str(path)
+def test_the_umask_decides_who_may_read(tmp_path):
+    before = os.umask(0o027)
+    try:
+        save_tensors(tmp_path / "adapter.safetensors", {"a": torch.ones(1)})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "adapter.safetensors").stat().st_mode & 0o777 == 0o640
 
 
-def test_what_killed_processes_left_is_removed_and_no_more(tmp_path):
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
-    names = [f".a.txt.{gone.pid}.partial", f".a.txt.b.{gone.pid}.partial", f".a.txt.{os.getppid()}.partial", ".a.txt.1.partial"]
-    for name in names:
-        (tmp_path / name).write_text("half")
-    write_text(tmp_path / "a.txt", "whole")
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted({*names[1:], "a.txt"})       # the parent may be 1
+@pytest.mark.parametrize("whole", [0, 1, 2, 4, 12])
+def test_a_full_disk_is_one_line_and_the_run_goes_on(run, flags, tmp_path, whole):
+    """The disk is full after so many whole files.  When there is space again, the run becomes the same."""
+    def before():
+        replace, number = os.replace, itertools.count()
+
+        def replace_and_fill(*paths):
+            if next(number) == whole:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (400, 400))
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            replace(*paths)
+        os.replace = replace_and_fill
+
+    out = tmp_path / "out"
+    done = command("train.py", [*flags, "--out", out], tmp_path, before=before)
+    assert done.code in (1, 2) and not held(done)
+    assert not list(tmp_path.rglob("*.partial"))
+    again = ["--resume", out] if (out / "config.json").exists() else [*flags, "--out", out]
+    assert command("train.py", again, tmp_path).code == 0
+    trained = load_file(out / "adapter.safetensors")
+    for name, tensor in load_file(run / "adapter.safetensors").items():
+        assert torch.equal(trained[name], tensor)
+    for name in ("predictions.tsv", "val/predictions.tsv"):
+        assert (out / name).read_bytes() == (run / name).read_bytes()
 
 
-@pytest.mark.parametrize("seconds, text", [(0, "0 s"), (59.4, "59 s"), (60, "1 min 00 s"), (185, "3 min 05 s"),
-                                           (3600, "1 h 00 min"), (7620, "2 h 07 min")])
-def test_durations(seconds, text):
-    assert duration(seconds) == text
+# ---------------------------------------------------------------------------------------- weight files
 
 
-COUNT = """
-import time
-from base import console
-time.monotonic = lambda t=iter(range(0, 4000, 4)): next(t)      # every look at the clock is 4 s later
-with console.Progress("counting", 10, "sheep") as progress:
-    for _ in range(10):
-        progress.step(note="asleep")
-"""
+def test_loading_is_strict_and_converts():
+    module, weight = torch.nn.Linear(3, 2, bias=False), torch.randn(2, 3)
+    load_strict(module, {"x.weight": weight}, "here", lambda name: f"x.{name}", dtype=torch.bfloat16)
+    assert torch.equal(module.weight, weight.bfloat16()) and not module.weight.requires_grad
+    with pytest.raises(UserError, match="here: 2 tensors do not fit .* weight is missing; y is unexpected"):
+        load_strict(module, {"y": weight}, "here")
+    module.weight[0, 0] = float("inf")
+    with pytest.raises(UserError, match="here: is damaged: weight holds NaN or infinity"):
+        check_frozen(module, "here")
 
 
-def test_a_log_gets_plain_lines():
-    done = subprocess.run([sys.executable, "-c", COUNT], cwd=PROJECT, capture_output=True, text=True)
-    lines = done.stderr.splitlines()
-    assert lines[0] == "counting  2/10 sheep  0.25/s  32 s left  asleep"
-    assert lines[-1].startswith("counting  10/10 sheep") and "took" in lines[-1]
-    assert "\r" not in done.stderr and done.stdout == ""
+def test_all_is_restored_or_nothing():
+    parameters = {"a": torch.nn.Parameter(torch.zeros(2)), "b": torch.nn.Parameter(torch.zeros(3))}
+    for b, said in (({}, "b is absent here"), ({"b": torch.ones(2)}, r"\(2,\) here"),
+                    ({"b": torch.full((3,), torch.nan)}, "b holds NaN")):
+        with pytest.raises(UserError, match=said):
+            restore(parameters, {"a": torch.ones(2), **b}, "here")
+        assert not parameters["a"].any()
+    restore(parameters, {"a": torch.ones(2), "b": torch.ones(3)}, "here")
+    assert parameters["b"].all()
 
 
-def test_a_terminal_gets_one_updating_line():
-    ours, theirs = pty.openpty()
-    process = subprocess.Popen([sys.executable, "-c", COUNT], cwd=PROJECT, stderr=theirs)
-    process.wait()
-    os.close(theirs)
-    text = os.read(ours, 100_000).decode()
-    assert text.count("\n") == 1 and text.count("\r") >= 10 and "8/10 sheep" in text
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_checkpoint_is_the_same_in_shards_and_is_not_copied(tmp_path, tiny_config, tokenizer_file, shards):
+    """Without a change of dtype a parameter is the file's own pages: a byte changed there changes it."""
+    write_llama(tmp_path, tiny_config, tokenizer_file, torch.bfloat16, shards=shards)
+    tensors = {}
+    for path in tmp_path.glob("*.safetensors"):
+        tensors |= {name: (path, tensor) for name, tensor in load_file(path).items()}
+    model, _ = load_llama(tmp_path)
+    assert len(list(model.parameters())) == len(tensors)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, tensors[name if name.startswith("lm_head") else f"model.{name}"][1])
+    path = tensors["model.norm.weight"][0]
+    header = int.from_bytes(path.read_bytes()[:8], "little")
+    start, end = json.loads(path.read_bytes()[8:8 + header])["model.norm.weight"]["data_offsets"]
+    with open(path, "rb+") as file:
+        file.seek(8 + header + start)
+        file.write(bytes(end - start))
+    assert not model.norm.weight.any()
 
 
-def test_mistakes_and_interrupts_have_their_exit_codes():
-    def code(body):
-        done = subprocess.run([sys.executable, "-c", f"from base import console\ndef main():\n    {body}\nconsole.run(main)"],
-                              cwd=PROJECT, capture_output=True, text=True)
-        assert "Traceback" not in done.stderr
-        return done.returncode, done.stderr.strip()
-    assert code("raise console.UserError('what, where, what next')") == (2, "-c: error: what, where, what next")
-    for body in ("raise MemoryError", "raise RuntimeError('CUDA out of memory. Tried')", "__import__('torch').empty(1 << 60)"):
-        assert code(body)[0] == 2 and "--micro-batch-size" in code(body)[1]
-    assert code("raise KeyboardInterrupt")[0] == 130
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
 
 
-@pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
-def test_ctrl_c_during_the_imports_ends_in_one_line(script, tmp_path):
-    """A torch of our own presses Ctrl-C while it is imported."""
-    (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n")
-    done = subprocess.run([sys.executable, PROJECT / script, "--help"], capture_output=True, text=True, check=False,
-                          env={**os.environ, "PYTHONPATH": str(tmp_path)},
-                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))      # a shell may ignore it
-    assert (done.returncode, done.stderr.strip(), done.stdout) == (130, f"{script}: interrupted", "")
+def test_a_pickle_runs_no_code(tmp_path):
+    torch.save({"weight": Malicious(str(tmp_path / "owned"))}, tmp_path / "x.bin")
+    with pytest.raises(UserError, match="something other than tensors, or is damaged"):
+        read_state_dict(tmp_path / "x.bin", "weights")
+    assert not (tmp_path / "owned").exists()
 
 
-def test_text_that_is_no_utf8_is_one_line():
-    text = "from base import console\ndef main():\n    'caf\\udce9'.encode()\nconsole.run(main)"
-    done = subprocess.run([sys.executable, "-c", text], cwd=PROJECT, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (2, "-c: error: 'caf\\udce9' is not UTF-8 text; rename the file, or leave those "
-                                                 "characters out\n")
+def test_a_fingerprint_depends_on_name_size_and_content(tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_file({"a": torch.zeros(300_000)}, path)
+    seen = {fingerprint([path])}
+    data = bytearray(path.read_bytes())
+    data[-1] = 1
+    for content in (data, data + b"\0"):
+        path.write_bytes(content)
+        seen.add(fingerprint([path]))
+    seen.add(fingerprint([path.rename(tmp_path / "b.safetensors")]))
+    assert len(seen) == 4

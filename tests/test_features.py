@@ -1,11 +1,11 @@
 """Features of photos: computed once, known by content, safe against what goes wrong."""
 
-import os
 import shutil
-import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from base.console import UserError
 from base.photo import open_photo
@@ -13,116 +13,105 @@ from support import features
 from support.features import PhotoFeatures
 from vit import load_vit, preprocess
 
+NAMES = ["B0002.jpg", "B0001.jpg", "caf\udce9.jpg"]     # the last is no UTF-8
+
 
 @pytest.fixture
-def folder(data_root, tmp_path):
-    """A cache's path and a folder of three photos."""
+def images(data_root, tmp_path, monkeypatch):
+    """A folder of three photos; the cache is beside it."""
+    monkeypatch.setenv("EIVEN_CACHE", str(tmp_path / "cache"))
     (tmp_path / "images").mkdir()
-    for name in ("B0001.jpg", "B0002.jpg", "B0003.jpg"):
-        shutil.copy(data_root / "images" / name, tmp_path / "images" / name)
-    return tmp_path
+    for number, name in enumerate(NAMES, start=3):
+        shutil.copy(data_root / "images" / f"B000{number}.jpg", tmp_path / "images" / name)
+    return tmp_path / "images"
 
 
-NAMES = ["B0002.jpg", "B0001.jpg", "B0003.jpg"]
+@pytest.fixture
+def decoded(monkeypatch):
+    """The names of all photos that are decoded."""
+    names = []
+    monkeypatch.setattr(features, "open_photo", lambda path: names.append(path.name) or open_photo(path))
+    return names
 
 
-def open_features(folder, vit_dir, **how):
-    return PhotoFeatures(folder / "cache" / "f.sqlite", vit_dir, folder / "images", **how)
+def prepared(vit, images, names=NAMES, **options):
+    photos = PhotoFeatures(vit, images, **options)
+    photos.prepare(names)
+    return photos
 
 
-def test_features_are_the_vits(folder, vit_dir):
-    f = open_features(folder, vit_dir)
-    f.prepare(NAMES)
-    vit = load_vit(vit_dir)
-    pixels = torch.stack([preprocess(open_photo(folder / "images" / name), 32) for name in NAMES])
-    expected = vit(pixels, (3, 6))
-    torch.testing.assert_close(f.read(NAMES, "cpu"), expected)
-    assert f.width == 24 and f.read([], "cpu") is None
-    single = open_features(folder, vit_dir, single=True)
-    single.prepare(NAMES)
-    torch.testing.assert_close(single.read(NAMES, "cpu"), expected[:, -1:])       # the last layer alone
+@pytest.mark.parametrize("cache", [None, False])
+def test_features_are_the_vits(vit_dir, images, cache):
+    photos = prepared(vit_dir, images, cache=cache)
+    tokens = photos.read(NAMES, "cpu")
+    pixels = torch.stack([preprocess(open_photo(images / name), 32) for name in NAMES])
+    torch.testing.assert_close(tokens, load_vit(vit_dir)(pixels, (3, 6)))
+    single = prepared(vit_dir, images, NAMES[1:], single=True, cache=cache)     # the last layer alone
+    assert torch.equal(single.read(NAMES[1:], "cpu"), tokens[1:, -1:])
+    assert (photos.width, photos.cls_layers, single.cls_layers) == (24, (3, 6), (6,))
+    assert photos.read([], "cpu") is None
+    assert (images.parent / "cache").exists() == (cache is None)
 
 
-def test_no_photo_is_decoded_twice(folder, vit_dir, monkeypatch):
-    open_features(folder, vit_dir).prepare(NAMES)
-    monkeypatch.setattr(features, "open_photo", lambda path: pytest.fail(f"{path} was opened again"))
-    again = open_features(folder, vit_dir)
-    again.prepare(NAMES)
-    (folder / "images" / "B0001.jpg").rename(folder / "images" / "moved.jpg")
-    again.prepare(["moved.jpg"])                        # known by its bytes, wherever it lies
-    assert torch.equal(again.read(["moved.jpg"], "cpu"), again.read(["B0001.jpg"], "cpu"))
+def test_features_belong_to_the_bytes_of_a_photo_and_to_the_vit(vit_dir, images, decoded, tmp_path):
+    photos = prepared(vit_dir, images)
+    before = photos.read(NAMES, "cpu")
+    (images / "B0001.jpg").rename(images / "moved.jpg")         # known wherever it lies
+    again = prepared(vit_dir, images, ["moved.jpg", NAMES[2]])
+    assert torch.equal(again.read(["moved.jpg"], "cpu"), before[1:2]) and sorted(decoded) == sorted(NAMES)
+    shutil.copy(images / "B0002.jpg", images / "B0001.jpg")
+    photos.prepare(NAMES)                               # the same name again, as in a web service
+    after = photos.read(NAMES, "cpu")
+    assert torch.equal(after[1], after[0]) and not torch.equal(after[1], before[1])
+    vit = shutil.copytree(vit_dir, tmp_path / "vit") / "model.safetensors"
+    save_file({name: tensor * 1.1 for name, tensor in load_file(vit).items()}, vit)
+    assert not torch.isclose(prepared(vit, images).read(NAMES, "cpu"), after).any()
 
 
-def test_another_photo_or_another_vit_is_another_entry(folder, vit_dir, tmp_path):
-    f = open_features(folder, vit_dir)
-    f.prepare(NAMES)
-    before = f.read(["B0001.jpg"], "cpu")
-    shutil.copy(folder / "images" / "B0003.jpg", folder / "images" / "B0001.jpg")
-    f = open_features(folder, vit_dir)
-    f.prepare(NAMES)
-    assert torch.equal(f.read(["B0001.jpg"], "cpu"), f.read(["B0003.jpg"], "cpu"))
-    assert not torch.equal(f.read(["B0001.jpg"], "cpu"), before)
-    from experiments.random_weights import write_vit
-    write_vit(tmp_path / "other", load_vit(vit_dir).config, seed=9, std=0.2)
-    other = open_features(folder, tmp_path / "other")
-    other.prepare(NAMES)
-    assert not torch.equal(other.read(["B0003.jpg"], "cpu"), f.read(["B0003.jpg"], "cpu"))
+def test_photos_that_cannot_be_used(vit_dir, images):
+    photos = prepared(vit_dir, images)
+    with pytest.raises(UserError, match="2 of 3 photos are not in .*'gone.jpg', ''.*--no-image"):
+        photos.prepare(["gone.jpg", "", "gone.jpg", "B0002.jpg"])
+    outside = shutil.copy(images / "B0001.jpg", images.parent / "outside.jpg")
+    (images / "link.jpg").symlink_to(outside)
+    (images / "B0001.jpg").write_text("<html>")
+    with pytest.raises(UserError, match="B0001.jpg: .* an HTML"):
+        photos.prepare(NAMES)
+    bad = ["", "gone.jpg", "nul\0.jpg", "x" * 5000, "B0001.jpg", "link.jpg", "../outside.jpg"]
+    problems = photos.prepare([*bad, str(outside), "B0002.jpg"], skip_bad=True)
+    assert list(problems) == bad
+    assert all("leads out of" in problems[name] for name in bad[-2:])
+    assert photos.read(["B0002.jpg", str(outside)], "cpu").shape == (2, 2, 24)
 
 
-def test_missing_photos_are_counted_and_named(folder, vit_dir):
-    f = open_features(folder, vit_dir)
-    for _ in range(2):                                  # counted by photo, not by mention, and again the same
-        with pytest.raises(UserError, match=r"2 of 4 photos are not in .*'gone.jpg', ''.*--no-image"):
-            f.prepare(["B0001.jpg", "gone.jpg", "", "gone.jpg", "B0002.jpg", "B0002.jpg", "B0001.jpg"])
-    f.prepare(NAMES)                                    # those that were only counted are computed when it matters
-    assert f.read(NAMES, "cpu").shape == (3, 2, 24)
+@pytest.mark.parametrize("damage", [lambda content: content[:-4], lambda content: content[:-1] + b"\7"])
+def test_a_damaged_file_counts_as_missing(vit_dir, images, decoded, damage):
+    photos = prepared(vit_dir, images)
+    expected = photos.read(NAMES, "cpu")
+    [path] = images.parent.rglob(photos.key("B0002.jpg"))
+    path.write_bytes(damage(path.read_bytes()))
+    assert torch.equal(prepared(vit_dir, images).read(NAMES, "cpu"), expected)
+    assert decoded[3:] == ["B0002.jpg"]
 
 
-def test_a_name_may_be_any_bytes_and_equal_photos_are_computed_once(folder, vit_dir, monkeypatch):
-    odd = os.fsdecode(b"caf\xe9.jpg")
-    for name in (odd, "copy.jpg"):
-        shutil.copy(folder / "images" / "B0001.jpg", folder / "images" / name)
-    opened = []
-    monkeypatch.setattr(features, "open_photo", lambda path: opened.append(path) or open_photo(path))
-    f = open_features(folder, vit_dir)
-    f.prepare([*NAMES, odd, "copy.jpg"])
-    assert len(opened) == 3
-    assert torch.equal(f.read([odd], "cpu"), f.read(["B0001.jpg"], "cpu"))
+def test_threads_share_features_and_folder(vit_dir, images):
+    photos = [PhotoFeatures(vit_dir, images) for _ in range(2)]
+
+    def prepare_and_read(n):
+        photos[n % 2].prepare(NAMES)
+        return photos[n % 2].read(NAMES, "cpu")
+
+    with ThreadPoolExecutor(8) as threads:
+        tokens = list(threads.map(prepare_and_read, range(16)))
+    assert all(torch.equal(one, tokens[0]) for one in tokens)
+    assert len([path for path in (images.parent / "cache").rglob("*") if path.is_file()]) == len(NAMES)
 
 
-def test_a_broken_photo_is_named_and_loses_nothing(folder, vit_dir, monkeypatch):
-    monkeypatch.setattr(features, "BATCH", 1)
-    (folder / "images" / "B0003.jpg").write_text("<html>")
-    f = open_features(folder, vit_dir)
-    with pytest.raises(UserError, match="B0003.jpg: should be a photo, but is an HTML"):
-        f.prepare(NAMES)
-    f.read(["B0002.jpg", "B0001.jpg"], "cpu")           # those before it are kept
-
-
-def test_a_broken_cache_is_named(folder, vit_dir):
-    (folder / "cache").mkdir()
-    (folder / "cache" / "f.sqlite").write_bytes(b"no database" * 100)
-    with pytest.raises(UserError, match="delete it"):
-        open_features(folder, vit_dir)
-
-
-def test_two_processes_may_make_the_cache_at_once(tmp_path):
-    """Without waiting, one of the two ends with "database is locked" more often than not."""
-    def child(path, at):
-        while time.monotonic() < at:
-            pass
-        features.open_cache(path).close()
-
-    for n in range(20):
-        at, children = time.monotonic() + 0.02, []
-        for _ in range(2):
-            pid = os.fork()
-            if pid == 0:
-                code = 1
-                try:
-                    child(tmp_path / f"{n}.sqlite", at)
-                    code = 0
-                finally:
-                    os._exit(code)
-            children.append(pid)
-        assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children] == [0, 0]
+def test_what_stops_all_photos_is_no_photos_fault(vit_dir, images):
+    (images.parent / "cache").touch()
+    photos = PhotoFeatures(vit_dir, images)
+    with pytest.raises(UserError, match="cannot be kept there .*EIVEN_CACHE"):
+        photos.prepare(NAMES, skip_bad=True)
+    photos.vit.pre_layrnorm.weight.data.fill_(torch.nan)
+    with pytest.raises(UserError, match="its weights are damaged"):
+        photos.prepare(NAMES, skip_bad=True)

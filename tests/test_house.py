@@ -1,105 +1,71 @@
-"""The layout of the project: what stands at the top, and that imports run one way."""
+"""The layout of the project: what stands at the top, that imports run one way, and what files look like."""
 
 import ast
+import re
 import sys
-from pathlib import Path
 
 import pytest
+from conftest import PROJECT
 
-PROJECT = Path(__file__).resolve().parent.parent
-SEVEN = {"llama.py", "vit.py", "adapters.py", "eiven.py", "data.py", "train.py", "evaluate.py"}
-PACKAGES = {"torch", "numpy", "sentencepiece", "safetensors", "PIL"}            # what runs need
+SEVEN = {"llama", "vit", "adapters", "eiven", "data", "train", "evaluate"}
+PACKAGES = {"torch", "numpy", "sentencepiece", "safetensors", "PIL"}    # what runs need
 # Each line may import the lines above it, and itself.
-LAYERS = [{"base"}, {"llama", "vit", "adapters"}, {"eiven", "data", "demo.world"}, {"support"}, {"evaluate"}, {"train"},
-          {"experiments"}]
+LAYERS = [{"base"}, {"llama", "vit", "adapters"}, {"eiven", "data", "demo.world"}, {"support"}, {"evaluate"},
+          {"train"}, {"tools"}, {"experiments"}]
 # What has rules of its own, and what it may import.
-OTHERS = {"dataset": {"base", "dataset"},
-          "dataset.check": {"base", "dataset", "data", "llama"},
+OTHERS = {"dataset": {"base", "dataset"}, "dataset.check": {"base", "dataset", "data", "llama"},
           "dataset.__main__": {"base", "dataset", "dataset.check"},
-          "demo.world": {"base", "demo.drawing"},
-          "demo.drawing": set(),
+          "demo.world": {"base", "demo.drawing"}, "demo.drawing": set(),
           "demo.pretrain": {"base", "demo.world", "demo.drawing", "llama", "vit"}}
+FOLDERS = ("base", "support", "tools", "dataset", "demo", "experiments", "tests")
+FILES = [*PROJECT.glob("*.py"), *(path for folder in FOLDERS for path in PROJECT.glob(f"{folder}/**/*.py"))]
+MODULES = {".".join(path.relative_to(PROJECT).with_suffix("").parts): path for path in FILES}
 
 
-def tracked():
-    """The project's modules as dotted names -> files, without tests."""
-    files = [p for p in PROJECT.rglob("*.py") if not any(part.startswith(".") or part in ("tests", "runs", "data", "cache")
-                                                         for part in p.relative_to(PROJECT).parts)]
-    return {".".join(p.relative_to(PROJECT).with_suffix("").parts).removesuffix(".__init__"): p for p in files}
-
-
-MODULES = tracked()
-OURS = {name.split(".")[0] for name in MODULES}
-
-
-def imports(path):
-    """Dotted names of all that a file imports: of `from a.b import c`, a.b.c where that is a module, else a.b."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: imports are absolute here"
-            yield from (f"{node.module}.{alias.name}" if f"{node.module}.{alias.name}" in MODULES else node.module
-                        for alias in node.names)
-
-
-def place(name):
-    """The longest entry of the rules that a module belongs to."""
+def part_of(name):
+    """The longest entry of the rules that a module belongs to; None for another package."""
     known = set(OTHERS).union(*LAYERS)
     parts = name.split(".")
     return next((".".join(parts[:n]) for n in range(len(parts), 0, -1) if ".".join(parts[:n]) in known), None)
 
 
-def allowed(name):
-    if name in OTHERS:
-        return OTHERS[name]
-    layer = next(i for i, names in enumerate(LAYERS) if name in names)
-    return set().union(*LAYERS[:layer + 1]) | ({"demo", "dataset"} if name == "experiments" else set())
+def imports(tree):
+    """Dotted names of all that a file imports: of `from a import b`, a.b where that is a module, else a."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}"
+                yield name if name in MODULES else node.module
 
 
-def test_the_top_level_holds_the_seven_modules():
-    assert {p.name for p in PROJECT.glob("*.py")} == SEVEN
+def test_the_top_holds_the_seven_modules():
+    assert {path.stem for path in PROJECT.glob("*.py")} == SEVEN
+    assert len(MODULES) > 40 and not any(name.endswith("__init__") for name in MODULES)
 
 
-@pytest.mark.parametrize("module", sorted(MODULES))
+@pytest.mark.parametrize("module", sorted(name for name in MODULES if not name.startswith("tests.")))
 def test_imports_run_one_way(module):
-    here = place(module)
-    if module == "demo":
-        return
+    tree, here = ast.parse(MODULES[module].read_text(encoding="utf-8")), part_of(module)
     assert here, f"{module} has no place in the layout"
-    for name in imports(MODULES[module]):
-        if name.split(".")[0] not in OURS:
-            fine = PACKAGES | set(sys.stdlib_module_names) | ({"transformers"} if here == "experiments" else set())
-            assert name.split(".")[0] in fine, f"{module} imports {name}, which is not one of the packages"
-        elif not (here == "experiments" and name.split(".")[0] in ("demo", "dataset")):
-            assert place(name) in allowed(here), f"{module} imports {name}: imports run the other way"
-
-
-def test_there_is_no_circle():
-    graph = {name: {other for other in imports(path) if other in MODULES and other != name} for name, path in MODULES.items()}
-    done, under = set(), []
-
-    def visit(name):
-        assert name not in under, " -> ".join([*under, name])
-        if name not in done:
-            under.append(name)
-            for other in sorted(graph[name]):
-                visit(other)
-            under.pop()
-            done.add(name)
-
-    for name in sorted(graph):
-        visit(name)
+    allowed = OTHERS.get(here)
+    if allowed is None:
+        layer = next(number for number, names in enumerate(LAYERS) if here in names)
+        allowed = set().union(*LAYERS[:layer + 1])
+    if here == "experiments":
+        allowed |= set(OTHERS) | {"transformers"}
+    for name in imports(tree):
+        package = name.split(".")[0]
+        assert package in PACKAGES | set(sys.stdlib_module_names) or (part_of(name) or package) in allowed, (
+            f"{module} imports {name}")
+    for node in ast.walk(tree):                         # Pillow reads many formats, some by other programs
+        opens = isinstance(node, ast.Attribute) and ast.unparse(node) == "Image.open"
+        assert not opens or module == "base.photo", f"{module}, line {node.lineno}: open_photo does this"
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))
-def test_pictures_are_opened_in_one_place(module):
-    """Image.open reads many formats, some of them with the help of other programs."""
-    for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
-        opens = isinstance(node, ast.Attribute) and node.attr == "open" and getattr(node.value, "id", "") == "Image"
-        assert not opens or module == "base.photo", f"{module}, line {node.lineno}: open_photo of base/photo.py opens pictures"
-
-
-def test_tests_hold_no_tools():
-    for path in (PROJECT / "tests").glob("*.py"):
-        assert path.name == "conftest.py" or path.name.startswith("test_"), f"{path.name} belongs to experiments/"
+def test_lines_are_short_and_name_no_machine(module):
+    for number, line in enumerate(MODULES[module].read_text(encoding="utf-8").splitlines(), start=1):
+        assert len(line) <= 110, f"{module}, line {number}: {len(line)} columns"
+        assert not re.search(r"/(work|home|root|Users)/", line), f"{module}, line {number}: a machine's path"

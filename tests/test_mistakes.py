@@ -1,203 +1,425 @@
-"""Every mistake of a user at the commands has its message, exit code 2, and no traceback."""
+"""What a user can give that is broken or misspelt, and the one line that says so.
 
-import json
+A row of FILES: the file that is damaged (its folder names the reader), how, and words of the line.
+The damage is the new content, a number of bytes to keep, changed fields of JSON, or a function of the path.
+A row of FLAGS: the command, its flags, and words of the line.
+The exit code is 2; or 0 where the words are None, because the input is right.
+More rows of this kind stand beside what they are about: in test_llama.py, test_vit.py, test_data.py.
+"""
+
+import gzip
+import io
 import os
-import sys
+import random
+import re
+import shutil
+import struct
+import zlib
+from dataclasses import fields
+from functools import partial
 
 import pytest
-from conftest import run_command
+import torch
+from conftest import Outcome, held, jpeg
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import evaluate
 import train
 from base import console
-from base.console import UserError
-from support import run_folder
+from base.photo import open_photo
+from base.tsv import read_tsv, write_tsv
+from data import read_products
+from dataset.__main__ import main as dataset
+from experiments.random_weights import write_llama
+from llama import LlamaConfig, load_llama
+from support.answering import read_values
+from tools import answer, catalogue, explain, export
+from vit import load_vit
+
+# ---------------------------------------------------------------------------------------- damages
+
+
+def edit(path, how):
+    """Damage a file as a row says."""
+    if callable(how):
+        how(path)
+    elif how is None:
+        path.unlink()
+    elif isinstance(how, int):
+        path.write_bytes(path.read_bytes()[:how])
+    elif isinstance(how, dict):
+        console.write_json(path, console.read_json(path, "JSON") | how)
+    else:
+        path.write_bytes(how if isinstance(how, bytes) else how.encode())
+
+
+def tensors(**changes):
+    """Replace tensors by others, or leave them out (None); "__" stands for a dot."""
+    def change(path):
+        changed = load_file(path) | {name.replace("__", "."): tensor for name, tensor in changes.items()}
+        save_file({name: tensor for name, tensor in changed.items() if tensor is not None}, path)
+    return change
+
+
+def pickled(change):
+    """Write change({name: tensor}) in the place of a state dict."""
+    return lambda path: torch.save(change(torch.load(path)), path)
+
+
+def renamed(prefix):
+    return pickled(lambda state: {prefix + name: tensor for name, tensor in state.items()})
+
+
+def link(target):
+    """In the place of a file is a link."""
+    def change(path):
+        path.unlink()
+        path.symlink_to(target)
+    return change
+
+
+def pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+def folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+def more_rows(path):
+    """A checkpoint whose embeddings have a row more than the tokenizer has pieces."""
+    edit(path.with_name("config.json"), {"vocab_size": 401})
+    rows = {"model.embed_tokens.weight": torch.ones(401, 32), "lm_head.weight": torch.ones(401, 32)}
+    save_file(load_file(path) | rows, path)
+
+
+def png(name, content, checksum=0):
+    """A PNG of noise with one chunk more."""
+    data = jpeg(kind="PNG")
+    crc = zlib.crc32(name + content) ^ checksum
+    return data[:33] + struct.pack(">I", len(content)) + name + content + struct.pack(">I", crc) + data[33:]
+
+
+def picture(size, kind="PNG", mode="1"):
+    file = io.BytesIO()
+    Image.new(mode, size).save(file, kind)
+    return file.getvalue()
+
+
+# ---------------------------------------------------------------------------------------- files
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4665\nsize 9976576392\n"
+PAGE = "<!doctype html><title>404</title>"
+WORKBOOK = b"PK\3\4\x14\0\6\0[Content_Types].xml"
+HEADER = "id\timages\tcategory\ttexts\tattribute_names\tattribute_values\n"
+ROW = "B1\ta.jpg\tShoes\t[Title] x\tBoot Style\tFlat\n"
+WEIGHTS, CONFIG, PIECES = "llama/model.safetensors", "llama/config.json", "llama/tokenizer.model"
+INDEX, SHARD = "shards/model.safetensors.index.json", "shards/model-00001-of-00002.safetensors"
+BIN, TABLE, LIST, PHOTO = "clip/pytorch_model.bin", "data/train.tsv", "values/values.tsv", "photo/a.jpg"
+
+FILES = [
+    (WEIGHTS, tensors(model__norm__weight=None), "1 tensors do not fit .* model.norm.weight is missing"),
+    (WEIGHTS, tensors(model__extra=torch.ones(2)), "model.extra is unexpected"),
+    (WEIGHTS, tensors(model__norm__weight=torch.ones(31)), r"norm.weight is \(31,\) .*expected \(32,\)"),
+    (WEIGHTS, tensors(model__norm__weight=torch.ones(32, dtype=torch.int8)), "torch.int8, expected"),
+    (WEIGHTS, tensors(model__layers__0__self_attn__q_proj__bias=torch.ones(48)), "q_proj.bias is unexpected"),
+    (WEIGHTS, tensors(model__layers__0__self_attn__rotary_emb__inv_freq=torch.ones(6)), None),
+    (WEIGHTS, more_rows, None),
+    (WEIGHTS, POINTER, "a git-LFS pointer"), (WEIGHTS, PAGE, "an HTML"), (WEIGHTS, "", "an empty file"),
+    (WEIGHTS, b"GGUF\3\0\0\0", "a GGUF file"),
+    (WEIGHTS, bytes(range(1, 200)), "cannot be read as LLaMA's weights"),
+    (WEIGHTS, None, "model.safetensors: does not exist; LLaMA's weights"),
+    (WEIGHTS, pipe, "is a pipe or a device"),
+    (WEIGHTS, folder, "is a folder"), (WEIGHTS, link("model.safetensors"), "does not exist"),
+    (CONFIG, {"num_hidden_layers": 4}, "layers.3.input_layernorm.weight is missing"),
+    (CONFIG, {"num_hidden_layers": 2}, "layers.2.input_layernorm.weight is unexpected"),
+    (CONFIG, {"num_hidden_layers": 10 ** 9}, "layers at most 1,000"),
+    (CONFIG, {"vocab_size": 399}, "has 400 pieces, but config.json has 399"),
+    (CONFIG, {"tie_word_embeddings": True}, "ties lm_head to the embeddings, but they differ"),
+    (CONFIG, None, "config.json: does not exist"), (CONFIG, PAGE, "an HTML"),
+    (CONFIG, "[]", "holds a list, not an object"),
+    (CONFIG, "[" * 200_000, "cannot be read"),
+    (CONFIG, '{"hidden_size": 1' + "0" * 5000 + "}", "cannot be read"),
+    (CONFIG, "{}".encode("utf-16"), "UTF-16"), (CONFIG, b'{"a": "\xe9"}', "can't decode byte 0xe9"),
+    (CONFIG, {"hidden_size": None}, "cannot be read"),
+    (CONFIG, {"num_attention_heads": 0}, "num_attention_heads is 0"),
+    (PIECES, None, "does not exist"), (PIECES, POINTER, "a git-LFS pointer"), (PIECES, "", "an empty file"),
+    (SHARD, None, f"{SHARD}: does not exist"), (SHARD, POINTER, f"{SHARD}: .* a git-LFS pointer"),
+    (SHARD, lambda path: shutil.copy(path.with_name("model-00002-of-00002.safetensors"), path), "is missing"),
+    (INDEX, "{}", "it has no 'weight_map'"), (INDEX, '{"weight_map": []}', "cannot be read as the index"),
+    (INDEX, '{"weight_map": {"a": "../x.safetensors"}}', "not in its own folder"),
+
+    (INDEX, '{"weight_map": {"a": 3}}', "cannot be read as the index"),
+    (INDEX, '{"weight_map": {}}', "is missing"),
+
+    (BIN, renamed("module."), None), (BIN, renamed("_orig_mod."), None),
+    (BIN, renamed("module._orig_mod."), None),
+    (BIN, pickled(lambda state: {"state_dict": state, "epoch": 3}), None),
+    (BIN, renamed("text_model."), "holds no CLIP vision transformer"),
+    (BIN, pickled(lambda state: {"model": state, "epoch": 3}), "something other than tensors"),
+    (BIN, pickled(lambda state: [state]), "cannot be read as CLIP's ViT weights"),
+    (BIN, pickled(lambda state: torch.nn.Linear(2, 2)), "something other than tensors, or is damaged"),
+    (BIN, POINTER, "a git-LFS pointer"), (BIN, WORKBOOK, "a zip archive"), (BIN, None, "does not exist"),
+    *[("clip/config.json", {"num_attention_heads": heads}, "do not divide the width 24")
+      for heads in (-3, 2.5, "3", True, [1])],
+    *[("clip/config.json", {"layer_norm_eps": eps}, "layer_norm_eps is") for eps in (-1, float("nan"), 1e30)],
+    ("clip/config.json", {"vision_config": "x"}, "CLIP's config.json"),
+    ("clip/config.json", "[]", "holds a list"),
+    ("clip/config.json", None, "is taken to have quick-GELU"),
+
+    (TABLE, "\ufeff" + HEADER + ROW, None), (TABLE, (HEADER + ROW).replace("\n", "\r"), None),
+    (TABLE, HEADER.upper() + ROW, None), (TABLE, HEADER.replace("id", "id ") + ROW, None),
+    *[(TABLE, (HEADER + ROW).replace("\t", mark), "the header .* with tabs between them$") for mark in ";,|"],
+    (TABLE, ROW, "the header 'b1' .*it must name id images .* with tabs between them$"),
+    (TABLE, '[\n{"id": "B1"}\n]', "with tabs between them$"),
+
+    (TABLE, (HEADER + ROW).encode("utf-16"), "UTF-16 text; save it as UTF-8"),
+    (TABLE, WORKBOOK, "an Excel workbook; save"),
+    (TABLE, b"\xd0\xcf\x11\xe0\xa1\xb1", "an Excel workbook"),
+    (TABLE, gzip.compress(b"x"), "gzip archive; unpack it"),
+    (TABLE, b"caf\xe9", "line 1 is not UTF-8 text; save the file as UTF-8"),
+    (TABLE, bytes(999), "the header"),
+    (TABLE, b"\0\5\x16\7", "a macOS resource fork"), (TABLE, "%PDF-1.4", "a PDF"),
+    (TABLE, "Entry not found", "server's error"),
+    (TABLE, "\n", "the header"), (TABLE, "", "an empty file"), (TABLE, PAGE, "an HTML"),
+    (TABLE, pipe, "is a pipe"),
+    (TABLE, link("/dev/zero"), "is a pipe or a device"), (TABLE, folder, "is a folder"),
+    (TABLE, None, "does not exist"),
+    (TABLE, '"' + HEADER + ROW, "line 1 has a cell .* begins with a quote which is not closed"),
+    (TABLE, HEADER + ROW.replace("x", "x" * 200_000), "line 2: .* field limit"),
+    (LIST, "Boot Style\tFlat\r\n\nBoot Style\tMule", None),
+    (LIST, "Boot Style\tFlat\rBoot Style\tMule\r", None),
+    (LIST, "\n", "holds no values"),
+    (LIST, "A;b\n", "line 1, 'A;b', should be an attribute, one tab and a value"),
+    (LIST, WORKBOOK, "an Excel workbook"),
+    (LIST, "A\tb\n".encode("utf-16"), "UTF-16"), (LIST, b"A\t\xe9\n", "can't decode byte"),
+    (LIST, pipe, "is a pipe"),
+
+    *[(PHOTO, png(name, b"a\0\0bad"), None) for name in (b"iCCP", b"zTXt", b"iTXt", b"eXIf", b"XyZz")],
+    *[(PHOTO, png(name, b"1"), None) for name in (b"gAMA", b"sRGB", b"cHRM", b"pHYs", b"acTL")],
+    (PHOTO, png(b"tEXt", b"a\0b", checksum=1), None),
+    (PHOTO, png(b"zTXt", b"a\0\0" + zlib.compress(bytes(8 * 10 ** 7))), None),
+    (PHOTO, png(b"tRNS", b"1"), "cannot be read as a photo"),
+    (PHOTO, jpeg(kind="PNG")[:-40], "cannot be read as a photo"),
+    *[(PHOTO, jpeg(kind=kind), None) for kind in ("PNG", "WEBP", "GIF", "BMP", "TIFF")],
+    (PHOTO, picture((20, 20), "JPEG", "CMYK"), None), (PHOTO, picture((20, 20), "TIFF", "LAB"), None),
+    *[(PHOTO, picture((20, 20), kind, "RGB"), "cannot be read as a photo")
+      for kind in ("EPS", "PPM", "ICO", "TGA", "PCX")],
+    (PHOTO, picture((8160, 6144), "JPEG", "L"), None), (PHOTO, picture((20_000, 9_000)), "pixels.* smaller$"),
+    (PHOTO, "<svg/>", "an HTML or XML page"),
+    (PHOTO, POINTER, "a git-LFS pointer"),
+    (PHOTO, b"\0\0\0\x1cftypheic" + bytes(99), "cannot be read as a photo"), (PHOTO, "", "an empty file"),
+    (PHOTO, pipe, "is a pipe or a device"), (PHOTO, link("/dev/zero"), "is a pipe or a device"),
+
+    ("run/config.json", None, "config.json: does not exist"), ("run/config.json", PAGE, "an HTML"),
+    ("run/config.json", {"values": {"Boot Style": []}}, "of another run than the config.json"),
+    ("run/adapter.safetensors", POINTER, "a git-LFS pointer"),
+    ("run/adapter.safetensors", None, "its training is not finished"),
+    ("run/adapter.safetensors", pipe, "is a pipe"),
+    ("run/config.json", {"llama": "/nowhere"}, "--llama: .*/nowhere, which does not exist"),
+    ("stopped/state.pt", pipe, "is a pipe"),
+    ("stopped/state.pt", pickled(lambda state: [state]), "cannot be read as the state of this run"),
+]
+
+
+READERS = {
+    "llama": lambda world: load_llama(world / "llama"),
+    "shards": lambda world: load_llama(world / "shards"),
+    "vit": lambda world: load_vit(world / "vit"),
+    "clip": lambda world: load_vit(world / BIN),
+    "data": lambda world: read_products(world / TABLE),
+    "values": lambda world: read_values(world / LIST),
+    "photo": lambda world: open_photo(world / PHOTO),
+    "run": lambda world: evaluate.load(world / "run"),
+    "stopped": lambda world: train.main(["--resume", str(world / "stopped")]),
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, llama_dir, vit_dir, run, tiny_config, tokenizer_file):
+    """A folder for each of READERS, with the files that it reads."""
+    world = tmp_path_factory.mktemp("world")
+    shutil.copytree(llama_dir, world / "llama")
+    write_llama(world / "shards", tiny_config, tokenizer_file, torch.float32, shards=2)
+    shutil.copytree(vit_dir, world / "vit")
+    for name, content in ((TABLE, HEADER + ROW), (LIST, "Boot Style\tFlat\n"), (PHOTO, jpeg()), (BIN, "")):
+        (world / name).parent.mkdir()
+        edit(world / name, content)
+    torch.save(load_file(vit_dir / "model.safetensors"), world / BIN)
+    shutil.copy(vit_dir / "config.json", world / "clip")
+    shutil.copytree(run, world / "run")
+    shutil.copytree(run, world / "stopped")
+    (world / "stopped" / "adapter.safetensors").unlink()
+    return world
 
 
 @pytest.fixture
-def fails(monkeypatch, capsys):
-    """A command's last line, where it must end with exit code 2 and no traceback."""
-    def call(script, *arguments):
-        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            console.run({"train.py": train, "evaluate.py": evaluate}[script].main)
-        assert end.value.code == 2
-        return capsys.readouterr().err.strip().splitlines()[-1]
-    return call
+def said(capsys, tmp_path):
+    """said(call, code): what call() printed to stderr, run as a command that must end with this code."""
+    def run(call, code):
+        try:
+            console.run(call, "test")
+            ended = 0
+        except SystemExit as error:
+            ended = error.code
+        err = capsys.readouterr().err
+        assert ended == code and not held(Outcome(ended, 0, "", err)), err
+        return err.strip().replace(f"{tmp_path}/", "")
+    return run
 
 
-@pytest.mark.parametrize("more, said", [
-    (["--labels", "0"], "argument --labels: must be a whole number from 1 to 1,000,000,000 or 'all', but is '0'"),
-    (["--labels", "ten"], "must be a whole number from 1 to 1,000,000,000 or 'all', but is 'ten'"),
-    (["--lr", "-1"], "argument --lr: must be a number from 1e-12 to 100, but is '-1'"),
-    (["--lr", "nan"], "argument --lr: must be a number from 1e-12 to 100, but is 'nan'"),
-    (["--seed", "-1"], "argument --seed: must be a whole number from 0 to 9,223,372,036,854,775,807, but is '-1'"),
-    (["--lbc", "judge"], "invalid choice: 'judge' (choose from"),
-    (["--lbc-ratio", "-1"], "argument --lbc-ratio: must be a number from 0 to 100, but is '-1'"),
-    (["--lbc-ratio", "1e300"], "argument --lbc-ratio: must be a number from 0 to 100"),
-    (["--projector-dim", "1" + "0" * 18], "argument --projector-dim: must be a whole number from 1 to 65,536"),
-    (["--adapter-dim", "1" + "0" * 18], "argument --adapter-dim: must be a whole number from 1 to 4,096"),
-    (["--batch-size", "1" + "0" * 18], "argument --batch-size: must be a whole number from 1 to 65,536"),
-    (["--epochs", "1" + "0" * 400], "argument --epochs: must be a whole number from 1 to 1,000,000"),
-    (["--epochs", "1" * 5000], "argument --epochs: must be a whole number from 1 to 1,000,000, but is '1111"),
-    (["--dataset", os.fsdecode(b"caf\xe9")], "argument --dataset: must be UTF-8 text, but is 'caf\\udce9'"),
-    (["--device", "meta"], "--device meta: cannot be used here"),
-    (["--device", os.fsdecode(b"cp\xe9")], "cannot be used here"),
-    (["--dataset", "boots"], "no data set 'boots'"),
-    (["--llama", "nowhere"], "--llama: LLaMA-7B's weights should be in nowhere, which does not exist"),
-    (["--vit", "nowhere"], "--vit: CLIP ViT-B/16's weights should be in nowhere"),
-    (["--data", "nowhere"], "--data: the data sets should be in nowhere"),
-    (["--device", "tpu9"], "--device tpu9: cannot be used here"),
-    (["--adapter-dim", "3"], "--adapter-dim 3: a RepAdapter has 2 groups"),
-    (["--resume"], "--resume: name the run folder"),
-    (["--resume", "nowhere"], "nowhere: is not a run folder"),
-    (["--label", "3"], "unrecognized arguments: --label 3"),
-])
-def test_mistakes_in_training(fails, flags, more, said, tmp_path):
-    out = [] if "--resume" in more else ["--out", tmp_path / "run"]
-    assert said in fails("train.py", *flags, *out, *more)
-    assert not list(tmp_path.rglob("*"))                # nothing half made is left
+def damaged(world, tmp_path, file, how):
+    """A copy of the damaged file's folder, in tmp_path; a call of its reader."""
+    name = file.split("/")[0]
+    shutil.copytree(world / name, tmp_path / name)
+    edit(tmp_path / file, how)
+    return lambda: READERS[name](tmp_path)
 
 
-def test_a_folder_with_a_run_is_not_written_over(fails, run, flags):
-    before = (run / "adapter.safetensors").read_bytes()
-    assert "holds a run already; continue it with --resume" in fails("train.py", *flags, "--out", run)
-    assert "a resumed run keeps its settings" in fails("train.py", "--resume", run, "--labels", "9")
-    assert (run / "adapter.safetensors").read_bytes() == before
+@pytest.mark.parametrize("file, how, words", FILES, ids=[f"{n} {row[0]}" for n, row in enumerate(FILES)])
+def test_a_broken_file_is_one_line(world, tmp_path, said, file, how, words):
+    err = said(damaged(world, tmp_path, file, how), 2 if words else 0)
+    assert re.search(words or "^$", err), err
 
 
-def test_a_run_does_not_go_on_with_other_data(fails, run, flags, data_root, tmp_path):
-    import shutil
-    shutil.copytree(data_root, tmp_path / "data")
-    lines = (tmp_path / "data" / "shoes" / "test.tsv").read_text().replace("Chelsea", "Combat")
-    (tmp_path / "data" / "shoes" / "test.tsv").write_text(lines)
-    assert "is not what this run was started with" in fails("train.py", "--resume", run, "--data", tmp_path / "data")
+@pytest.mark.parametrize("file", [WEIGHTS, CONFIG, PIECES, SHARD, INDEX, "vit/model.safetensors", BIN, PHOTO,
+                                  "run/config.json", "run/adapter.safetensors", "stopped/state.pt"])
+def test_a_file_that_was_cut_is_never_read(world, tmp_path, said, file):
+    draw = random.Random(file)
+    for number in range(8):
+        (tmp_path / str(number)).mkdir()
+        call = damaged(world, tmp_path / str(number), file, draw.randrange((world / file).stat().st_size - 9))
+        assert file.split("/")[0] in said(call, 2)
 
 
-def test_a_run_is_not_scored_on_other_data(fails, run, data_root, tmp_path):
-    import shutil
-    shutil.copytree(data_root, tmp_path / "data")
-    lines = (tmp_path / "data" / "shoes" / "test.tsv").read_text().replace("Chelsea", "Combat")
-    (tmp_path / "data" / "shoes" / "test.tsv").write_text(lines)
-    assert "the test split is not the one that this run was started with" in fails(
-        "evaluate.py", run, "--data", tmp_path / "data")
+def test_no_size_of_a_llama_is_taken_unseen(world, tmp_path, said):
+    for field in fields(LlamaConfig):
+        for number, value in enumerate(["abc", -1, [], {"a": 1}, float("nan"), 10 ** 30]):
+            (tmp_path / f"{field.name}{number}").mkdir()
+            call = damaged(world, tmp_path / f"{field.name}{number}", CONFIG, {field.name: value})
+            assert field.name in said(call, 2)
 
 
-def test_a_run_goes_with_the_weights_it_was_trained_on(fails, run, llama_dir, tmp_path):
-    import shutil
-    shutil.copytree(llama_dir, tmp_path / "llama")
-    weights = load_file(llama_dir / "model.safetensors")
-    save_file({name: -w for name, w in weights.items()}, tmp_path / "llama" / "model.safetensors")
-    for command in (["evaluate.py", run], ["train.py", "--resume", run]):
-        assert "was trained with another llama than the one in" in fails(*command, "--llama", tmp_path / "llama")
+# ---------------------------------------------------------------------------------------- flags
 
 
-def test_with_strict_a_title_that_is_too_long_is_named_before_any_answer(fails, run, data_root, tmp_path):
-    lines = (data_root / "shoes" / "test.tsv").read_text().splitlines()
-    cells = lines[5].split("\t")
-    long = "\t".join([*cells[:3], "word " * 3000, *cells[4:]])
-    (tmp_path / "in.tsv").write_text("\n".join([*lines[:5], long, *lines[6:]]) + "\n")
-    said = fails("evaluate.py", run, "--input", tmp_path / "in.tsv", "--output", tmp_path / "out.tsv", "--strict")
-    assert f"product {cells[0]!r}: its question has" in said and "shorten its title" in said
-    assert not (tmp_path / "out.tsv").exists()
+COMMANDS = {"train": train.main, "evaluate": evaluate.main, "answer": answer.main, "export": export.main,
+            "catalogue": catalogue.main, "explain": explain.main, "dataset": dataset}
+FLAGS = [
+    ("train", "--labels 0", "must be a whole number from 1 to 1,000,000,000 or 'all', but is '0'"),
+    ("train", "--labels ten", "but is 'ten'"),
+    ("train", "--lr -1", "expected one|must be a number from 1e-12 to 100"),
+    ("train", "--lr nan", "but is 'nan'"), ("train", "--seed 1e3", "a whole number from 0"),
+    ("train", "--label 3", "--label 3"),
+    ("train", "--epochs 1" + "0" * 5000, "a whole number from 1 to 1,000,000"),
+    ("train", "--lbc-ratio 1e300", "from 0 to 100"),
+    ("train", "--lbc judge", "invalid choice: 'judge'"),
+    ("train", "--adapter-dim 3", "--adapter-dim 3: a RepAdapter has 2 groups"),
+    ("train", "--dataset boots", "no data set 'boots'.* shoes"),
+    ("train", "--dataset caf\udce9", r"'caf\\udce9'"),
+    *[("train", f"--device {name}", f"--device {name}: cannot be used here")
+      for name in ("meta", "tpu9", "cuda:99")],
+    *[("train", f"--{name} nowhere", f"--{name}: .* should be in .*nowhere, which does not exist")
+      for name in ("data", "llama", "vit")],
+    ("train", "--vit /dev/null", "is a pipe or a device"),
+    ("train", "--llama /dev/null", "/dev/null/config.json"),
+    ("train", "--out WORLD/run", "is not empty"), ("train", "--out /dev/null", "is a file; name a folder"),
+    ("evaluate", "WORLD", "WORLD/config.json: does not exist"),
+    ("evaluate", "WORLD/run --split dev", "invalid choice: 'dev'"),
+    ("evaluate", "WORLD/run --temperature inf", "from 0 to 1,000, but is 'inf'"),
+    ("evaluate", "WORLD/run --values nowhere", "nowhere: does not exist"),
+    ("evaluate", "WORLD/run --data nowhere", "nowhere"),
+    ("evaluate", "WORLD/run --input x", "unrecognized arguments"),
+    ("evaluate", "WORLD/run --llama WORLD/shards", "another llama"),
+    ("answer", "WORLD/run --text x --attribute Heel", "give --image"),
+    ("answer", "WORLD/run --text caf\udce9 --attribute Heel", r"is not UTF-8 text: 'caf\\udce9', 'Heel'"),
+    ("answer", "WORLD/run --image gone.jpg --text x --attribute Heel", "gone.jpg: does not exist"),
+    ("answer", "WORLD/run --image /dev/zero --text x --attribute Heel", "is a pipe or a device"),
+    ("answer", "WORLD/run --image WORLD --text x --attribute Heel", "is a folder"),
+    ("catalogue", "WORLD/run --output x.tsv", "required: --input"),
+    ("catalogue", "WORLD/run --input gone --output x.tsv", "gone"),
+    ("catalogue", "WORLD/run --input WORLD/pipe --output x.tsv", "is a pipe"),
+    ("explain", "WORLD/run NIX", "'NIX'"),
+    ("export", "WORLD/run WORLD/data", "is not empty"),
+    ("export", "WORLD", "the following arguments are required"),
+    ("dataset", "check WORLD/pipe", "train.tsv"),
+    ("dataset", "stats --data WORLD/llama", "holds no data set"),
+    ("dataset", "import WORLD/pipe", "WORLD/pipe"),
+    ("dataset", "build --labels WORLD/pipe --metadata WORLD/pipe --data WORLD/new", "is a pipe or a device"),
+    ("dataset", "build --labels /dev/zero --metadata /dev/zero --data WORLD/new", "is a pipe or a device"),
+]
 
 
-def test_two_titles_that_do_not_fit_together_are_found_before_the_training(flags, data_root, tmp_path):
-    import shutil
-    shutil.copytree(data_root, tmp_path / "data")
-    path = tmp_path / "data" / "shoes" / "train.tsv"
-    path.write_text(path.read_text().replace("[Title] ", "[Title] " + "black " * 1200, 1))
-    how = [*flags, "--data", str(tmp_path / "data"), "--labels", "all", "--epochs", "1"]
-    with pytest.raises(UserError, match="its question with another product as long has 2,[0-9]{3} tokens, more than the 2,048"):
-        train.main([*how, "--out", str(tmp_path / "run")])
-    train.main([*how, "--lbc", "none", "--out", str(tmp_path / "run")])         # alone it fits
+@pytest.mark.parametrize("name, arguments, words", FLAGS, ids=[f"{row[0]} {row[1][:40]}" for row in FLAGS])
+def test_a_wrong_flag_is_one_line(world, tmp_path, said, flags, monkeypatch, name, arguments, words):
+    if not (world / "pipe").exists():
+        os.mkfifo(world / "pipe")
+    arguments = arguments.replace("WORLD", str(world)).split(" ")
+    arguments = [*flags, "--out", str(tmp_path / "new"), *arguments] if name == "train" else arguments
+    monkeypatch.setattr("sys.argv", [name, *arguments])
+    monkeypatch.chdir(tmp_path)
+    err = said(COMMANDS[name], 2).replace(str(world), "WORLD")
+    assert re.search(words, err), err
+    assert not list(tmp_path.iterdir())                 # nothing half made is left
 
 
-def test_a_run_that_was_stopped_before_its_scores_is_scored_with_what_it_learned(run, tmp_path):
-    import shutil
-    shutil.copytree(run, tmp_path / "run")
-    for name in ("", "val"):
-        (tmp_path / "run" / name / "predictions.tsv").unlink()
-    train.main(["--resume", str(tmp_path / "run")])
-    for name in ("", "val"):
-        assert (tmp_path / "run" / name / "predictions.tsv").read_bytes() == (run / name / "predictions.tsv").read_bytes()
+def test_a_link_to_a_file_keeps_its_name_and_neighbours(vit_dir, flags, tmp_path, said):
+    """Each file of a Hugging Face cache is a link to one that has no suffix, and no config.json beside it."""
+    shutil.copy(vit_dir / "model.safetensors", tmp_path / "blob")
+    (tmp_path / "vit").mkdir()
+    (tmp_path / "vit" / "model.safetensors").symlink_to(tmp_path / "blob")
+    for activation, code in (("quick_gelu", 0), ("gelu", 2)):
+        config = {"hidden_act": activation, "num_attention_heads": 3}
+        console.write_json(tmp_path / "vit" / "config.json", config)
+        arguments = [*flags, "--epochs", "1", "--vit", str(tmp_path / "vit" / "model.safetensors")]
+        err = said(partial(train.main, [*arguments, "--out", str(tmp_path / activation)]), code)
+        assert ("hidden_act is 'gelu'" in err) == (code == 2)
+        assert (tmp_path / activation).exists() == (code == 0)
 
 
-def test_two_processes_do_not_train_in_one_folder(fails, run, tmp_path):
-    import shutil
-    shutil.copytree(run, tmp_path / "run")
-    (tmp_path / "run" / "adapter.safetensors").unlink()
-    with run_folder.only_process(tmp_path / "run"):
-        assert "another process is training in this folder" in fails("train.py", "--resume", tmp_path / "run")
-    train.main(["--resume", str(tmp_path / "run")])
+# ---------------------------------------------------------------------------------------- data sets
 
 
-def test_a_broken_state_is_named(fails, run, tmp_path):
-    import shutil
-    shutil.copytree(run, tmp_path / "run")
-    (tmp_path / "run" / "adapter.safetensors").unlink()
-    (tmp_path / "run" / "state.pt").write_bytes((run / "state.pt").read_bytes()[:1000])
-    assert "cannot be read as the state of this run" in fails("train.py", "--resume", tmp_path / "run")
+TEXTS = ["../x", "/etc/passwd", "a/b", "A/B", "A-B", "\0", '"', '"open', "<script>", "\u202eabc",
+         "\u8d28" * 20, "a\tb", "a\r\nb", "\x1b[31m", "--help", "{attribute}", "%s", "\ufeff", "(other)"]
 
 
-@pytest.mark.parametrize("arguments, said", [
-    (["--temperature", "-1"], "argument --temperature: must be a number from 0 to 1,000, but is '-1'"),
-    (["--temperature", "inf"], "argument --temperature: must be a number from 0 to 1,000, but is 'inf'"),
-    (["--top-p", "0"], "argument --top-p: must be a number from 1e-06 to 1, but is '0'"),
-    (["--text", "a shoe", "--attribute", os.fsdecode(b"caf\xe9")], "argument --attribute: must be UTF-8 text, but is 'caf"),
-    (["--text", os.fsdecode(b"caf\xe9"), "--attribute", "Boot Style"], "argument --text: must be UTF-8 text, but is 'caf"),
-    (["--text", "a shoe", "--attribute", " "], "--attribute is empty; name the attribute to answer, e.g. one of this run's"),
-    (["--input", "x.tsv"], "--input and --output go together"),
-    (["--attribute", "Boot Style"], "this run was trained with images: give --image"),
-    (["--image", "nowhere.jpg", "--attribute", "Boot Style"], "--image nowhere.jpg: there is no such file"),
-    (["--text", "a shoe"], "give --attribute"),
-    (["--input", __file__, "--output", __file__], "is a folder, or the input itself"),
-    (["--input", __file__, "--output", os.path.relpath(__file__)], "is a folder, or the input itself"),
-    (["--input", __file__, "--output", "x.tsv", "--text", "a shoe", "--attribute", "Boot Style"], "for one product, give"),
-    (["--export", "x", "--text", "a shoe", "--attribute", "Boot Style"], "--export does not answer"),
-    (["--split", "dev"], "invalid choice: 'dev'"),
-    (["--input", "nowhere.tsv", "--output", "x.tsv"], "nowhere.tsv: not found"),
-])
-def test_mistakes_in_evaluation(fails, run, arguments, said):
-    assert said in fails("evaluate.py", run, *arguments)
+def write_data(root, data_root, rows):
+    """The data set ROOT/shoes with these rows in each split, and the photos of data_root."""
+    root.mkdir()
+    (root / "images").symlink_to(data_root / "images")
+    for split in ("train", "val", "test"):
+        write_tsv(root / "shoes" / f"{split}.tsv", rows)
 
 
-def test_a_folder_that_is_no_finished_run(fails, run, tmp_path):
-    import shutil
-    assert "is not a run folder" in fails("evaluate.py", tmp_path)
-    shutil.copytree(run, tmp_path / "run")
-    (tmp_path / "run" / "adapter.safetensors").unlink()
-    assert "its training is not finished; continue it with: python train.py --resume" in fails("evaluate.py", tmp_path / "run")
-    (tmp_path / "run" / "config.json").write_text('{"labels": 3}')
-    assert "lacks dataset" in fails("evaluate.py", tmp_path / "run")
+def test_any_text_may_stand_in_a_data_set(data_root, flags, tmp_path):
+    """All texts come back in predictions.tsv, and none of them names a file outside the run folder."""
+    rows = [[f"{text} {number}", "B0001.jpg", text, f"[Title] {text}", text, f"{text}{number}"]
+            for text in TEXTS for number in range(2)]
+    write_data(tmp_path / "data", data_root, rows)
+    train.main([*flags, "--epochs", "1", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "run")])
+    predicted = [row for _, row in read_tsv(tmp_path / "run" / "predictions.tsv")]
+    assert [(row["id"], row["attribute_values"]) for row in predicted] == [
+        (row[0], " ".join(row[5].split())) for row in rows]
+    assert {path.name for path in tmp_path.iterdir()} == {"data", "run"}
+    attributes = {row["attribute_names"] for row in predicted}
+    assert len(list((tmp_path / "run").glob("confusion-*.png"))) == len(attributes)
 
 
-def test_an_mlp_adapter_cannot_be_merged(fails, flags, tmp_path):
-    train.main([*flags, "--epochs", "1", "--adapter", "mlp", "--out", str(tmp_path / "run")])
-    assert "this run has MLP-Adapters, which are not linear and cannot be merged" in fails("evaluate.py", tmp_path / "run", "--merge")
-    assert "cannot be merged" in fails("evaluate.py", tmp_path / "run", "--export", tmp_path / "out")
+def test_two_titles_that_do_not_fit_together_are_found_before_the_training(data_root, flags, tmp_path, said):
+    rows = [[f"B{n}", "B0001.jpg", "", "black " * 1200 * (n == 1), "Heel", str(n)] for n in range(3)]
+    write_data(tmp_path / "data", data_root, rows)
+    arguments = [*flags, "--epochs", "1", "--data", str(tmp_path / "data"), "--out"]
+    err = said(partial(train.main, [*arguments, str(tmp_path / "run")]), 2)
+    assert re.search("product 'B1': .* has 2,... tokens .*, more than the 2,048 that", err)
+    train.main([*arguments, str(tmp_path / "run"), "--lbc", "none"])    # alone it fits
 
 
-def test_constrain_checks_attributes_and_lengths_before_any_answer(fails, run, data_root, tmp_path):
-    import shutil
-    shutil.copytree(run, tmp_path / "run")
-    lines = (data_root / "shoes" / "test.tsv").read_text()
-    (tmp_path / "in.tsv").write_text(lines.replace("Heel Height", "Toe Style"))
-    how = ["--constrain", "--strict", "--output", tmp_path / "out.tsv", "--input"]
-    said = fails("evaluate.py", tmp_path / "run", *how, tmp_path / "in.tsv")
-    assert "there are no known values of Toe Style; the run's training data has those of Boot Style, Heel Height" in said
-    record = json.loads((run / "config.json").read_text())
-    record["values"]["Boot Style"].append("black " * 3000)
-    (tmp_path / "run" / "config.json").write_text(json.dumps(record))
-    for more in ([*how, data_root / "shoes" / "test.tsv"], ["--constrain"]):
-        assert "tokens, more than the 2,048 that this LLaMA was trained to read" in fails("evaluate.py", tmp_path / "run", *more)
-    assert not (tmp_path / "out.tsv").exists()
-
-
-def test_the_commands_themselves(run, tmp_path):
-    for script in ("train.py", "evaluate.py"):
-        done = run_command(script, "--help")
-        assert done.returncode == 0 and "usage" in done.stdout
-    done = run_command("train.py", "--resume", tmp_path / "nowhere")
-    assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.startswith("train.py: error: ")
+def test_the_home_folder_is_the_shells(monkeypatch):
+    """A shell leaves --out=~/x as it is."""
+    monkeypatch.setenv("HOME", "/elsewhere")
+    assert train.parse(["--out=~/x", "--data=~/y"])[0].out == "/elsewhere/x"

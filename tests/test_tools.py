@@ -1,0 +1,135 @@
+"""Answers to one product, from the command and from Python; and the exported model."""
+
+import shutil
+
+import pytest
+import safetensors.torch
+import torch
+from conftest import command, held
+
+import evaluate
+import train
+from base.console import UserError
+from base.tsv import read_tsv
+from data import base_question, encode_examples, read_split
+from llama import load_llama
+from support.answering import prepare_photos
+
+
+@pytest.fixture
+def says(run, tmp_path):
+    """says(tool, *arguments): its stdout; with code=2 its error instead."""
+    def call(tool, *arguments, code=0, folder=run):
+        done = command(tool, [folder, *arguments], tmp_path, limit_s=60)
+        assert held(done) is None and done.code == code, done.err
+        return done.err if code else done.out
+    return call
+
+
+@pytest.fixture
+def photo(data_root):
+    return data_root / "images" / "B0001.jpg"
+
+
+def test_one_product_has_its_answer_in_all_ways(run, says, data_root, tmp_path):
+    """Free, and from known values whose temperature was fitted: as in predictions.tsv, and in Python."""
+    run = shutil.copytree(run, tmp_path / "run")
+    says("evaluate.py", "--constrain", "--split", "val", folder=run)
+    says("evaluate.py", "--constrain", folder=run)
+    loaded = evaluate.load(run)
+    rows = [row for _, row in read_tsv(run / "scores" / "test-constrain" / "predictions.tsv")][:4]
+    for flags, settings in ([], {}), (["--constrain"], {"constrain": True}):
+        for row in rows:
+            one = [data_root / "images" / row["images"], f"{row['texts']}, {row['category']}",
+                   row["attribute_names"].upper()]
+            answer = loaded.answer(*one, **settings)
+            said = says("-m tools.answer", "--image", one[0], "--text", one[1], "--attribute", one[2], *flags,
+                        folder=run)
+            assert said == f"{row['attribute_names']}: {answer}\n"
+            if flags:                                   # free draws depend on the id, too
+                assert (answer.value, f"{answer.probability:.4f}") == (row["prediction"], row["probability"])
+    many = [dict(zip(("image", "text", "attribute"), [one[0], text, one[2]])) for text in (one[1], "x")]
+    together, alone = loaded.answers(many, constrain=True)[1], loaded.answer(**many[1], constrain=True)
+    assert (together.value, together.runner_up) == (alone.value, alone.runner_up)
+    assert together.probability == pytest.approx(alone.probability, abs=1e-4)
+
+
+def test_flags_of_an_answer(says, photo, tmp_path):
+    one = ["--image", photo, "--text=-Pillow", "--attribute"]
+    (tmp_path / "values.tsv").write_text("Heel Height\tFlat\n")
+    values = ["--values", tmp_path / "values.tsv"]
+    assert says("-m tools.answer", *one, "heel height", *values) == "Heel Height: Flat  (probability 1.00)\n"
+    assert says("-m tools.answer", *one, "heel height", "--merge").startswith("Heel Height: ")
+    said = says("-m tools.answer", *one, "Boot Style", *values, code=2)
+    assert "there are no known values of Boot Style, only of Heel Height; --values and" in said
+    assert says("-m tools.answer", *one, "Boot Style", *values, "--constrain").startswith("Boot Style: ")
+    unsure = says("-m tools.answer", *one, "Colour", "--temperature", "3", "--min-confidence", "1")
+    assert unsure.startswith("Colour: (no answer)  (probability 0.")
+
+
+def test_python_has_the_same_choices(run, photo):
+    one = evaluate.load(run).answer
+    answer = one(photo, "black shoe", "Boot Style", values=["Sandal", " Rain  Boots", "Sandal"])
+    assert {answer.value, answer.runner_up} == {"Sandal", "Rain Boots"}
+    assert answer.probability + answer.runner_up_probability == pytest.approx(1)
+    left_out = one(photo, "black shoe", "Boot Style", values=["Sandal", "Rain Boots"], min_confidence=1.0)
+    assert left_out.value == "" and left_out.probability == pytest.approx(answer.probability)
+    for wrong in ([], "Sandal", [""], [3], {}):
+        with pytest.raises(ValueError, match="values must be a list"):
+            one(photo, "black shoe", "Boot Style", values=wrong)
+    with pytest.raises(UserError, match="known values of Colour"):
+        one(photo, "black shoe", "Colour", constrain=True)
+
+
+def test_an_export_is_an_ordinary_llama(run, says, data_root, tmp_path, monkeypatch):
+    """transformers reads it and its tokenizer; by the README's lines it gives the merged model's logits."""
+    transformers = pytest.importorskip("transformers")
+    out = tmp_path / "out"
+    assert "the greatest difference of logits, merged against unmerged, is " in says("-m tools.export", out)
+    loaded = evaluate.load(run, data_needed=True)
+    products = read_split(data_root, "shoes", "test")[:5]
+    prepare_photos(loaded, products)
+    examples, names = encode_examples([base_question(p) for p in products], loaded.model.tokenizer)
+    cls_tokens = loaded.photo_features.read(names, "cpu")
+    with torch.no_grad():
+        expected = loaded.model.merge_adapters().answer_logits(examples, cls_tokens)
+    expected = expected.split([len(e.answer) for e in examples])
+    monkeypatch.chdir(out)
+    lines = (out / "README.md").read_text().splitlines()
+    code = "\n".join(line[4:] for line in lines if line.startswith("    "))
+    head, _, generate = code.rpartition("\n")
+    assert generate.startswith("llama.generate(inputs_embeds=x")
+    for product, cls, logits in zip(products, cls_tokens, expected):
+        scope = {"torch": torch, "safetensors": safetensors, "transformers": transformers, "cls": cls,
+                 "title": product.title, "category": product.category, "attribute": product.attribute}
+        exec(head.replace('prompt = "', 'prompt = f"'), scope)
+        with torch.no_grad():
+            theirs = scope["llama"](inputs_embeds=scope["x"][None]).logits[0, -1]
+        torch.testing.assert_close(theirs, logits[0], rtol=1e-4, atol=1e-4)
+    assert load_llama(out)[0].config.attention_bias     # and our own loader reads it
+
+
+def test_an_unfinished_export_is_not_taken_for_a_whole_one(run, tmp_path):
+    from tools import export
+
+    def before():
+        export.write_text = lambda *a: 1 / 0            # README.md, just before config.json
+
+    (tmp_path / "small.py").write_text("from base import console\nfrom tools import export\n"
+                                       "console.run(export.main)\n")
+    done = command(str(tmp_path / "small.py"), [run, tmp_path / "out"], tmp_path, before=before)
+    assert done.code == 1 and (tmp_path / "out" / "tokenizer.model").exists()
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_an_export_says_what_its_run_saw(flags, says, tmp_path):
+    for name, more in ("a", "--no-image"), ("b", "--no-text --features single"), ("c", "--adapter mlp"):
+        train.main([*flags, *more.split(), "--epochs", "1", "--out", str(tmp_path / name)])
+    assert "cannot be merged" in says("-m tools.export", tmp_path / "out", folder=tmp_path / "c", code=2)
+    for name in "ab":
+        says("-m tools.export", tmp_path / "out" / name, folder=tmp_path / name)
+    readme = (tmp_path / "out/a/README.md").read_text()
+    assert "Context: {title}" in readme and "image" not in readme
+    assert not (tmp_path / "out/a/projector.safetensors").exists()
+    readme = (tmp_path / "out/b/README.md").read_text()
+    assert "Context: {title}" not in readme and "(1, 24), the [cls] after ViT layer (6,)" in readme
