@@ -92,6 +92,8 @@ def test_flags_reach_the_training_and_are_read_back(run, flags, tmp_path, monkey
     assert len(losses(out)) == steps
     assert losses(out)[:3] != losses(run)[:3]
     assert load_file(out / "adapter.safetensors")["adapters.0.up_weight"].shape == shape
+    photos = (out / "report.html").read_text(encoding="utf-8").count("image/jpeg")
+    assert bool(photos) == ("--no-image" not in more)
     answers = (out / "predictions.tsv").read_bytes()
     monkeypatch.setattr(sys, "argv", ["evaluate.py", str(out)])
     evaluate.main()
