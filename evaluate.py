@@ -13,9 +13,8 @@ import sys
 import time
 import zlib
 from collections import defaultdict
-from pathlib import Path
 
-from base.console import UserError, write_json
+from base.console import UserError, user_path, write_json
 from base.duplicates import not_in
 from data import fingerprint, read_split, sample_labels, without
 from eiven import TEMPERATURE, TOP_P
@@ -138,7 +137,7 @@ def write_results(folder, title, products, answered, metrics, images=None, losse
 
 def add_answering_flags(parser):
     """Add RUN and the flags that decide how a run answers; the commands in tools/ have them, too."""
-    parser.add_argument("run", metavar="RUN", type=Path, help="run folder that train.py wrote")
+    parser.add_argument("run", metavar="RUN", type=user_path, help="run folder that train.py wrote")
     parser.add_argument("--merge", action="store_true", help="merge the adapters into LLaMA's weights first")
     parser.add_argument("--temperature", type=number(float, 0, 1000), default=TEMPERATURE,
                         help="of free answers; 0: the most probable token (default: %(default)s)")
@@ -146,7 +145,7 @@ def add_answering_flags(parser):
                         help="of free answers: nucleus sampling (default: %(default)s)")
     parser.add_argument("--constrain", action="store_true",
                         help="answer only with values known from training")
-    parser.add_argument("--values", metavar="FILE", type=Path,
+    parser.add_argument("--values", metavar="FILE", type=user_path,
                         help="answer only with these values, one a line: attribute, tab, value; with "
                              "--constrain they are added to those of the training")
     parser.add_argument("--min-confidence", metavar="P", type=number(float, 0, 1), default=0.0,

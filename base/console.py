@@ -26,6 +26,11 @@ class UserError(Exception):
     """
 
 
+def user_path(text):
+    """A type for argparse: a path, with ~ for the home folder, which a shell leaves alone in --output=~/x."""
+    return Path(text).expanduser()
+
+
 def cache_folder():
     """Where the features of photos and the demo world are kept: $EIVEN_CACHE, else cache/ in the project's
     folder.

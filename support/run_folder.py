@@ -97,8 +97,8 @@ def weights_fingerprint(sources):
     vit = []
     if sources.vit:
         weights = weight_file(sources.vit)
-        vit = [path for path in (weights, weights.parent / "config.json") if path.exists()]
-    return {"llama": fingerprint(llama), "vit": fingerprint(vit)}
+        vit = [path for path in (weights.parent / "config.json", weights) if path.exists()]
+    return {"llama": fingerprint(llama), "vit": fingerprint(vit) if vit else None}
 
 
 def check_weights(folder, record, sources):

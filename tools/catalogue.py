@@ -23,8 +23,8 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from base.console import (Progress, UserError, locked, read_json, reading, reason, what_is, whole_file,
-                          write_json)
+from base.console import (Progress, UserError, locked, read_json, reading, reason, user_path, what_is,
+                          whole_file, write_json)
 from base.tsv import COLUMNS, read_rows, tsv_line
 from data import product_of
 from demo import world
@@ -242,9 +242,10 @@ def parse():
                                      "command goes on.", allow_abbrev=False)
     add_answering_flags(parser)
     parser.add_argument("--input", metavar="FILE", required=True, help="TSV or JSONL, also gzip; -: stdin")
-    parser.add_argument("--output", metavar="FILE", required=True, type=Path, help="*.tsv, *.csv or *.jsonl, "
-                        "also *.gz; rows that cannot be answered go to FILE.failed.tsv")
-    parser.add_argument("--images", metavar="DIR", type=Path, help="folder of photos (default: ROOT/images)")
+    parser.add_argument("--output", metavar="FILE", required=True, type=user_path, help="*.tsv, *.csv, *.jsonl "
+                        "or *.gz; rows that cannot be answered go to FILE.failed.tsv")
+    parser.add_argument("--images", metavar="DIR", type=user_path,
+                        help="folder of photos (default: ROOT/images)")
     parser.add_argument("--strict", action="store_true", help="stop at the first row that cannot be answered")
     parser.add_argument("--no-feature-cache", action="store_true",
                         help="do not keep the features of the photos (12 kB a photo with ViT-B/16)")

@@ -2,15 +2,15 @@
 
 import argparse
 import sys
-from pathlib import Path
 
+from base.console import user_path
 from support.config import add_flags
 
 
 def run_parser(description):
     """A parser for RUN and the flags of its data and weights, for evaluate.load_run."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
-    parser.add_argument("run", metavar="RUN", type=Path, help="run folder that train.py wrote")
+    parser.add_argument("run", metavar="RUN", type=user_path, help="run folder that train.py wrote")
     parser.set_defaults(values=None, constrain=False, merge=False)
     add_flags(parser, ("data", "llama", "vit", "device", "dtype", "threads"))
     return parser

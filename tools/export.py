@@ -7,13 +7,12 @@ export.
 """
 
 import shutil
-from pathlib import Path
 
 import torch
 
 from base import console
 from base.checkpoint import check_frozen, save_tensors
-from base.console import UserError, read_json, whole_file, write_json, write_text
+from base.console import UserError, read_json, user_path, whole_file, write_json, write_text
 from data import Product, base_question, encode_examples
 from evaluate import load_run
 from llama import official_name
@@ -83,7 +82,7 @@ def export(run, folder):
 
 def main():
     parser = run_parser("Merge a run's adapters, and write an ordinary Hugging Face LLaMA.")
-    parser.add_argument("folder", metavar="DIR", type=Path, help="new or empty folder")
+    parser.add_argument("folder", metavar="DIR", type=user_path, help="new or empty folder")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     if any(args.folder.iterdir()):
