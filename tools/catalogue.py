@@ -243,7 +243,7 @@ def parse():
     add_answering_flags(parser)
     parser.add_argument("--input", metavar="FILE", required=True, help="TSV or JSONL, also gzip; -: stdin")
     parser.add_argument("--output", metavar="FILE", required=True, type=user_path,
-                        help="*.tsv, *.csv or *.jsonl, also *.gz; rows without an answer go to FILE.failed.tsv")
+                        help="*.tsv, *.csv or *.jsonl, also *.gz; failed rows go to FILE.failed.tsv")
     parser.add_argument("--images", metavar="DIR", type=user_path,
                         help="folder of photos (default: ROOT/images)")
     parser.add_argument("--strict", action="store_true", help="stop at the first row that cannot be answered")
