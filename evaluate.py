@@ -232,7 +232,7 @@ def main():
         check_values(products, values, f"--split {args.split}", args.values or "the run's training data")
     check_lengths(run, products, values=values)
     evaluate(run, products, split, scores_folder(args, parser), values, args.merge, args.temperature,
-             args.top_p, args.min_confidence, fit=args.split == "val" and not args.without_duplicates)
+             args.top_p, args.min_confidence, fit=args.split == "val")
 
 
 if __name__ == "__main__":

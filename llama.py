@@ -51,7 +51,7 @@ class LlamaConfig:
 
 
 # Settings that would change the forward pass: only these values are supported.
-SUPPORTED = {"model_type": "llama", "hidden_act": "silu", "mlp_bias": False, "pretraining_tp": 1,
+SUPPORTED = {"hidden_act": "silu", "mlp_bias": False, "pretraining_tp": 1,
              "sliding_window": None, "quantization_config": None, "partial_rotary_factor": 1,
              "rope_type": "default", "type": "default"}  # rope_type and type are keys inside rope_scaling
 
@@ -60,6 +60,8 @@ def read_config(path):
     """LlamaConfig from a config.json.  UserError for every setting that this file does not support."""
     config = read_json(path, "LLaMA's config.json")
     with reading(path, "LLaMA's config.json"):
+        if config["model_type"] != "llama":
+            raise ValueError(f"model_type is {config['model_type']!r}, but only 'llama' is supported")
         # rope_parameters is newer, and holds rope_theta as well
         for rope in ("rope_scaling", "rope_parameters"):
             config |= config.get(rope) or {}

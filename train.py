@@ -42,7 +42,7 @@ def train(run, products):
     steps = config.epochs * steps_per_epoch
     peak_lr = config.lr or 9e-3 * config.batch_size / 256
     optimizer = make_optimizer(model)
-    # fp16 gradients underflow
+    # In fp16, small gradients would become 0.
     scaler = torch.amp.GradScaler(enabled=model.llama.compute_dtype == torch.float16)
     state = TrainingState(run.folder, run.id, model, optimizer, scaler, steps)
     count = sum(p.numel() for p in model.trainable_parameters().values())
@@ -96,9 +96,13 @@ def train_step(run, optimizer, scaler, examples):
         tokens += sum(len(example.prompt) + len(example.answer) for example in batch) if share else 0
     loss, tokens = processes.sum_over_processes(parameters, loss, tokens)
     gradients = [p.grad for p in parameters if p.grad is not None]
-    largest = torch.nn.utils.get_total_norm(gradients, math.inf)
-    if not math.isfinite(loss) or not (scaler.is_enabled() or largest.isfinite()):
-        raise FloatingPointError(f"its loss is {loss}, its largest gradient {largest}")
+    problem, finite = f"its loss is {loss}", math.isfinite(loss)
+    if not scaler.is_enabled():                         # in fp16 the scaler looks at the gradients itself
+        largest = torch.nn.utils.get_total_norm(gradients, math.inf).item()
+        problem += f", its largest gradient {largest}"
+        finite = finite and math.isfinite(largest)
+    if not finite:
+        raise FloatingPointError(problem)
     scaler.step(optimizer)
     scaler.update()
     return loss, int(tokens)

@@ -82,7 +82,7 @@ def run(main, name=None):
         except OSError:  # Python would flush it again at exit, and print a traceback
             sys.stdout = None
         if message:
-            # whole, beside others
+            # One write, so that the lines of several processes do not mix.
             sys.stderr.write(f"{name or Path(sys.argv[0]).name}: {printable(message)}\n")
         raise SystemExit(code)
 

@@ -228,8 +228,9 @@ def test_config_is_honoured(tmp_path, tiny_config):
     assert read_config(config_with(tmp_path, other, hidden_act="silu", rope_scaling=None)) == other
     newer = {"rope_parameters": {"rope_type": "default", "rope_theta": 5000}, "rope_theta": None}
     assert read_config(config_with(tmp_path, tiny_config, **newer)).rope_theta == 5000
-    first = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-             "num_attention_heads": 32, "rms_norm_eps": 1e-6}           # LLaMA-7B's own config.json
+    first = {"model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
+             "num_hidden_layers": 32, "num_attention_heads": 32,
+             "rms_norm_eps": 1e-6}                      # as LLaMA-7B's own config.json
     (tmp_path / "config.json").write_text(json.dumps(first))
     expected = LlamaConfig(32000, 4096, 11008, 32, 32, 32, 128, 1e-6, 10000.0, False, False, 2048)
     assert read_config(tmp_path / "config.json") == expected
@@ -242,6 +243,7 @@ def test_config_is_honoured(tmp_path, tiny_config):
     ({"rms_norm_eps": "abc"}, "rms_norm_eps is 'abc', but must be"),
     ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan, but must be"),
     ({"attention_bias": "no"}, "attention_bias is 'no', but must be"),
+    ({"model_type": None}, "model_type is None, but only 'llama' is supported"),
     ({"model_type": "mistral"}, "model_type is 'mistral', but only 'llama' is supported"),
     ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_type is 'llama3', but only 'default'"),
     ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "type is 'linear', but only 'default'"),
