@@ -2,6 +2,7 @@
 written.
 """
 
+import difflib
 import json
 import os
 import pickle
@@ -95,6 +96,12 @@ def printable(text):
 def reason(error):
     """The first line of what an exception says, or its type if it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:500]
+
+
+def did_you_mean(word, names):
+    """" (did you mean 'NAME'?)" with the name that is most like a misspelt word; "" if none is."""
+    close = difflib.get_close_matches(word, names, 1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 # ---------------------------------------------------------------------------------------- reading

@@ -41,24 +41,22 @@ def signs(images=None):
 
 
 def groups(*keys):
-    """[a group number for each product]: products that share a key are in one group, also in a chain.
+    """[a name of a group for each product]: products that share a key are in one group, also in a chain.
 
     keys  lists of the products' keys, one list for each sign
     """
-    parent = list(range(len(keys[0])))
+    parent = {}                                         # of products, and of the keys that join them
 
-    def root(i):
-        while parent[i] != i:
-            parent[i] = parent[parent[i]]
-            i = parent[i]
-        return i
+    def root(node):
+        while node in parent:
+            node = parent[node]
+        return node
 
-    for same in keys:
-        first = {}
-        for i, key in enumerate(same):
-            if key is not None:
-                parent[root(i)] = root(first.setdefault(key, i))
-    return [root(i) for i in range(len(parent))]
+    for i, its_keys in enumerate(zip(*keys)):
+        for sign_and_key in enumerate(its_keys):
+            if sign_and_key[1] is not None and root(i) != root(sign_and_key):
+                parent[root(i)] = root(sign_and_key)
+    return [root(i) for i in range(len(keys[0]))]
 
 
 def across(parts, keys):
@@ -85,28 +83,19 @@ def same_label(one, other):
 
 def not_in(train, products, images=None):
     """Those of `products` without a twin in `train`: no product there has the same title words or photo."""
-    keys = signs(images).values()
-    in_train = [{key(product) for product in train} - {None} for key in keys]
-    return [product for product in products
-            if not any(key(product) in known for key, known in zip(keys, in_train))]
+    twins = across({"train": train, "others": products}, signs(images))["others"]
+    known = {id(product) for pairs in twins.values() for product, _ in pairs}
+    return [product for product in products if id(product) not in known]
 
 
 def note_duplicates(splits):
-    """Print a line to stderr for each way in which products of {split: products} are duplicates by name.
+    """Print a line to stderr for each way in which products of {split: products} are those of train, by name.
 
-    The same id and attribute twice in a split counts a product twice.  The same id, or the same title and
-    photo, as in train lets a model see in training what it is tested on.
+    A model then sees in training what it is tested on.
     """
-    notes = []
-    for split, products in splits.items():
-        first = {}
-        again = [p for p in products if first.setdefault((p.id, p.attribute), p) is not p]
-        notes.append((split, "repeat the id and attribute of another", again))
     names = {"id": lambda p: p.id, "title and photo": lambda p: (p.title, p.image)}
     for split, twins in across(splits, names).items():
         for name, pairs in twins.items():
-            notes.append((split, f"have the {name} of a product of train", [p for p, _ in pairs]))
-    for split, what, products in notes:
-        if products:
-            print(f"note: {len(products):,} of {len(splits[split]):,} products of {split} {what}, "
-                  f"e.g. {products[0].id!r}", file=sys.stderr)
+            if pairs:
+                print(f"note: {len(pairs):,} of {len(splits[split]):,} products of {split} have the {name} "
+                      f"of a product of train, e.g. {pairs[0][0].id!r}", file=sys.stderr)

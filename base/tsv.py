@@ -1,28 +1,31 @@
 """TSV files: the one reader and the one writer.
 
 The format is Python's csv dialect "excel-tab" in UTF-8: tabs between cells; a cell that holds a tab, a
-newline or a quote is quoted, and a quote in it is doubled.
+newline or a quote is quoted, and a quote in it is doubled.  The reader also knows other separators.
 """
 
 import csv
 import itertools
 from pathlib import Path
 
-from base.console import UserError, reading, whole_file
+from base.console import UserError, did_you_mean, reading, whole_file
 
 COLUMNS = ("id", "images", "category", "texts", "attribute_names", "attribute_values")     # of a data set
+SEPARATORS = {"\t": "tabs", ";": "semicolons", ",": "commas"}
 
 
-def read_rows(lines, required=COLUMNS):
+def read_rows(lines, required=COLUMNS, separator="\t"):
     """Yield (number of its first line, {column: cell}) of each row; instead of the dict a ValueError that
     says what is wrong.
 
-    lines     of the file, as text with their line ends; bytes that are no UTF-8 as surrogates
-    required  columns that the header must name
-    Errors    ValueError: the header does not fit
+    lines      of the file, as text with their line ends; bytes that are no UTF-8 as surrogates
+    required   columns that the header must name, in lower case
+    separator  of cells; one of SEPARATORS
+    Errors     ValueError: the header does not fit
 
     A quote that is never closed would swallow the rows after it.  So where a line that a quoted cell goes on
     in is by itself a row, the row in which the quote opened is wrong, and the lines after it are read again.
+    (Not with commas: a line of a text may well have as many.)
     """
     lines, again, number = iter(lines), [], 0
     header = None
@@ -33,15 +36,15 @@ def read_rows(lines, required=COLUMNS):
         first, cells = number + 1, None
         while cells is None:
             try:
-                cells = next(csv.reader(taken, dialect="excel-tab", strict=True), [])
+                cells = next(csv.reader(taken, delimiter=separator, strict=True), [])
                 "".join(cells).encode()
             except UnicodeEncodeError:
                 cells = ValueError("is not UTF-8 text; save the file as UTF-8")
             except csv.Error as error:                  # a quoted cell may go on in the next line
                 line = again.pop() if again else next(lines, "")
-                # Before the end of a first cell of several lines there is no tab.
-                is_row = header and "\t" in "".join(taken) and line.count("\t") == len(header) - 1
-                if not line or len(taken) > 1000 or is_row:
+                # Before the end of a first cell of several lines there is no separator.
+                is_row = header and separator in "".join(taken) and line.count(separator) == len(header) - 1
+                if not line or len(taken) > 1000 or is_row and separator != ",":
                     again += [line, *reversed(taken[1:])]
                     taken = taken[:1]
                     cells = ValueError(f"has a cell that cannot be read ({error}); if it begins with a quote "
@@ -50,29 +53,31 @@ def read_rows(lines, required=COLUMNS):
                 else:
                     taken.append(line)
         number += len(taken)
+        if not cells:                                   # an empty line
+            continue
         if header is None:
-            header = read_header(cells, required)
+            header = read_header(cells, required, SEPARATORS[separator])
         elif isinstance(cells, ValueError):
             yield first, cells
         elif len(cells) == len(header):
             yield first, dict(zip(header, cells))
-        elif cells:
+        else:
             yield first, ValueError(f"has {len(cells)} cells, the header {len(header)}")
     if header is None:
-        raise ValueError("it holds no line")
+        raise ValueError("it has no line, and needs at least the header")
 
 
-def read_header(cells, required):
+def read_header(cells, required, separators):
     """The names of the columns; ValueError if a required one is not there, or stands there twice."""
     if isinstance(cells, ValueError):
         raise ValueError(f"line 1 {cells}")
-    header = [cell.strip().lower() for cell in cells]
-    absent = [name for name in required if name not in header]
+    header = [" ".join(cell.lower().split()) for cell in cells]
+    absent = [name + did_you_mean(name, header) for name in required if name not in header]
     twice = [name for name in required if header.count(name) > 1]
     if absent or twice:
         problem = f"lacks {', '.join(absent)}" if absent else f"names {', '.join(twice)} twice"
         raise ValueError(f"line 1, the header {' '.join(map(repr, header))[:200]}, {problem}; it must name "
-                         f"{' '.join(required)}, with tabs between them")
+                         f"{' '.join(required)}, with {separators} between them")
     return header
 
 

@@ -13,20 +13,20 @@ from base.duplicates import groups, photo_key, title_key
 from base.tsv import write_tsv
 from dataset.mentions import folded, mentions, without
 from dataset.photos import download
-from dataset.sources import collect, collected, print_counts
+from dataset.sources import collect, collected
 from dataset.stats import SPLITS, check_maker, print_table, write_splits
 from dataset.values import read_values
 
 
 def build(labels, metadata, data, values, dataset, seed=0, more_than=100, at_most=1000,
-          no_photos=False, **web):
+          no_photos=False, connections=8):
     """Build data sets in the folder `data` from MAVE's labels and Amazon's metadata; section 3 of the paper.
 
     metadata   files that are read one after the other
     values     the table values.tsv
     dataset    names of the data sets to build
     more_than  a value needs more products than this; at_most: products drawn for a value
-    web        connections, timeout of photos.download
+    connections  photos fetched at once, at most
     What is read of the sources is kept in data/.build; a start with another seed or table goes on from there.
     """
     table, spellings = read_values(values)
@@ -42,10 +42,9 @@ def build(labels, metadata, data, values, dataset, seed=0, more_than=100, at_mos
         print(f"raw values that {values.name} does not map, the commonest first: {data / 'unmapped.tsv'}")
         chosen = choose(ids, seed, more_than, at_most)
         rows, urls = table_rows(collected(sources), chosen, spellings)
-        print_counts("products drawn", Counter(name for name, _ in chosen))
         failed = {}
         if not no_photos:
-            failed = download(urls, data / "images", **web)
+            failed = download(urls, data / "images", connections)
             write_tsv(data / "failed.tsv", [(asin, url, why) for asin, (url, why, _) in failed.items()],
                       ["id", "url", "reason"])
             print(f"photos: {len(urls) - len(failed):,} of {len(urls):,}; {len(failed):,} products dropped, "
@@ -53,10 +52,7 @@ def build(labels, metadata, data, values, dataset, seed=0, more_than=100, at_mos
         parts = {}
         for name in dataset:
             kept = [row for row in rows[name] if row[0] not in failed]
-            keys = [[title_key(row[3].removeprefix("[Title]")) for row in kept]]
-            if not no_photos:
-                keys.append([photo_key(data / "images" / row[1]) for row in kept])
-            parts[name] = split(kept, without_giants(groups(*keys)), seed, name)
+            parts[name] = split(kept, None if no_photos else data / "images", seed, name)
             print_table(name, {part: label_counts(its) for part, its in parts[name].items()})
         write_splits(data, parts, "build")
 
@@ -79,7 +75,6 @@ def map_values(products, table, data_sets, no_photos):
     A label whose evidences name several values of the attribute gets none: its right answer would be a
     toss-up.
     """
-    counts = Counter()
     unmapped = Counter()
     ids = defaultdict(list)
     for asin, _, urls, labels in products:
@@ -87,10 +82,8 @@ def map_values(products, table, data_sets, no_photos):
             of_raw = table.get((dataset, attribute, category), {})
             values = {of_raw[folded(raw)] for raw in raws if folded(raw) in of_raw}
             unmapped.update((dataset, attribute, raw, category) for raw in raws if folded(raw) not in of_raw)
-            counts[f"with {len(values)} known values (used: those with 1)"] += 1
             if len(values) == 1 and dataset in data_sets and (urls or no_photos):
                 ids[dataset, attribute, values.pop()].append(asin)
-    print_counts("labels of products", counts)
     rows = [(*key, n) for key, n in unmapped.items()]
     return ids, sorted(rows, key=lambda row: (*row[:2], -row[4], row))
 
@@ -135,27 +128,24 @@ def table_rows(products, chosen, spellings):
     return rows, photo_urls
 
 
-def without_giants(group):
-    """Group numbers, where the members of a giant group stand alone.
-
-    More than 20 products, and more than a tenth of all, are one group by a photo or a title that says
-    nothing, such as "photo not available".
-    """
-    size = Counter(group)
-    most = max(20, len(group) // 10)
-    return [number if size[number] <= most else (number, i) for i, number in enumerate(group)]
-
-
-def split(rows, group, seed, dataset):
+def split(rows, images, seed, dataset):
     """{split: rows}: each value's products 0.75 : 0.15 : 0.15, in an order drawn for (seed, product).
 
-    group  a number for each row; rows of one group go to one split, so that the test does not ask what
-           training has shown.  val takes the first groups that fit into its share of each value, test the
-           next, and train has the rest.
+    Rows with the same id, title words or photo (in the folder `images`, or None) go to one split, so that the
+    test does not ask what training has shown.  Groups of more than 20 and a tenth of all rows are an
+    exception: there the title or the photo says nothing, such as "photo not available".
+    val takes the first groups that fit into its share of each value, test the next, and train has the rest.
     """
+    keys = [[row[0] for row in rows], [title_key(row[3].removeprefix("[Title]")) for row in rows]]
+    if images:
+        photos = {name: photo_key(images / name) for name in {row[1] for row in rows}}
+        keys.append([photos[row[1]] for row in rows])
+    group = groups(*keys)
+    size = Counter(group)
     together = defaultdict(list)
-    for number, row in zip(group, rows):
-        together[number].append(row)
+    for row, its_group in zip(rows, group):
+        says_nothing = size[its_group] > max(20, len(rows) // 10)
+        together[row[0] if says_nothing else its_group].append(row)
     share = SPLITS["val"] / sum(SPLITS.values())
     free = {part: Counter() for part in ("val", "test")}
     for value, n in label_counts(rows).items():

@@ -4,18 +4,19 @@ stats.
 A finding is (REFUSED or SPOILS, "what: why it matters", [example]).
 """
 
-import shlex
+import os
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from shlex import quote
 
 from base.console import Progress, UserError
 from base.duplicates import across, same_label, signs
 from base.photo import open_photo
 from data import base_question, comparison, encode_answer, encode_examples, product_of
 from dataset.mentions import clean, find, folded, mentions
-from dataset.stats import SPLITS, draw_histogram, print_table, rows_of
+from dataset.stats import SPLITS, print_table, rows_of
 
 REFUSED = "REFUSED: train.py stops with an error"
 SPOILS = "SPOILS the result: train.py runs, but its score or its answers are worth less"
@@ -31,45 +32,43 @@ def check(folder, labels=10, llama=None, no_image=False, all=False):
     no_image  as for train.py --no-image: leave the photos out
     all       show all examples of a finding
     """
-    _, refused = examine(folder, labels, llama, not no_image, None if all else 3)
-    if refused:
+    if examine(folder, labels, llama, not no_image, None if all else 3):
         raise UserError(f"{folder}: train.py would refuse it; see REFUSED above, mend that and check again.")
-    folder = folder.resolve()
-    command = ["python", "train.py", "--data", str(folder.parent), "--dataset", folder.name,
-               "--labels", str(labels), *["--no-image"] * no_image]
-    print(f"\nIt can be trained:  {shlex.join(command)}")
+    print(f"\nIt can be trained:  {training_command(folder, labels, {'--no-image': no_image})}")
 
 
-def stats(dataset, data, plot=None):
+def training_command(folder, labels, flags):
+    """train.py for the data set in a folder, as a line for a shell.  flags: {flag: whether it is needed}"""
+    root, name = map(quote, os.path.split(folder.resolve()))
+    more = "".join(f" {flag}" for flag in flags if flags[flag])
+    return f"python train.py --data {root} --dataset {name} --labels {labels}{more}"
+
+
+def stats(dataset, data):
     """Print Table 6 and what is wrong for data sets: names in the folder `data`, or folders; by default all
     there.
-
-    plot  PNG file for a histogram of the values
     """
     folders = [Path(name) if Path(name).is_dir() else data / name for name in dataset]
     folders = folders or sorted(path.parent for path in data.glob("*/train.tsv"))
     if not folders:
         raise UserError(f"{data} holds no data set, a folder with train.tsv, val.tsv and test.tsv. "
                         "Build or import one (docs/data.md), or give another folder with --data.")
-    if plot and (plot.suffix != ".png" or plot.exists()):
-        raise UserError(f"--plot {plot}: name a new file FILE.png")
-    counted = {folder.resolve().name: examine(folder)[0] for folder in folders}
-    if plot:
-        draw_histogram(plot, counted)
-        print(f"\nvalues and their products: {plot}")
+    for folder in folders:
+        examine(folder)
 
 
 def examine(folder, labels=0, llama=None, image=True, most=3):
-    """Print Table 6 and the findings, with `most` examples each, about the data set in a folder.
-
-    Returns ({split: Counter of (attribute, value)}, whether train.py refuses it).
+    """Print Table 6 and the findings, with `most` examples each, about the data set in a folder; return
+    whether train.py refuses it.
     """
-    parts = {}
+    parts = {}                                          # only what could be read: nothing is said of the rest
     problems = []
     for part in SPLITS:
-        parts[part], wrong = rows_of(folder / f"{part}.tsv", partial(product_of, needed=NEEDED))
+        products, wrong = rows_of(folder / f"{part}.tsv", partial(product_of, needed=NEEDED))
         problems += wrong
-    if not any(parts.values()):
+        if products:
+            parts[part] = products
+    if not parts:
         raise UserError(f"{folder}: no folder with train.tsv, val.tsv and test.tsv: {problems[0]}")
     counts = {part: Counter((p.attribute, p.value) for p in products) for part, products in parts.items()}
     print_table(folder.resolve().name, counts)
@@ -79,22 +78,30 @@ def examine(folder, labels=0, llama=None, image=True, most=3):
         findings.append(photo_finding(parts, images))
     if llama:
         findings += token_findings(parts, llama, image)
-    findings += [*product_findings(parts), *value_findings(counts, labels),
-                 *duplicate_findings(parts, images)]
-    severities = [None]
+    findings += [*product_findings(parts), *value_findings(counts, labels)]
+    if "train" in parts:
+        findings += split_findings(parts, counts, images)
+    print_findings(findings, most)
+    return any(severity == REFUSED and examples for severity, _, examples in findings)
+
+
+def print_findings(findings, most=3):
+    """Print findings that have examples, each with `most` of them (None: all), under headings for what they
+    mean.
+    """
+    heading = None
     for severity, finding, examples in findings:
         if not examples:
             continue
-        if severity != severities[-1]:
+        if severity != heading:
             print(f"\n{severity}")
-        severities.append(severity)
+        heading = severity
         what, _, why = finding.partition(": ")
         print(f"  {what}: {len(examples):,}" + f" ({why})" * bool(why))
         for example in examples[:most]:
             print(f"      {example}")
         if len(examples[:most]) < len(examples):
             print("      ...")
-    return counts, REFUSED in severities
 
 
 def product_findings(parts):
@@ -113,10 +120,9 @@ def product_findings(parts):
 
 
 def value_findings(counts, labels):
-    """Values with few labels, with twins, without a test or without training."""
-    train = counts["train"]
+    """Values with few labels, alone or with twins."""
     yield (SPOILS, f"values with fewer than {labels} labels to train on",
-           [f"{' = '.join(value)}: {n:,}" for value, n in train.items() if n < labels])
+           [f"{' = '.join(value)}: {n:,}" for value, n in counts.get("train", {}).items() if n < labels])
     values = defaultdict(list)
     alike = defaultdict(list)
     for (attribute, value), n in sum(counts.values(), Counter()).items():
@@ -126,15 +132,14 @@ def value_findings(counts, labels):
            [f"{attribute} = {its[0]}" for attribute, its in values.items() if len(its) == 1])
     yield (SPOILS, "values that differ only in case, plural or hyphens: an exact match takes them for two",
            [f"{attribute}: {', '.join(same)}" for (attribute, _), same in alike.items() if len(same) > 1])
-    for part in ("val", "test"):
+
+
+def split_findings(parts, counts, images):
+    """Values of val and test that training has not shown, and products that it has."""
+    for part, twins in across(parts, {"the same id": lambda p: p.id, **signs(images)}).items():
         yield (SPOILS, f"values of {part}.tsv that train.tsv does not have: no answer to them can be right",
                [f"{' = '.join(value)}: {n:,} products" for value, n in counts[part].items()
-                if value not in train])
-
-
-def duplicate_findings(parts, images):
-    """Products of val and test that training has shown."""
-    for part, twins in across(parts, {"the same id": lambda p: p.id, **signs(images)}).items():
+                if value not in counts["train"]])
         for sign, pairs in twins.items():
             same = sum(same_label(*pair) for pair in pairs)
             yield (SPOILS, f"products of {part}.tsv with {sign} as one of train.tsv: "
@@ -145,23 +150,21 @@ def duplicate_findings(parts, images):
 
 def photo_finding(parts, images):
     """Photos that train.py will not find, or not read."""
-    names = {p.image for products in parts.values() for p in products}
+    def problem(name):
+        try:
+            open_photo(images / name)
+            (images / name).resolve().relative_to(images.resolve())
+        except (UserError, ValueError) as error:        # ValueError: a link that leads out of images/
+            return str(error)
+
+    names = sorted({p.image for products in parts.values() for p in products})
     problems = []
     with Progress("photos", len(names), "photos") as progress, ThreadPoolExecutor() as pool:
-        for problem in pool.map(partial(photo_problem, images), sorted(names)):
-            problems += problem
+        for why in pool.map(problem, names):
+            problems += [why] * bool(why)
             progress.step()
-    return REFUSED, "photos that are missing or cannot be read: --no-image trains without photos", problems
-
-
-def photo_problem(images, name):
-    """[why train.py would refuse a photo], or []."""
-    try:
-        open_photo(images / name)
-        (images / name).resolve().relative_to(images.resolve())
-    except (UserError, ValueError) as error:            # ValueError: a link that leads out of images/
-        return [str(error)]
-    return []
+    return (REFUSED, "photos that are missing or cannot be read: --skip-missing-photos trains without "
+            "products whose photo is missing, --no-image without photos", problems)
 
 
 def token_findings(parts, llama, image):

@@ -13,6 +13,7 @@ from functools import lru_cache
 # blanks and the hyphens and slashes that join words, for a regular expression's [...]
 JOINING = r"\s\-‐-―−/_"
 GAP = 3                         # characters, at most, between two words of one mention: "polka - dot"
+MOST_WORDS = 8                  # of one mention
 WORD = re.compile(r"[^\W_]+(?:'s(?![^\W_]))?")          # letters and digits, and a possessive 's
 APOSTROPHES = re.compile("[’‘ʼ′`´]")
 
@@ -99,25 +100,21 @@ def find(text, wanted):
     Whole words only: Round is found in "round-toe" and "rounded", not in "Surround".  The longest mention at
     a place wins.
     """
-    text = APOSTROPHES.sub("'", text.lower())
-    tokens = [(word.start(), word.end(), stem(word[0])) for word in WORD.finditer(text)]
-    longest = max(map(len, wanted), default=0)
+    words = list(WORD.finditer(APOSTROPHES.sub("'", text.lower())))
+    stems = [stem(word[0]) for word in words]
+    initials = {name[0] for name in wanted}             # most words begin no mention
     places = []
-    i = 0
-    while i < len(tokens):
-        stems = []
-        last = None
-        for j in range(i, len(tokens)):
-            if j > i and tokens[j][0] - tokens[j - 1][1] > GAP or sum(map(len, stems)) > longest + 1:
-                break
-            stems.append(tokens[j][2])
-            if joined(stems) in wanted:
-                last = j
-        if last is None:
-            i += 1
-        else:
-            places.append((tokens[i][0], tokens[last][1]))
-            i = last + 1
+    start = 0
+    while start < len(words):
+        end = start + (stems[start][0] in initials)     # words[start:end] may be a mention
+        most = min(len(words), start + MOST_WORDS)
+        while start < end < most and words[end].start() - words[end - 1].end() <= GAP:
+            end += 1
+        while end > start and joined(stems[start:end]) not in wanted:
+            end -= 1
+        if end > start:
+            places.append((words[start].start(), words[end - 1].end()))
+        start = max(end, start + 1)
     return places
 
 

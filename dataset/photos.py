@@ -25,10 +25,9 @@ LEAST_SIDE = 10                 # pixels; a removed photo is often answered with
 RETRIED = {403, 408, 429, 500, 502, 503, 504}   # HTTP answers that may be better next time
 FAILURES = 10                   # in a row, after which a server is asked for a photo that it gave before
 PAUSES = 0, 1, 10, 60, 240, 320         # seconds before each pass over the photos that are still missing
-TRIES = 3                       # passes, while no server has to be waited for
+TRIES = 3                       # passes in which the servers answer
 DEADLINE = 60                   # seconds for one photo, so that no trickle holds a connection
 LONGEST_WAIT = 600              # seconds; a server that asks for a longer wait is not waited for
-MOST_LOST = 0.05                # of all photos, on servers that do not answer
 
 
 class NoPhoto(UserError):
@@ -41,13 +40,13 @@ class NoPhoto(UserError):
 
 
 @dataclass
-class Server:
-    """What all threads know of one server."""
+class State:
+    """What all threads know of the servers."""
 
-    good: str = ""              # the URL of a photo that it gave
+    good: str = ""              # the URL of a photo that came
     failures: int = 0           # in a row
-    silent: str = ""            # why it is left alone for the rest of the pass
-    wait: float = 0             # seconds that it asked to be left alone
+    broken: str = ""            # why nothing more is asked in this pass over the photos
+    wait: float = 0             # seconds that a server asked to be left alone
 
 
 # ---------------------------------------------------------------------------------------- one photo
@@ -113,12 +112,7 @@ def fetch(url, timeout):
 # ---------------------------------------------------------------------------------------- many photos
 
 
-def host(url):
-    """The host and port in a URL, however broken it is."""
-    return "".join(url.split("/")[2:3])
-
-
-def first_photo(urls, path, servers, timeout):
+def first_photo(urls, path, state, timeout):
     """Write to `path` the first photo that one of `urls` gives.  None, or (the last URL asked, why not,
     whether another pass may do better).
 
@@ -126,45 +120,37 @@ def first_photo(urls, path, servers, timeout):
     """
     failure = "", "no URL", False
     for url in urls:
-        server = servers[host(url)]
-        if server.silent:
-            return url, f"the server does not answer ({server.silent})", True
+        if state.broken:
+            return url, f"not asked ({state.broken})", True
         try:
             content = fetch(url, timeout)
         except NoPhoto as error:
             failure = url, str(error), error.again
             if error.again:
-                note_failure(server, error, timeout)
+                state.failures += 1
+                state.wait = max(state.wait, error.after)
+                if error.after or state.failures >= FAILURES and not answers(state, timeout):
+                    state.broken = f"{url}: {error}"
                 break
         else:
             with whole_file(path) as partial:
                 partial.write_bytes(content)
-            server.failures = 0
-            server.good = url
+            state.failures = 0
+            state.good = url
             return None
     return failure
 
 
-def note_failure(server, failure, timeout):
-    """A server is left alone where it asks for a wait; also after several failures in a row, unless a photo
-    that it gave before still comes.
-    """
-    server.failures += 1
-    if failure.after or server.failures >= FAILURES and not answers(server, timeout):
-        server.wait = max(server.wait, failure.after)
-        server.silent = str(failure)
-
-
-def answers(server, timeout):
-    """Whether a photo that the server gave before comes again, or the answer that it is gone."""
-    if not server.good:
+def answers(state, timeout):
+    """Whether a photo that came before comes again, or the answer that it is gone."""
+    if not state.good:
         return False
     try:
-        fetch(server.good, timeout)
+        fetch(state.good, timeout)
     except NoPhoto as error:
         if error.again:
             return False
-    server.failures = 0
+    state.failures = 0
     return True
 
 
@@ -175,42 +161,33 @@ def download(wanted, folder, connections=8, timeout=20):
     wanted       {name: urls}, best URL first; a name is a plain file name (here an ASIN)
     connections  how many photos are fetched at once, at most
     timeout      seconds without a sign of life from a server
-    Errors       UserError where a server that gave photos has stopped answering, or more than 5 % of the
-                 photos are on servers that never answer
+    Errors       UserError where the web does not answer any more
     """
     folder.mkdir(parents=True, exist_ok=True)
-    servers = {host(url): Server() for urls in wanted.values() for url in urls}
     paths = {name: folder / f"{name}.jpg" for name in sorted(wanted)}
     todo = [name for name, path in paths.items() if not path.exists()]
-    for name in wanted.keys() - todo:
-        for url in wanted[name][:1]:
-            servers[host(url)].good = url
-    failed = dict.fromkeys(todo)                        # {name: what first_photo returned}
+    state = State(next((urls[0] for name, urls in wanted.items() if urls and paths[name].exists()), ""))
+    failed = {}                                         # {name: what first_photo returned}
+    tries = 0
     with (Progress("photos", len(wanted), "photos", len(wanted) - len(todo)) as progress,
           ThreadPoolExecutor(connections) as pool):
-        for number, pause in enumerate(PAUSES):
-            down = [server for server in servers.values()
-                    if server.silent and server.good and server.wait <= LONGEST_WAIT]
-            if not todo or number >= TRIES and not down:
+        for pause in PAUSES:
+            if not todo or tries == TRIES or state.wait > LONGEST_WAIT:
                 break
-            for server in down:
-                pause = max(pause, server.wait)
-                print(f"\n{server.good}: no answer ({server.silent}); asked again in {duration(pause)}",
-                      file=sys.stderr)
-                server.silent = ""
-                server.wait = 0
+            pause = max(pause, state.wait)
+            if state.broken:
+                print(f"\nno answer ({state.broken}); asked again in {duration(pause)}", file=sys.stderr)
             time.sleep(pause)
-            outcomes = pool.map(lambda name: first_photo(wanted[name], paths[name], servers, timeout), todo)
+            state.broken = ""
+            state.wait = 0
+            outcomes = pool.map(lambda name: first_photo(wanted[name], paths[name], state, timeout), todo)
             for name, failure in zip(todo, outcomes):
                 failed[name] = failure
                 progress.step(not failure)
             todo = [name for name in todo if failed[name] and failed[name][2]]
-    failed = {name: failure for name, failure in failed.items() if failure}
-    gone = {name: server for name, server in servers.items() if server.silent}
-    lost = sum(host(url) in gone for url, _, _ in failed.values())
-    if lost > MOST_LOST * len(wanted) or any(server.good for server in gone.values()):
-        why = ", ".join(f"{name} does not answer ({server.silent})" for name, server in gone.items())
-        raise UserError(f"{len(wanted) - len(failed):,} of {len(wanted):,} photos are there; {why}. No split "
-                        "was written. Start the same command again to go on from here, or build with "
-                        "--no-photos.")
-    return failed
+            tries += not (state.broken and state.good)  # a server that gave photos is waited for
+    if state.broken:
+        raise UserError(f"{len(todo):,} of {len(wanted):,} photos are missing, and their server does not "
+                        f"answer ({state.broken}). No split was written. Start the same command again to go "
+                        "on from here, or build with --no-photos.")
+    return {name: failure for name, failure in failed.items() if failure}

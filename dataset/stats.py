@@ -1,19 +1,14 @@
-"""Data sets on the disk: reading and writing their files, Table 6 of the paper for them, and a picture of
-their values.
+"""Data sets on the disk: reading and writing their files, Table 6 of the paper for them, and their values.
 
 Labels are counted as {split: Counter of (attribute, value)}.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 
-from PIL import Image, ImageDraw
-
-from base.console import UserError, reading, whole_file
+from base.console import UserError, reading
 from base.tsv import read_rows, write_tsv
 
 SPLITS = {"train": 0.75, "val": 0.15, "test": 0.15}     # section 3; the sum is 1.05, so each is divided by it
-TABLE_6 = {"footwear": (26868, 32, 1000, 229), "clothing": (24664, 30, 1000, 211),
-           "general": (16891, 25, 1000, 117)}
 
 
 def rows_of(path, convert):
@@ -58,8 +53,8 @@ def write_splits(root, data_sets, maker):
     empty = [f"{name}/{part}" for name, parts in data_sets.items() for part, rows in parts.items()
              if not rows]
     if empty:
-        raise UserError(f"no product is left for {', '.join(empty)}; the counts are above. No split was "
-                        "written.")
+        raise UserError(f"no product is left for {', '.join(empty)} (val and test need values of four "
+                        "products and more); the counts are above. No split was written.")
     for name, parts in data_sets.items():
         for part in parts:  # a kill must not leave an older split beside a newer one
             (root / name / f"{part}.tsv").unlink(missing_ok=True)
@@ -70,27 +65,16 @@ def write_splits(root, data_sets, maker):
 
 def print_table(name, labels):
     """Print Table 6 for a data set: samples, values, head and tail (products of the commonest and rarest
-    value).
+    value); then the values of each attribute.
     """
-    print(f"\n{name}\n{'':8}{'samples':>9}{'values':>8}{'head':>7}{'tail':>7}  attributes")
-    for part, n in [*labels.items(), ("all", sum(labels.values(), Counter()))]:
-        attributes = ", ".join(sorted({attribute for attribute, _ in n}))
+    total = sum(labels.values(), Counter())
+    print(f"\n{name}\n{'':8}{'samples':>9}{'values':>8}{'head':>7}{'tail':>7}")
+    for part, n in [*labels.items(), ("all", total)]:
         head = max(n.values(), default=0)
         tail = min(n.values(), default=0)
-        print(f"{part:8}{n.total():9,}{len(n):8,}{head:7,}{tail:7,}  {attributes}")
-    if name in TABLE_6:
-        print("Table 6 {:9,}{:8,}{:7,}{:7,}".format(*TABLE_6[name]))
-
-
-def draw_histogram(path, data_sets):
-    """Write a PNG with a bar for each value: its products.  data_sets: {name: labels}."""
-    bars = sorted((", ".join((name, *value)), n) for name, labels in data_sets.items()
-                  for value, n in sum(labels.values(), Counter()).items())
-    scale = 600 / max(n for _, n in bars)               # pixels for a product
-    picture = Image.new("RGB", (1000, 16 * len(bars)), "white")
-    pen = ImageDraw.Draw(picture)
-    for row, (name, n) in enumerate(bars):
-        pen.rectangle((0, 16 * row, scale * n, 16 * row + 12), "#4878a8")
-        pen.text((scale * n + 6, 16 * row), f"{n:,}  {name}", "black")
-    with whole_file(path) as partial:
-        picture.save(partial, "PNG")
+        print(f"{part:8}{n.total():9,}{len(n):8,}{head:7,}{tail:7,}")
+    values = defaultdict(list)
+    for (attribute, value), n in total.most_common():
+        values[attribute].append(f"{value} {n:,}")
+    for attribute, its in values.items():
+        print(f"{attribute}: {', '.join(its[:50])}{', ...' * (len(its) > 50)}")

@@ -10,6 +10,7 @@ from base.tsv import read_tsv
 from dataset.mentions import folded
 
 VALUES = Path(__file__).with_name("values.tsv")         # the table
+COLUMNS = "dataset", "attribute", "raw", "value"       # of the table, which also has category
 # Data set -> attribute -> MAVE's categories that it is collected from.  Names and categories are those of the
 # authors' release (ImplicitAVE); the paper's Table 6 writes Heel for Heel Height and Dress Length for Length.
 TOPS = ["Dresses", "Shirts & Tops"]
@@ -46,11 +47,11 @@ def read_values(path):
     """
     table = defaultdict(dict)
     names = defaultdict(list)
-    lines = list(read_tsv(path, "the table of values", ("dataset", "attribute", "raw", "value")))
+    lines = list(read_tsv(path, "the table of values", COLUMNS))
     of_value = {(row["dataset"], row["attribute"], row["value"]): row.get("category", "")
                 for _, row in lines if row["raw"] == row["value"]}
     for line, row in lines:
-        dataset, attribute, raw, value = row["dataset"], row["attribute"], row["raw"], row["value"]
+        dataset, attribute, raw, value = map(row.get, COLUMNS)
         names[dataset, attribute, value].append(raw)
         try:
             known = ATTRIBUTES.get(dataset, {}).get(attribute, ())

@@ -204,7 +204,8 @@ def link_out(folder):
 
 @pytest.mark.parametrize("change, says", [
     (lambda folder: (folder / "images/2.jpg").write_text("<!doctype html>"),
-     "or cannot be read: 1 (--no-image trains without photos)\n      {}/images/2.jpg: "),
+     "photos that are missing or cannot be read: 1 (--skip-missing-photos trains without products whose "
+     "photo is missing, --no-image without photos)\n      {}/images/2.jpg: "),
     (link_out, "photos that are missing or cannot be read: 1"),
     (bad_lines, "{}/shop/val.tsv, line 8: has 2 cells, the header 6\n      {}/shop/val.tsv, line 9: "
                 "attribute_values is empty"),
@@ -218,6 +219,15 @@ def test_what_train_py_refuses_is_refused(change, says, tmp_path, capsys):
         main(["check", str(folder)])
     out = capsys.readouterr().out
     assert out.index("REFUSED") < out.index(says.replace("{}", str(tmp_path))), out
+
+
+def test_nothing_is_said_of_a_file_that_could_not_be_read(tmp_path, capsys):
+    folder = write_shop(tmp_path, ("test", 1, 5, "Western"), ("test", 2, 0, "P1"))
+    (folder / "train.tsv").unlink()
+    with pytest.raises(UserError):
+        main(["check", str(folder)])
+    out = capsys.readouterr().out
+    assert "train.tsv: does not exist" in out and "SPOILS" not in out and "\ntrain " not in out
 
 
 def test_what_is_absent_is_listed_unless_there_shall_be_no_image(tmp_path, capsys):

@@ -14,7 +14,8 @@ LAYERS = [{"base"}, {"llama", "vit", "adapters"}, {"eiven", "data", "demo.world"
           {"train"}, {"tools"}, {"experiments"}]
 # What has rules of its own, and what it may import.
 OTHERS = {"dataset": {"base", "dataset"}, "dataset.check": {"base", "dataset", "data", "llama"},
-          "dataset.__main__": {"base", "dataset", "dataset.check"},
+          "dataset.table": {"base", "dataset", "dataset.check"},
+          "dataset.__main__": {"base", "dataset", "dataset.check", "dataset.table"},
           "demo.world": {"base", "demo.drawing"}, "demo.drawing": set(),
           "demo.pretrain": {"base", "demo.world", "demo.drawing", "llama", "vit"}}
 FOLDERS = ("base", "support", "tools", "dataset", "demo", "experiments", "tests")

@@ -1,0 +1,176 @@
+"""A shop's table as a data set: a row is a product, and some of its columns are attributes."""
+
+import io
+import os
+import re
+import zipfile
+from collections import defaultdict
+from shlex import quote
+from xml.etree import ElementTree
+
+from base.console import UserError, reading, what_is
+from base.tsv import SEPARATORS, read_rows, tsv_line, write_tsv
+from dataset.build import label_counts, split
+from dataset.check import examine, print_findings, training_command
+from dataset.mentions import clean, mentions, without
+from dataset.stats import write_splits
+
+
+def table(file, id, attributes, out, title=None, photo=None, category=None, skip_value=(), hide_answers=False,
+          seed=0):
+    """Write the data set `out` (ROOT/NAME) from a table, and rest.tsv: the products and attributes without a
+    value.  Print what `check` would say.
+
+    id, attributes, title, photo, category   names of columns
+    skip_value    words for "does not apply": such a cell is neither trained on nor answered
+    hide_answers  remove each value from its own title and category, as section 3 of the paper does
+    """
+    if any(out.glob("*")):
+        raise UserError(f"--out {out}: is there already; delete it, or name a new folder")
+    out = out.resolve()
+    images = out.parent / "images"
+    products, values = read_products(file, (id, photo, category, title), attributes, images)
+    skipped = {word.casefold() for word in skip_value}
+    labelled = []
+    rest = []
+    for id, product in products.items():
+        for attribute, value in values[id].items():
+            texts = product[2:]
+            if hide_answers:
+                texts = [without(clean(text), mentions((value,))) for text in texts]
+            if value and value.casefold() not in skipped:
+                labelled.append([*product[:2], *texts, attribute, value])
+        empty = [attribute for attribute, value in values[id].items() if not value]
+        if empty:
+            rest.append([*product, "|".join(empty), ""])
+    parts = split(labelled, images, seed, out.name)
+    rare = label_counts(parts["train"]).keys() - label_counts(parts["val"] + parts["test"]).keys()
+    print(f"\n{len(products):,} products with {len(labelled):,} values.  Without a value of some attribute: "
+          f"{len(rest):,}, in rest.tsv.  Values too rare for val and test: {len(rare):,}, in train.tsv only.")
+    if labelled:                                        # else they are products for a run that is there
+        write_splits(out.parent, {out.name: parts}, "table")
+    write_tsv(out / "rest.tsv", rest)
+    if labelled:
+        refused = examine(out, 10, image=bool(photo))
+        flags = {"--no-image": not photo, "--no-text": not title, "--skip-missing-photos": refused}
+        print(f"\nNext:  {training_command(out, 'all', flags)}")
+    if rest:
+        print(f"Then:  python -m tools.catalogue RUN --input {quote(str(out / 'rest.tsv'))} "
+              "--output answers.csv --wide --constrain")
+
+
+def read_products(path, columns, attributes, images):
+    """{id: [id, photo, category, title]} and {id: {attribute: value}} of the rows of a table; prints what is
+    odd in them.
+
+    columns  the names of the first four columns, or None
+    """
+    lines, separator = read_lines(path)
+    key = {name: " ".join(name.lower().split()) for name in (*columns, *attributes) if name}
+    try:
+        rows = list(read_rows(lines, key.values(), separator))
+    except ValueError as error:                         # the header
+        raise UserError(f"{path}: {error}") from None
+    products = {}
+    values = {}
+    notes = defaultdict(list)                           # {"what: what was done": [example]}
+    for number, row in rows:
+        if isinstance(row, ValueError):
+            notes["rows that cannot be read: left out"].append(f"row {number} {row}")
+            continue
+        if not any(row.values()):
+            continue
+        id, photo, *texts = (row[key[name]].strip() if name else "" for name in columns)
+        if not id or id in products:
+            notes["rows without an id, or with an earlier row's: left out"].append(f"row {number}: {id}")
+            continue
+        if several := re.match(r"(.+?\.\w{3,4}(?:\?\S*?)?)\s*[;,|\n]", photo):
+            notes["cells with several photos: the first is used"].append(f"{id}: {photo}")
+            photo = several[1]
+        if not os.path.isfile(images / photo):          # a path elsewhere, or a URL
+            photo = re.split(r"[/\\]", photo.split("?")[0])[-1]
+        products[id] = [id, photo, *(" ".join(text.split()) for text in texts)]
+        values[id] = {name: " ".join(row[key[name]].split()) for name in attributes}
+    print_findings([("NOTES on the table", note, examples) for note, examples in notes.items()])
+    if not products:
+        raise UserError(f"{path}: holds no product below its header")
+    return products, values
+
+
+# ---------------------------------------------------------------------------------------- reading
+
+
+def read_lines(path):
+    """(lines of text, the separator of their cells) of a CSV, TSV or .xlsx file.  Prints how it was read."""
+    with reading(path, "a table (.xlsx or CSV)"):
+        kind = what_is(path)
+        if zipfile.is_zipfile(path):
+            print(f"{path}: an Excel workbook; its first sheet is read")
+            return xlsx_lines(path), "\t"
+        if kind and not kind.startswith(("UTF-16", "a zip")):           # a text may well begin with PK
+            raise ValueError(f"it is {kind}")
+        content = path.read_bytes()
+        encoding = "utf-16" if b"\0" in content[:100] else "utf-8-sig"
+        try:
+            text = content.decode(encoding)
+        except UnicodeDecodeError:
+            text = content.decode("cp1252")
+            word = re.search(r"\w*[^\x00-\x7f]\w*", text)[0]
+            encoding = f"cp1252 (is {word!r} right? If not, save it as UTF-8)"
+    separator = max(SEPARATORS, key=text.lstrip().partition("\n")[0].count)
+    print(f"{path}: read as {encoding.removesuffix('-sig')}, {SEPARATORS[separator]} between the cells")
+    return io.StringIO(text, newline="").readlines(), separator
+
+
+def xlsx_lines(path):
+    """The first sheet of an Excel workbook as the lines of a TSV: line n is row n."""
+    with zipfile.ZipFile(path) as archive:
+        def root(name):
+            return ElementTree.parse(archive.open(name)).getroot()
+
+        shared = []
+        if "xl/sharedStrings.xml" in archive.namelist():
+            shared = [plain_text(each) for each in root("xl/sharedStrings.xml")]
+        files = {each.get("Id"): each.get("Target") for each in root("xl/_rels/workbook.xml.rels")}
+        sheet = root("xl/workbook.xml").find("{*}sheets/{*}sheet")      # the first; its file has any number
+        [file] = [files[value] for value in sheet.attrib.values() if value in files]
+        lines = []
+        width = 0                                       # of the header
+        for _, row in ElementTree.iterparse(archive.open("xl/" + file.removeprefix("/xl/"))):
+            if row.tag.endswith("}row"):
+                cells = {column(cell, n): cell_text(cell, shared) for n, cell in enumerate(row)}
+                width = width or 1 + max((place for place, text in cells.items() if text), default=-1)
+                lines += ["\n"] * (int(row.get("r", 0)) - 1 - len(lines))
+                lines.append(tsv_line(cells.get(i, "").replace("\n", " ") for i in range(width)))
+                row.clear()                             # a sheet may be large
+    return lines
+
+
+def column(cell, number):
+    """The index of a cell's column: of "C7" 2.  Some programs leave the references out; then it is the
+    cell's number in its row.
+    """
+    letters = cell.get("r", "").rstrip("0123456789")
+    place = 0
+    for letter in letters:
+        place = 26 * place + ord(letter) - ord("A") + 1
+    return place - 1 if letters else number
+
+
+def cell_text(cell, shared):
+    """What a cell of a sheet holds.  shared: the strings of the workbook"""
+    kind = cell.get("t", "n")
+    if kind == "inlineStr":
+        return plain_text(cell.find("{*}is"))
+    text = cell.findtext("{*}v", "")
+    if kind == "s":
+        return shared[int(text)]
+    if kind == "b":
+        return ("FALSE", "TRUE")[int(text)]
+    return f"{float(text):.15g}" if kind == "n" and text else text
+
+
+def plain_text(string):
+    """The text of a string, which may have several fonts; not how it is pronounced."""
+    texts = [each.text or "" for each in string.findall("{*}t") + string.findall("{*}r/{*}t")]
+    return re.sub("_x([0-9A-F]{4})_", lambda code: chr(int(code[1], 16)), "".join(texts))
