@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from base.console import UserError
+from base.console import UserError, did_you_mean
 from base.tsv import COLUMNS, read_tsv
 
 STRATEGIES = ("judge_last", "judge_first", "better_instance", "none")
@@ -207,8 +207,9 @@ def read_split(root, dataset, split):
     folder = Path(root) / dataset
     if not folder.is_dir():
         names = sorted(path.parent.name for path in Path(root).glob("*/train.tsv"))
-        raise UserError(f"there is no data set {dataset!r} in {root}: it holds {', '.join(names) or 'none'}. "
-                        "A data set is a folder with train.tsv, val.tsv and test.tsv (see README)")
+        raise UserError(f"there is no data set {dataset!r}{did_you_mean(dataset, names)} in {root}: it holds "
+                        f"{', '.join(names) or 'none'}. A data set is a folder with train.tsv, val.tsv and "
+                        "test.tsv (see README)")
     return read_products(folder / f"{split}.tsv")
 
 

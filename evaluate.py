@@ -9,10 +9,13 @@ such as RUN/scores/test-constrain.  tools/ answers single products and catalogue
 """
 
 import argparse
+import math
 import sys
 import time
 import zlib
 from collections import defaultdict
+from shlex import quote
+from statistics import mode
 
 from base.console import UserError, user_path, write_json
 from base.duplicates import not_in
@@ -20,10 +23,10 @@ from data import fingerprint, read_split, sample_labels, without
 from eiven import TEMPERATURE, TOP_P
 from support import processes
 from support.answering import (answers, check_lengths, check_values, load, prepare_photos, read_values,
-                               write_predictions)
+                               split_products, write_predictions)
 from support.confidence import calibrate, lines, measure
-from support.config import add_flags, choose_threads, describe, number
-from support.report import draw_results
+from support.config import add_flags, choose_threads, describe, number, parse_flags
+from support.report import draw_results, floor_text
 from support.run_folder import check_still_there, read_config, read_losses
 
 # ---------------------------------------------------------------------------------------- scores
@@ -54,25 +57,55 @@ def micro_f1(pairs):
 
 
 def score(products, predictions):
-    """micro_f1 over all products, and under `attributes` the same for each attribute.  predictions: a list
-    of texts.
+    """What `measures` says over all products, and under `attributes` of each attribute; and the floor: the
+    score of one value as the answer to all products.  predictions: a list of texts.
+
+    floor_value  of an attribute: the commonest of these gold values.  In few-label training data all values
+                 are equally frequent, so none of them is the one that a person means.  No constant answer has
+                 a higher score than this one; but only the gold values tell which it is.
     """
-    pairs = defaultdict(list)
+    rows = defaultdict(list)
     for product, prediction in zip(products, predictions):
-        pairs[product.attribute].append((prediction, product.value))
-    metrics = micro_f1([pair for same in pairs.values() for pair in same])
-    metrics["attributes"] = {attribute: micro_f1(same) for attribute, same in sorted(pairs.items())}
-    return metrics
+        rows[product.attribute].append((product, prediction))
+    attributes = {}
+    for attribute, same in sorted(rows.items()):
+        golds = [product.value for product, _ in same]
+        value = mode(golds)
+        attributes[attribute] = measures(same) | {"floor": 100 * golds.count(value) / len(golds),
+                                                  "floor_value": value}
+    floor = sum(m["floor"] * m["n"] for m in attributes.values()) / max(len(products), 1)
+    metrics = measures([row for same in rows.values() for row in same])
+    return metrics | {"floor": floor, "attributes": attributes}
+
+
+def measures(rows):
+    """micro_f1 of (product, prediction) pairs, and its 95 % interval over products."""
+    metrics = micro_f1([(prediction, product.value) for product, prediction in rows])
+    products = {product.id for product, _ in rows}
+    return metrics | {"interval": interval(metrics["micro_f1"], len(products))}
+
+
+def interval(score, n):
+    """[low, high]: Wilson's 95 % interval of a score of n products, all in per cent; it holds near 0 and 100,
+    too.
+
+    n counts products, not questions: the answers to several questions on one product are not independent.  So
+    the interval over several attributes is rather too wide than too narrow.
+    """
+    p = score / 100
+    z2_n = 1.96 ** 2 / max(n, 1)
+    half = math.sqrt(z2_n * (p * (1 - p) + z2_n / 4))
+    return [100 * (p + z2_n / 2 + side) / (1 + z2_n) for side in (-half, half)]
 
 
 def table(metrics):
     """The scores as lines of text, one for each attribute."""
     rows = {**metrics["attributes"], **metrics.get("seen_and_held_out", {}), "all (micro)": metrics}
     width = max(map(len, rows))
-    lines = [f"{'attribute':{width}}  micro-F1  precision  recall      n"]
+    lines = [f"{'attribute':{width}}  micro-F1  precision  recall      n  one value for all"]
     for name, m in rows.items():
         scores = f"{m['micro_f1']:8.2f}  {m['precision']:9.2f}  {m['recall']:6.2f}"
-        lines.append(f"{name:{width}}  {scores}  {m['n']:5}")
+        lines.append(f"{name:{width}}  {scores}  {m['n']:5}  {floor_text(m)}".rstrip())
     return "\n".join(lines)
 
 
@@ -103,12 +136,12 @@ def evaluate(run, products, split, folder, values=None, merged=False, temperatur
     confidence = measure(run, products, answered, values, fit)  # of all answers, also of those left out below
     answered = [a.above(min_confidence) for a in answered]
     metrics = score(products, [a.value for a in answered])
-    pairs = defaultdict(list)
+    parts = defaultdict(list)
     for p, a in zip(products, answered):
         held_out = p.value in run.held_out.get(p.attribute, ())
-        pairs["values held out" if held_out else "values trained on"].append((a.value, p.value))
-    if len(pairs) > 1:
-        metrics["seen_and_held_out"] = {name: micro_f1(pairs[name]) for name in sorted(pairs, reverse=True)}
+        parts["values held out" if held_out else "values trained on"].append((p, a.value))
+    if len(parts) > 1:
+        metrics["seen_and_held_out"] = {name: measures(parts[name]) for name in sorted(parts, reverse=True)}
     metrics.update(split=split, dataset=config.dataset, labels=config.labels or "all", seed=config.seed,
                    constrained=values is not None, merged=merged,
                    values={attribute: len(names) for attribute, names in (values or run.values).items()},
@@ -118,18 +151,18 @@ def evaluate(run, products, split, folder, values=None, merged=False, temperatur
     title = f"{config.dataset}, {split} split, {config.labels or 'all'} labels per value, seed {config.seed}"
     images = run.sources.data / "images" if config.image else None
     check_still_there(run.folder, run.id)
-    write_results(folder, title, products, answered, metrics, images, read_losses(run.folder))
+    write_predictions(folder / "predictions.tsv", products, answered)
+    write_json(folder / "metrics.json", metrics)
+    draw_results(folder, title, products, answered, metrics, images, read_losses(run.folder),
+                 f"python -m tools.explain {quote(str(run.folder))}")
     print(f"\n{title}, n = {metrics['n']}\n{table(metrics)}")
+    low, high = metrics["interval"]
+    print(f"95 % interval of micro-F1 over products: {low:.1f} to {high:.1f}")
+    if low <= metrics["floor"]:
+        print("not better than one value for all, or not surely: the interval reaches down to it")
     print(f"gold value inside the answer (ImplicitAVE's scorer): {metrics['implicitave']:.2f}")
     print(*lines(run, metrics), sep="\n")
     return metrics
-
-
-def write_results(folder, title, products, answered, metrics, images=None, losses=()):
-    """Write predictions.tsv, metrics.json, a confusion matrix for each attribute, and report.html."""
-    write_predictions(folder / "predictions.tsv", products, answered)
-    write_json(folder / "metrics.json", metrics)
-    draw_results(folder, title, products, answered, metrics, images, losses)
 
 
 # ---------------------------------------------------------------------------------------- the command
@@ -208,10 +241,10 @@ def main():
                         help="score only products whose title words and photo bytes are not in train")
     add_answering_flags(parser)
     add_flags(parser, ("data",))
-    args = parser.parse_args()
+    args = parse_flags(parser)
     run, values = load_run(args, data_needed=True)
     config, root = run.config, run.sources.data
-    products = read_split(root, config.dataset, args.split)
+    products = split_products(config, run.sources, args.split)
     if args.split != "test":                            # as in training: val is sampled like train
         products = without(sample_labels(products, config.labels, config.seed), run.held_out)
     prepare_photos(run, products)
@@ -229,7 +262,9 @@ def main():
         if not products:
             raise UserError(f"--without-duplicates leaves no product of {args.split}: train has all of them")
     if values:
-        check_values(products, values, f"--split {args.split}", args.values or "the run's training data")
+        more = "" if args.constrain else " (add --constrain for the values of the training, too)"
+        check_values(products, values, f"--split {args.split}{more}",
+                     args.values or "the run's training data")
     check_lengths(run, products, values=values)
     evaluate(run, products, split, scores_folder(args, parser), values, args.merge, args.temperature,
              args.top_p, args.min_confidence, fit=args.split == "val")

@@ -17,14 +17,14 @@ import torch
 from base.checkpoint import check_frozen
 from base.console import Progress, UserError, duration, locked
 from base.duplicates import note_duplicates
-from data import encode_examples, epoch, fingerprint, hold_out, read_split, sample_labels, values_of, without
+from data import encode_examples, epoch, fingerprint, hold_out, sample_labels, values_of, without
 from evaluate import evaluate
 from support import processes
-from support.answering import Run, check_lengths, prepare_photos
+from support.answering import Run, check_lengths, prepare_photos, split_products
 from support.config import (Config, add_flags, build_model, choose_device, choose_threads, describe,
-                            find_sources)
-from support.run_folder import (SAVE_EVERY, TrainingState, check_weights, new_run_folder, read_config,
-                                weights_fingerprint, write_config)
+                            find_sources, parse_flags)
+from support.run_folder import (SAVE_EVERY, TrainingState, check_weights, load_init, new_run_folder,
+                                read_config, weights_fingerprint, write_config)
 
 # ---------------------------------------------------------------------------------------- the loop
 
@@ -45,6 +45,8 @@ def train(run, products):
     # In fp16, small gradients would become 0.
     scaler = torch.amp.GradScaler(enabled=model.llama.compute_dtype == torch.float16)
     state = TrainingState(run.folder, run.id, model, optimizer, scaler, steps)
+    if config.init and state.step == 0:
+        state.save(0)                                   # a resumed run does not need the other one any more
     count = sum(p.numel() for p in model.trainable_parameters().values())
     print(f"training {count:,} parameters on {len(products):,} labelled products: {config.epochs} epochs of "
           f"{steps_per_epoch:,} steps of {config.batch_size} examples; {state.step:,} steps are done")
@@ -137,7 +139,7 @@ def parse(argv=None):
     parser.add_argument("--resume", metavar="RUN", nargs="?", const=True,
                         help="continue the run in this folder, exactly as if it had never stopped")
     add_flags(parser)
-    flags = vars(parser.parse_args(argv))
+    flags = vars(parse_flags(parser, argv))
     resume = flags.pop("resume")
     if resume is None:
         return Config(**flags), None
@@ -170,39 +172,48 @@ def train_and_score(config, folder, resumed):
     """
     sources = find_sources(config)
     print(describe(config, sources), flush=True)
-    products = sample_labels(read_split(sources.data, config.dataset, "train"), config.labels, config.seed)
+    products = sample_labels(split_products(config, sources, "train"), config.labels, config.seed)
     values = values_of(products)
     held_out = hold_out(values, config.holdout_values, config.seed)
     for attribute, names in held_out.items():
         print(f"held out of training and val: {attribute}: {', '.join(names)}")
     products = without(products, held_out)
     # Val is sampled like train: the same number of products per value.
-    val = sample_labels(read_split(sources.data, config.dataset, "val"), config.labels, config.seed)
+    val = sample_labels(split_products(config, sources, "val"), config.labels, config.seed)
     val = without(val, held_out)
-    test = read_split(sources.data, config.dataset, "test")
-    note_duplicates({"train": products, "val": val, "test": test})
+    test = split_products(config, sources, "test")
+    splits = {"train": products, "val": val, "test": test}
+    note_duplicates(splits)
 
     model, photo_features = build_model(config, sources, choose_device(config.device))
+    # Before the first state is saved, a run begins as --init says; from then on the state has its values.
+    init_id = None
+    if config.init and not (folder / "state.pt").exists():
+        init_id = load_init(config, sources, model)
+        print(f"adapters and projector start as those of {config.init}")
     run = Run(folder, "", config, values, sources, model, photo_features, held_out)
-    for split in (products, val, test):
+    for split in splits.values():
         prepare_photos(run, split)
         check_lengths(run, split, compared=split is products and config.lbc != "none")
     photo_key = photo_features.key if photo_features else None
-    splits = {"train": products, "val": val, "test": test}
     data = {name: fingerprint(split, photo_key) for name, split in splits.items()}
-    processes.check_same("data or weights", data | weights_fingerprint(sources))
+    weights = weights_fingerprint(sources)
+    processes.check_same("data or weights", data | weights | {"init": init_id})
     if resumed:
         record = read_config(folder)[1]
         check_weights(folder, record, sources)
         if record["data_fingerprint"] != data:
             raise UserError(f"--resume {folder}: the products or photos in {sources.data} are not those that "
                             "this run was started with")
+        if init_id not in (None, record["init_id"]):
+            raise UserError(f"--resume {folder}: {config.init} is not the run any more that this one starts "
+                            "from, and no step of this one was saved; start it anew")
         choose_threads(config, model)
         run.id = record["id"]
     else:
         choose_threads(config, model)
-        run.id = write_config(folder, config, sources, values=values, held_out=held_out,
-                              data_fingerprint=data)
+        run.id = write_config(folder, config, values=values, held_out=held_out, data_fingerprint=data,
+                              weights_fingerprint=weights, init_id=init_id)
     print(f"run folder: {folder}")
 
     if (folder / "adapter.safetensors").exists():

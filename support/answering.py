@@ -1,16 +1,25 @@
 """A trained run, and its answers to one product or to many."""
 
 import math
+import os
 import sys
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cache
+from itertools import islice
 from pathlib import Path
 from shlex import quote
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
+from PIL import Image
+
 from base.checkpoint import check_frozen
-from base.console import Progress, UserError, reading
+from base.console import Progress, UserError, did_you_mean, reading
+from base.photo import on_white, upright
 from base.tsv import COLUMNS, write_tsv
-from data import Product, base_question, comparison, encode_answer, encode_examples
+from data import Product, base_question, comparison, encode_answer, encode_examples, read_split
 from demo import world
 from eiven import EIVEN, TEMPERATURE, TOP_P
 from support import processes
@@ -96,8 +105,8 @@ class Run:
         if not attribute.strip():
             raise UserError(f"--attribute is empty; name the one to answer, e.g. one of this run's: {names}")
         if attribute not in self.values:
-            print(f"note: {attribute!r} is not an attribute of this run's training data ({names})",
-                  file=sys.stderr)
+            note_once(f"{attribute!r}{did_you_mean(attribute, self.values)} is not an attribute of this "
+                      f"run's training data ({names})")
         for name, argument, used in (("image", image, self.config.image), ("text", text, self.config.text)):
             if used != (argument is not None):
                 with_or_without, do = ("with", "give") if used else ("without", "leave out")
@@ -108,21 +117,26 @@ class Run:
                 pass
         return Product("", photo, "", " ".join((text or "").split()), attribute, "")
 
-    def answer(self, image=None, text=None, attribute="", **settings):
+    def answer(self, image: str | os.PathLike | Image.Image | None = None, text: str | None = None,
+               attribute: str = "", **settings) -> Answer:
         """The Answer for one product: its value, and the probability of that value.
 
-        image      file name of the photo, if the run was trained with photos
+        image      the photo, a file or a PIL image, if the run was trained with photos
         text       title, best with the category: "title, category"; if the run was trained with texts
         attribute  its name in the training data; upper and lower case make no difference
         settings   those of `answers`
         """
-        return self.answers([{"image": image, "text": text, "attribute": attribute}], **settings)[0]
+        [answer] = self.answers([{"image": image, "text": text, "attribute": attribute}], **settings)
+        return answer
 
-    def answers(self, products, constrain=False, values=None, min_confidence=0.0, temperature=TEMPERATURE,
-                top_p=TOP_P):
-        """The Answers for many products, in their order.
+    def answers(self, products: Iterable[dict], constrain: bool = False, values: list[str] | None = None,
+                min_confidence: float = 0.0, temperature: float = TEMPERATURE,
+                top_p: float = TOP_P) -> Iterator[Answer]:
+        """Yield the Answers for many products, in their order, with progress; ANSWER_BATCH products are read
+        and answered at a time.
 
-        products   dicts with "image", "text" and "attribute", as in `answer`
+        products   dicts with "image", "text" and "attribute", as in `answer`.  Other keys are ignored, and
+                   what is no text and no photo counts as absent, such as NaN in the records of a DataFrame
         constrain  choose from the attribute's known values instead of writing freely
         values     choose from these values (a list of texts) instead
         min_confidence   below this probability the value is "" (the probability is still that of the value
@@ -131,23 +145,52 @@ class Run:
         The probability of a free answer is that of its text among all texts.  The probability of a chosen
         value is its share among the values of the list, at the temperature that was fitted on val (or 1).
         Errors     UserError: something is missing, not wanted, or unreadable; ValueError: values is no list
-                   of texts
+                   of texts; AttributeError: a product is no dict.  A note in the error says which product
         """
-        products = [self.product(**product) for product in products]
         if values is not None:
             texts = not isinstance(values, str) and all(isinstance(v, str) and v.strip() for v in values)
             if not texts or not values:
                 raise ValueError(f"values must be a list of texts, none of them empty, but is {values!r}")
-            names = list(dict.fromkeys(" ".join(value.split()) for value in values))
-            values = {p.attribute: names for p in products}
-        elif constrain:
-            values = self.values
-            check_values(products, values, "constrain", "the run's training data")
-        prepare_photos(self, products)
-        return [a.above(min_confidence) for a in answers(self, products, values, temperature, top_p)]
+            values = list(dict.fromkeys(" ".join(value.split()) for value in values))
+        total = len(products) if hasattr(products, "__len__") else None
+        records = enumerate(products)
+        with Progress("answering", total, "products") as progress:
+            while block := list(islice(records, ANSWER_BATCH)):
+                with TemporaryDirectory() as folder:
+                    block = [self._product_of(*record, folder) for record in block]
+                    prepare_photos(self, block)
+                lists = self.values if constrain else None
+                if values:
+                    lists = {p.attribute: values for p in block}
+                if lists:
+                    check_values(block, lists, "constrain", "the run's training data")
+                check_lengths(self, block, values=lists)
+                answered = answer_batches(self, block, lists, temperature, top_p, progress)
+                yield from (answer.above(min_confidence) for answer in answered.values())
+
+    def _product_of(self, number, record, folder):
+        """The Product of a record of `answers`; a PIL image becomes a file in `folder`."""
+        try:
+            given = {name: record.get(name) for name in ("image", "text", "attribute")}
+            if isinstance(given["image"], Image.Image):
+                photo = on_white(upright(given["image"]))
+                given["image"] = Path(folder, f"{number}.bmp")
+                photo.save(given["image"])
+            given = {name: value for name, value in given.items() if isinstance(value, str | os.PathLike)}
+            return self.product(**given)
+        except Exception as error:
+            error.add_note(f"in product {number} (the first is 0), which must be a dict with image, text and "
+                           f"attribute: {record!r:.200}")
+            raise
 
 
-def load(folder, data_needed=False, feature_cache=True, **changed):
+@cache
+def note_once(text):
+    """Print a note, but not again for the next of many products."""
+    print(f"note: {text}", file=sys.stderr)
+
+
+def load(folder: str | os.PathLike, data_needed: bool = False, feature_cache: bool = True, **changed) -> Run:
     """The Run in a run folder, ready to answer.
 
     data_needed    whether products will be read from the data set's folder
@@ -198,16 +241,36 @@ def check_values(products, values, where, source):
 # ---------------------------------------------------------------------------------------- answers
 
 
-def prepare_photos(run, products):
+def split_products(config, sources, split):
+    """The products of a split; with --skip-missing-photos those whose photo exists, and a line says how many
+    are left out.
+    """
+    products = read_split(sources.data, config.dataset, split)
+    if not config.skip_missing_photos or config.demo and not config.data:
+        return products                                 # the demo world's photos are drawn when needed
+    images = sources.data / "images"
+    kept = [p for p in products if os.path.isfile(images / p.image)]
+    note = f"{split}: {len(products) - len(kept):,} of {len(products):,} products have no photo in {images}"
+    if not kept:
+        raise UserError(f"{note}; download them (docs/data.md), or leave photos out with --no-image")
+    print(f"{note}: left out")
+    return kept
+
+
+def prepare_photos(run, products, skip_bad=False):
     """Compute the features of these products' photos, if the run uses photos; the demo world's are drawn
     first.
+
+    skip_bad  leave out photos that cannot be used: {file name: what is wrong with it}.  The processes then
+              have different products, and none waits for another.
     """
     if run.photo_features is None:
-        return
-    with processes.one_first():
+        return {}
+    names = [p.image for p in products]
+    with nullcontext() if skip_bad else processes.one_first():
         if run.config.demo and not run.config.data:
-            world.draw_photos(run.sources.data, [p.image for p in products])
-        run.photo_features.prepare([p.image for p in products])
+            world.draw_photos(run.sources.data, names)
+        return run.photo_features.prepare(names, skip_bad)
 
 
 def answers(run, products, values=None, temperature=TEMPERATURE, top_p=TOP_P, what="answering"):
@@ -218,15 +281,25 @@ def answers(run, products, values=None, temperature=TEMPERATURE, top_p=TOP_P, wh
     values  {attribute: values} to choose from: each value is scored, and the most probable is the answer;
             None: free
     """
-    answered = {}                                       # number of the product: its Answer
+    rank, size = processes.rank(), processes.size()
     with Progress(what, len(products), "products") as progress:
-        for number, batch in enumerate(batches(run, products, values)):
-            if number % processes.size() == processes.rank():
-                answered.update(answer_batch(run, products, batch, values, temperature, top_p))
-            progress.step(len(batch))
+        answered = answer_batches(run, products, values, temperature, top_p, progress, rank, size)
     for part in processes.gather(answered):
         answered |= part
-    return [answered[i] for i in range(len(products))] if processes.rank() == 0 else []
+    return [answered[i] for i in range(len(products))] if rank == 0 else []
+
+
+def answer_batches(run, products, values, temperature, top_p, progress=None, rank=0, size=1):
+    """{index of a product: its Answer}, sorted: of every batch, or of those that process `rank` of `size`
+    takes.
+    """
+    answered = {}
+    for number, batch in enumerate(batches(run, products, values)):
+        if number % size == rank:
+            answered |= answer_batch(run, products, batch, values, temperature, top_p)
+        if progress:
+            progress.step(len(batch))
+    return dict(sorted(answered.items()))
 
 
 def batches(run, products, values):

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import NamedTuple, get_args
@@ -10,7 +11,7 @@ import torch
 from torch.utils.benchmark import Timer
 
 from adapters import KINDS
-from base.console import PROJECT, UserError, reason
+from base.console import PROJECT, UserError, did_you_mean, reason
 from data import STRATEGIES
 from demo import world
 from eiven import EIVEN
@@ -40,9 +41,13 @@ def number(kind, least, greatest, word=None):
     return parse
 
 
-def flag(default, help, allowed=None, **argparse_words):
-    """A field of Config.  allowed: (least, greatest) of a number, or the texts to choose from."""
-    return field(default=default, metadata={"help": help, "allowed": allowed, **argparse_words})
+def flag(default, help, allowed=None, **words):
+    """A field of Config.
+
+    allowed  (least, greatest) of a number, or the texts to choose from
+    words    for argparse; but group is the (title, description) of the group in --help that begins here
+    """
+    return field(default=default, metadata={"help": help, "allowed": allowed, **words})
 
 
 def path_flag(help, metavar):
@@ -55,7 +60,8 @@ class Config:
     run.
     """
 
-    dataset: str = flag("general", "data set: a folder in ROOT (clothing, footwear, general)")
+    dataset: str = flag("general", "data set: a folder in ROOT (clothing, footwear, general)",
+                        group=("data and weights", "e.g. python train.py --data shop --dataset dresses"))
     labels: int | None = flag(None, "labelled products per attribute value, a number or 'all' (default: all)",
                               (1, 10 ** 9), metavar="N")
     holdout_values: int = flag(0, "values per attribute kept out of training and val, to be answered unseen "
@@ -64,27 +70,32 @@ class Config:
     llama: str | None = path_flag("LLaMA's folder (default: weights/llama-7b/; 'demo': the small one)", "DIR")
     vit: str | None = path_flag("CLIP ViT's file or folder (default: weights/clip-vit-b-16/; 'demo')", "PATH")
     demo: bool = flag(False, "use the embedded demo world with its small backbones")
-    lbc: str = flag("judge_last", "Learning-by-Comparison strategy", STRATEGIES)
-    lbc_ratio: float = flag(1.0, "comparisons per product and epoch", (0, 100), metavar="X")
-    features: str = flag("multi", "[cls] of every third ViT layer, or of the last one", ("multi", "single"))
+    features: str = flag("multi", "[cls] of every third ViT layer, or of the last one", ("multi", "single"),
+                         group=("model", "e.g. python train.py --adapter mlp-linear --no-text"))
+    skip_missing_photos: bool = flag(False, "leave out products whose photo does not exist (else: an error)")
     image: bool = flag(True, "leave the photos out")
     text: bool = flag(True, "leave title and category out")
     adapter: str = flag("rep", "adapter before each attention", KINDS)
     adapter_dim: int = flag(8, "its rank", (1, 4096), metavar="R")
     projector_dim: int = flag(128, "hidden width of the projector", (1, 65536), metavar="N")
+    lbc: str = flag("judge_last", "Learning-by-Comparison strategy", STRATEGIES,
+                    group=("training", "e.g. python train.py --init runs/dresses-all-1 --epochs 5"))
+    lbc_ratio: float = flag(1.0, "comparisons per product and epoch", (0, 100), metavar="X")
+    init: str | None = path_flag("begin with the adapters and projector of this run (default: new)", "RUN")
     epochs: int = flag(15, "passes over the labelled products", (1, 10 ** 6), metavar="N")
     batch_size: int = flag(32, "examples a step", (1, 65536), metavar="N")
-    micro_batch_size: int | None = flag(None, "examples held in memory at once (default: the whole batch)",
-                                        (1, 65536), metavar="N")
     lr: float | None = flag(None, "peak learning rate (default: 9e-3 * batch size / 256)", (1e-12, 100),
                             metavar="X")
     seed: int = flag(0, "seed of everything random", (0, 2 ** 63 - 1), metavar="N")
-    device: str | None = flag(None, "cpu, cuda, cuda:1, … (default: a GPU if there is one)")
+    out: str | None = path_flag("run folder (default: runs/DATASET-LABELS, numbered)", "RUN")
+    device: str | None = flag(None, "cpu, cuda, cuda:1, … (default: a GPU if there is one)",
+                              group=("machine", "e.g. python train.py --dtype int8 --micro-batch-size 4"))
     dtype: str = flag("auto", "of the frozen weights (int8: LLaMA's matrices, in 7 GB at 7B); what is "
                       "trained is always fp32", ("auto", "fp32", "bf16", "fp16", "int8"))
     threads: int | None = flag(None, "CPU threads (default: measured at the start)", (1, 1024), metavar="N")
+    micro_batch_size: int | None = flag(None, "examples held in memory at once (default: the whole batch)",
+                                        (1, 65536), metavar="N")
     grad_checkpoint: bool = flag(False, "recompute each layer in the backward pass: less memory, more time")
-    out: str | None = path_flag("run folder (default: runs/DATASET-LABELS, numbered)", "RUN")
 
 
 def kind_of(f):
@@ -100,17 +111,20 @@ def fits(f, value):
 
 def add_flags(parser, names=None):
     """Add the flags of Config to a parser.  Flags that the user does not give are not in the parsed
-    result.
+    result.  With all of them, they are in groups.
     """
+    place = parser
     for f in fields(Config):
         if names and f.name not in names:
             continue
         words = dict(f.metadata) | {"default": argparse.SUPPRESS, "dest": f.name}
         allowed = words.pop("allowed")
-        name = "--" + f.name.replace("_", "-")
+        group = words.pop("group", None)
+        if group and not names:
+            place = parser.add_argument_group(*group)
+        no = "no-" if f.default is True else ""         # --no-image sets image to False
         if kind_of(f) is bool:
-            words["action"] = "store_false" if f.default else "store_true"
-            name = name.replace("--", "--no-") if f.default else name
+            words["action"] = "store_false" if no else "store_true"
         else:
             if "default" not in words["help"] and f.default is not None:
                 words["help"] += f" (default: {f.default})"
@@ -119,7 +133,16 @@ def add_flags(parser, names=None):
                 words["choices"] = allowed
             else:
                 words["type"] = number(kind_of(f), *allowed, word="all" if f.name == "labels" else None)
-        parser.add_argument(name, **words)
+        place.add_argument(f"--{no}{f.name.replace('_', '-')}", **words)
+
+
+def parse_flags(parser, argv=None):
+    """parser.parse_args; its error for an unknown flag also names the flag that is most like it."""
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flags = re.findall(r"--[\w-]+", parser.format_usage())
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{did_you_mean(unknown[0], flags)}")
+    return args
 
 
 # ---------------------------------------------------------------------------------------- data and weights

@@ -80,8 +80,8 @@ class PhotoFeatures:
         absent = [name for name in names if not os.path.isfile(self.images / name)]
         if absent and not skip_bad:
             raise UserError(f"{len(absent):,} of {len(names):,} photos are not in {self.images}, e.g. "
-                            f"{', '.join(map(repr, absent[:3]))}. Download them (docs/data.md), or leave "
-                            "photos out with --no-image")
+                            f"{', '.join(map(repr, absent[:3]))}. Download them (docs/data.md), or train "
+                            "with --skip-missing-photos (without these products) or --no-image (no photos)")
         problems = {}
         with (ThreadPoolExecutor(THREADS) as threads,
               Progress("photo features", len(names), "photos") as progress):

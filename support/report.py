@@ -2,9 +2,11 @@
 
 import base64
 import io
+import math
 import re
 from collections import Counter, defaultdict
 from html import escape
+from shlex import quote
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -17,11 +19,12 @@ MOST_VALUES = 60                                # in a confusion matrix that can
 EXAMPLES = 12                                   # of each kind on the page
 CELL = 44                                       # side of a matrix's cell, in pixels
 LONGEST = 40                                    # characters of a name in a picture
-SETTINGS = ("temperature", "top_p", "constrained", "min_confidence", "merged")     # that the page names
 
 
-def draw_results(folder, title, products, answers, metrics, images=None, losses=()):
-    """Write a confusion matrix for each attribute, and report.html."""
+def draw_results(folder, title, products, answers, metrics, images, losses, explain):
+    """Write a confusion matrix for each attribute, and report.html; the arguments are those of
+    report_html.
+    """
     counts = defaultdict(Counter)               # {attribute: how often each (gold value, answer)}
     for p, a in zip(products, answers):
         counts[p.attribute][p.value, a.value] += 1
@@ -33,7 +36,7 @@ def draw_results(folder, title, products, answers, metrics, images=None, losses=
         matrices[name] = confusion_png(f"{attribute[:LONGEST]}: {title}", pairs)
         with whole_file(folder / f"confusion-{name}.png") as partial:
             matrices[name].save(partial, "png")
-    page = report_html(title, products, answers, metrics, images, losses, matrices)
+    page = report_html(title, products, answers, metrics, images, losses, explain, matrices)
     write_text(folder / "report.html", page)
 
 
@@ -101,15 +104,19 @@ def thumbnail(images, name):
 
 
 def diagram(name, top, right, shapes, texts=""):
-    """An inline SVG with axes from 0 to the texts `top` (y) and `right` (x).
+    """An inline SVG with axes from 0 to the numbers `top` (y) and `right` (x); `name` says what x is.
 
     shapes  SVG elements whose x and y go from 0 to 100, upwards
-    texts   <text> elements in the picture's own units: 400 x 250, downwards; the axes meet at (48, 200)
+    texts   <text> elements in the picture's own units: 400 x 260, downwards; the axes meet at (48, 200)
     """
-    return f"""<svg viewBox="0 0 400 250" role="img" aria-label="{name}">
-<g transform="translate(48 200) scale(3.4 -1.88)">{shapes}<path d="M0 100V0H100"/></g>
-<text x="42" y="18">{top}</text><text x="42" y="204">0</text>
-<text x="388" y="220">{right}</text>{texts}</svg>"""
+    axes = "M0 100V0H100"
+    for at in (0, 50, 100):                             # a tick on each axis
+        axes += f"M0 {at}h-1M{at} 0v-2"
+        texts += f"""<text x="40" y="{204 - 1.88 * at:g}">{top * at / 100:,g}</text>
+<text class="middle" x="{48 + 3.4 * at:g}" y="219">{right * at / 100:,g}</text>"""
+    return f"""<svg viewBox="0 0 400 260" role="img" aria-label="{name}">
+<g transform="translate(48 200) scale(3.4 -1.88)">{shapes}<path d="{axes}"/></g>
+<text x="388" y="236">{name}</text>{texts}</svg>"""
 
 
 def curve(points):
@@ -120,8 +127,9 @@ def curve(points):
 def learning_curve(losses):
     """The training loss: the means of (at most) 100 parts of the training."""
     means = np.array([part.mean() for part in np.array_split(losses, min(100, len(losses)))])
-    points = zip(np.linspace(0, 100, len(means)), 100 * means / means.max())
-    return diagram("training loss", f"{means.max():.3g}", f"{len(losses):,} steps", curve(points))
+    top = math.ceil(means.max())
+    points = zip(np.linspace(0, 100, len(means)), 100 * means / top)
+    return diagram("steps", top, len(losses), curve(points))
 
 
 def reliability_diagram(bins):
@@ -131,14 +139,14 @@ def reliability_diagram(bins):
     bins  of support.confidence.calibration_error
     """
     shapes = ""
-    texts = "<text x='42' y='240'>n</text>"
+    texts = "<text x='40' y='254'>n</text>"
     for b in bins:
         x = 100 * b["from"]
         shapes += f"""<rect x="{x + 0.5:.1f}" width="9" height="{b['accuracy']:.2f}"/>
 <rect class="mark" x="{x:.1f}" y="{b['confidence'] - 0.8:.2f}" width="10" height="1.6"/>"""
-        texts += f"<text class='middle' x='{65 + 3.4 * x:.1f}' y='240'>{b['n']}</text>"
+        texts += f"<text class='middle' x='{65 + 3.4 * x:.1f}' y='254'>{b['n']}</text>"
     shapes += "<path class='equal' d='M0 0L100 100'/>"
-    return diagram("confidence against accuracy", "100 %", "confidence 1", shapes, texts)
+    return diagram("confidence", 100, 1, shapes, texts)
 
 
 # --------------------------------------------------------------------------------------------------- the page
@@ -165,15 +173,27 @@ path, polyline { fill: none; stroke: #999; vector-effect: non-scaling-stroke }
 .equal { stroke: #222; stroke-dasharray: 4 }
 polyline { stroke: #0072B2; stroke-width: 2.5 }
 rect { fill: #0072B2 } .mark { fill: #D55E00 }
-@media (max-width: 40rem) { td, th { padding: .25rem .2rem; font-size: .8rem } .card { width: 100% } }
+@media (max-width: 40rem) { td, th { padding: .25rem .3rem; font-size: .8rem }
+.row { flex-wrap: nowrap; overflow-x: auto; align-items: start }
+.row > * { flex: none; max-width: none } figure { width: 85vw } }
 @media print { body { margin: 0; font-size: 11pt } h2 { break-after: avoid } }
 """
 
 
+def floor_text(m):
+    """The score of one value as the answer to all products, which value, and whether the run beats it."""
+    if "floor" not in m:                                # a part of the products, such as those held out
+        return ""
+    beaten = "" if m["interval"][0] > m["floor"] else "(not beaten)"
+    return f"{m['floor']:6.2f} {m.get('floor_value', '')} {beaten}"
+
+
 def score_row(name, m):
     """A row of the table of scores."""
-    return (f"<tr><td>{escape(name)}</td><td>{m['micro_f1']:.2f}</td><td>{m['precision']:.2f}</td>"
-            f"<td>{m['recall']:.2f}</td><td>{m['implicitave']:.2f}</td><td>{m['n']}</td></tr>\n")
+    return (f"<tr><td>{escape(name)}</td><td>{m['micro_f1']:.2f}</td>"
+            f"<td>{m['interval'][0]:.1f} to {m['interval'][1]:.1f}</td><td>{escape(floor_text(m))}</td>"
+            f"<td>{m['n']}</td><td>{m['precision']:.2f}</td><td>{m['recall']:.2f}</td>"
+            f"<td>{m['implicitave']:.2f}</td></tr>\n")
 
 
 def card(product, images, text, kind=""):
@@ -182,12 +202,16 @@ def card(product, images, text, kind=""):
     return f"<div class='card {kind}'>{photo}<p>{escape(product.context)}</p>{text}</div>\n"
 
 
-def cards(pairs, right, images):
-    """Up to EXAMPLES of the (product, answer) that are right, or of those that are not, with their photos."""
+def cards(pairs, right, images, explain):
+    """Up to EXAMPLES of the (product, answer) that are right, or of those that are not, with their photos;
+    behind the id is the command that explains the answer.
+    """
     kind = "right" if right else "wrong"
     page = ""
     for p, a in [(p, a) for p, a in pairs if (a.value == p.value) == right][:EXAMPLES]:
-        text = f"<p>{escape(p.attribute)}: {escape(str(a))}</p><p>{kind}: it is {escape(p.value)}</p>"
+        command = f"{explain} {quote(p.id)} --attribute {quote(p.attribute)}"
+        text = (f"<p>{escape(p.attribute)}: {escape(str(a))}</p><p>{kind}: it is {escape(p.value)}</p>"
+                f"<details><summary>{escape(p.id)}</summary><code>{escape(command)}</code></details>")
         page += card(p, images, text, kind)
     return f"<div class='row'>{page or 'none'}</div>"
 
@@ -200,29 +224,30 @@ def confidence_html(metrics):
 <p>Expected calibration error: {error_text(confidence)}, n = {confidence["n"]}. It is the mean difference
 between confidence (an answer's probability) and accuracy over 10 bins of equal width, weighted by their
 answers.</p>
-<div class="row"><figure><figcaption>Accuracy (bars) and mean confidence (marks) of the answers in each bin;
-on the dashed line both are equal</figcaption>{reliability_diagram(confidence["bins"])}</figure>
-<figure><figcaption>Accuracy of the answers given, if only the most confident are given</figcaption>
-{diagram("coverage against accuracy", "100 %", "100 % of products answered", coverage)}</figure></div>
+<div class="row"><figure><figcaption>Accuracy in % (bars) and mean confidence (marks) of the answers in each
+bin; on the dashed line both are equal</figcaption>{reliability_diagram(confidence["bins"])}</figure>
+<figure><figcaption>Accuracy in % of the answers given, if only the most confident are given</figcaption>
+{diagram("% of products answered", 100, 100, coverage)}</figure></div>
 """
     if "outside" in metrics:
         page += f"<h2>Answers outside the known values</h2><p>{escape(outside_text(metrics, 50))}</p>"
     return page
 
 
-def report_html(title, products, answers, metrics, images, losses, matrices):
+def report_html(title, products, answers, metrics, images, losses, explain, matrices):
     """The page of a run's results: the main result in words, scores, the most confident mistakes, how it was
     measured.
 
     images    folder of the photos, or None for a run without
     losses    of the training steps, for the learning curve
+    explain   the command that explains a product of this run, without the product's id
     matrices  {name of an attribute: its confusion matrix, an image}
     """
     surest_first = sorted(zip(products, answers), key=lambda pair: -pair[1].probability)
     rows = metrics["attributes"] | metrics.get("seen_and_held_out", {}) | {"all (micro)": metrics}
-    how = ", ".join(f"{name.replace('_', ' ')}: {metrics[name]}" for name in SETTINGS)
-    pictures = [f"<div class='wide'>{inline(matrix, 'png', f'confusion matrix {name}')}</div>"
-                for name, matrix in matrices.items()]
+    pictures = ""
+    for name, matrix in matrices.items():
+        pictures += f"<div class='wide'>{inline(matrix, 'png', f'confusion matrix {name}')}</div>"
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -230,19 +255,26 @@ def report_html(title, products, answers, metrics, images, losses, matrices):
 <style>{STYLE}</style></head><body>
 <h1>EIVEN: {escape(title)}</h1>
 <p class="headline">
-{metrics["right"]:,} of {metrics["n"]:,} answers are right ({metrics["recall"]:.0f} %).</p>
+{metrics["right"]:,} of {metrics["n"]:,} answers are right ({metrics["recall"]:.0f} %).
+{"Not better than one value for all, or not surely: the 95 % interval reaches down to it."
+ if metrics["interval"][0] <= metrics["floor"] else ""}</p>
 <p>{escape(metrics["sources"])}</p>
 <h2>Scores</h2>
 <div class="wide"><table>
-<tr><th>attribute</th><th>micro-F1</th><th>precision</th><th>recall</th><th>gold inside answer</th>
-<th>n</th></tr>
+<tr><th>attribute</th><th>micro-F1</th><th>95 % interval</th><th>one value for all</th><th>n</th>
+<th>precision</th><th>recall</th><th>gold inside answer</th></tr>
 {"".join(score_row(*row) for row in rows.items())}</table></div>
-<p>An answer is right if it equals the gold value exactly; per cent; {how}; n = {metrics["n"]}, answered in
-{metrics["seconds"]} s.</p>
+<p>An answer is right if it equals the gold value exactly; per cent; temperature: {metrics["temperature"]},
+top p: {metrics["top_p"]}, constrained: {metrics["constrained"]}, min confidence: {metrics["min_confidence"]},
+merged: {metrics["merged"]}; answered in {metrics["seconds"]} s. The interval is over products, and not over
+seeds of the training. One value for all: the score of the attribute's commonest gold value as the answer to
+every product.</p>
+<h2>Which values are confused</h2><div class="row">{pictures}</div>
+<h2>The most confident mistakes</h2>
+<p>Behind the id is the command that follows the product from photo to (free) answer.</p>
+{cards(surest_first, False, images, explain)}
+<h2>Right answers</h2>{cards(surest_first, True, images, explain)}
 {confidence_html(metrics)}
-<h2>The most confident mistakes</h2>{cards(surest_first, False, images)}
-<h2>Right answers</h2>{cards(surest_first, True, images)}
-<h2>Which values are confused</h2><div class="row">{"".join(pictures)}</div>
 {"<h2>Training loss</h2>" + learning_curve(losses) if len(losses) > 1 else ""}
 </body></html>
 """

@@ -3,7 +3,6 @@
 import hashlib
 import itertools
 import json
-import os
 import platform
 import sys
 import time
@@ -49,11 +48,10 @@ def new_run_folder(config):
                 folder.rmdir()                          # nothing was written: an error at the start
 
 
-def write_config(folder, config, sources, **more):
+def write_config(folder, config, **more):
     """Write config.json: every flag, and what else is needed to repeat the run; the run's id."""
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    record = {**asdict(config), "versions": versions, **more,
-              "weights_fingerprint": weights_fingerprint(sources)}
+    record = {**asdict(config), "versions": versions, **more}
     run_id = None
     if processes.rank() == 0:
         write_json(folder / "config.json", record)
@@ -109,6 +107,18 @@ def check_weights(folder, record, sources):
                             f"name the right one with --{name}, or train again")
 
 
+def load_init(config, sources, model):
+    """Give a new model what the run of --init has trained; that run's id.  UserError if it does not fit."""
+    other, record = read_config(config.init)
+    for name in ("image", "features", "adapter", "adapter_dim", "projector_dim"):
+        if getattr(other, name) != getattr(config, name):
+            raise UserError(f"--init {config.init}: that run has {name} = {getattr(other, name)}, this one "
+                            f"{getattr(config, name)}; give it the same flag, or leave --init out")
+    check_weights(config.init, record, sources)
+    model.load(Path(config.init) / "adapter.safetensors", record["id"])
+    return record["id"]
+
+
 # ---------------------------------------------------------------------------------------- state, log
 
 
@@ -133,14 +143,10 @@ class TrainingState:
         if processes.rank() > 0:
             return
         line = {"step": step, **line, "seconds": round(time.monotonic() - self.start, 2)}
-        save = last or time.monotonic() - self.saved > SAVE_EVERY
         check_still_there(self.path.parent, self.run_id)
         with open(self.log_path, "a", encoding="utf-8") as log:
             log.write(json.dumps(line) + "\n")
-            if save:
-                log.flush()
-                os.fsync(log.fileno())
-        if save:
+        if last or time.monotonic() - self.saved > SAVE_EVERY:
             self.save(step)
 
     def save(self, step):

@@ -59,6 +59,12 @@ def as_tsv(rows):
     return "".join(map(tsv_line, [COLUMNS, *([row[name] for name in COLUMNS] for row in rows)])).encode()
 
 
+def as_csv(rows, separator):
+    text = io.StringIO()
+    csv.writer(text, delimiter=separator).writerows([COLUMNS, *map(dict.values, rows)])
+    return text.getvalue().encode()
+
+
 def as_jsonl(rows):
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
@@ -66,7 +72,7 @@ def as_jsonl(rows):
 def read(path):
     """The rows of an output, whatever its format, as dicts."""
     content = path.read_bytes()
-    text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode()
+    text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8-sig")
     if ".jsonl" in path.name.lower():
         return [json.loads(line) for line in text.splitlines()]
     dialect = "excel" if ".csv" in path.name else "excel-tab"
@@ -98,11 +104,12 @@ def expected(run):
     (as_tsv(ROWS), "out.tsv"), (gzip.compress(as_tsv(ROWS)), "out.JSONL.gz"), (as_jsonl(ROWS), "out.tsv.gz"),
     (gzip.compress(as_jsonl(ROWS)), "out.csv"),
     (b"\xef\xbb\xbf" + as_tsv(ROWS).replace(b"\n", b"\r\n"), "out.jsonl"),
+    (as_csv(ROWS, ","), "out.csv.gz"), (gzip.compress(as_csv(ROWS, ";")), "out.tsv"),
 ])
 def test_every_format_has_the_same_answers(answer, expected, tmp_path, content, output):
     said = answer(content, output).out
     assert answers_in(tmp_path / output) == expected
-    assert said.endswith(f"{output}: 20 products, 20 answers, 0 empty, 0 could not be answered\n")
+    assert said.endswith(f"{output}: 20 rows, 20 answers, 0 empty, 0 could not be answered\n")
     assert not list(tmp_path.glob("*failed*"))
 
 
@@ -127,7 +134,7 @@ def test_ids_and_attributes(answer, tmp_path):
     said = answer(as_jsonl(rows), "out.jsonl").out
     assert [(row["id"], row["attribute_names"]) for row in read(tmp_path / "out.jsonl")] == [
         (4711, "Heel Height"), (4711, "Boot Style"), ("P1", "Colour"), ("P1", "Boot Style")]
-    assert "2 products, 4 answers, 0 empty, 0 could not be answered; 1 answers are to" in said
+    assert "2 rows, 4 answers, 0 empty, 0 could not be answered; 1 answers are to" in said
 
 
 def test_values_and_confidence(answer, tmp_path):
@@ -141,6 +148,49 @@ def test_values_and_confidence(answer, tmp_path):
     assert f"20 answers, {empty} empty, 0 could not be answered" in said and empty
 
 
+# ---------------------------------------------------------------------------------------- other columns
+
+
+def test_wide_has_a_line_for_each_product(answer, tmp_path):
+    """The rows of a product may be apart.  An own column with the name of an answer's gets another."""
+    asked = [(0, "Heel Height"), (1, "Heel Height"), (0, "Boot Style"), (1, "Heel Height"), (2, "boot style")]
+    own = {"EAN": "0042", "Boot Style": "?"}
+    rows = [ROWS[i] | {"attribute_names": name} | own for i, name in asked]
+    content = as_csv([dict(zip(rows[0], rows[0])), *rows], ",").split(b"\n", 1)[1]
+    answer(content, "long.jsonl", "--keep-columns")
+    cells = {}
+    for row in read(tmp_path / "long.jsonl"):
+        assert {name: row.pop(name) for name in own} == own
+        named = {row["attribute_names"]: row["prediction"],
+                 f"{row['attribute_names']} probability": str(row["probability"])}
+        given = {name: row[name] for name in COLUMNS[:4]} | {"EAN": "0042", "input Boot Style": "?"}
+        cells.setdefault(row["id"], given).update(named)
+    said = answer(content, "wide.csv", "--wide", "--keep-columns").out
+    assert "5 rows, 5 answers, 0 empty" in said
+    assert (tmp_path / "wide.csv").read_bytes().startswith(
+        b"\xef\xbb\xbfid,images,category,texts,EAN,input Boot Style,Heel Height,Heel Height probability,"
+        b"Boot Style,Boot Style probability\r\nP0,")
+    wide = read(tmp_path / "wide.csv")
+    assert [{name: cell for name, cell in row.items() if cell} for row in wide] == list(cells.values())
+    answer(content, "wide.jsonl.gz", "--wide")
+    assert [row["id"] for row in read(tmp_path / "wide.jsonl.gz")] == ["P0", "P1", "P2"]
+    assert "EAN" not in read(tmp_path / "wide.jsonl.gz")[0]
+
+
+def test_own_columns_keep_their_types(answer, tmp_path):
+    """Not every line of JSONL has the same ones."""
+    rows = [ROWS[0] | {"price": 9.5, "prediction": None}, ROWS[1] | {"tags": ["a", "é"]}]
+    answer(as_jsonl(rows), "out.jsonl", "--keep-columns")
+    first, second = read(tmp_path / "out.jsonl")
+    assert (first["price"], first["input prediction"], second["tags"]) == (9.5, None, ["a", "é"])
+    assert "tags" not in first and isinstance(first["prediction"], str)
+    answer(as_jsonl(rows), "out.tsv", "--keep-columns")
+    first, second = read(tmp_path / "out.tsv")
+    assert (first["price"], first["tags"], second["price"], second["tags"]) == ("9.5", "", "", '["a", "é"]')
+    twice = as_tsv(ROWS).replace(b"texts", b"texts\tEAN\tean")
+    assert "line 1 names a column twice" in answer(twice, "twice.tsv", "--keep-columns", code=2).err
+
+
 # ---------------------------------------------------------------------------------------- rows that fail
 
 
@@ -151,11 +201,11 @@ BAD = {                                                 # a line, and what is sa
     b'B1\tB0001.jpg\tShoes\t"x\tBoot Style\t\n': "a quote which is not closed",
     b"B1\tB0001.jpg\tShoes\t\xff\tBoot Style\t\n": "is not UTF-8 text",
     b"\tB0001.jpg\tShoes\tx\tBoot Style\t\n": "id is empty",
-    b"B1\tB0001.jpg\tShoes\tx\t | \t\n": "attribute_names has 0 names",
+    b"B1\tB0001.jpg\tShoes\tx\t | \t\n": "attribute_names names none",
     b"B1\t../B0001.jpg\tShoes\tx\tBoot Style\t\n": "must name a file inside",
     b"B1\tB0001.jpg\tShoes\t" + b"word " * 3000 + b"\tBoot Style\t\n": "more than the 2,048"}
 BAD_JSON = {
-    b'{"id": "B1"\n': "is not a product", b'["B1"]\n': "is not a product",
+    b'{"id": "B1"\n': "is not a product", b'["B1"]\n': "it is a list",
     b"[" * 100_000 + b"\n": "is not a product",
     b'{"id": {}, "attribute_names": "Heel"}\n': "id is {}, but must be a text",
     b'{"id": "a\\ud800", "attribute_names": "Heel"}\n': "surrogates",
@@ -190,7 +240,7 @@ def test_strict_stops_at_the_first_and_goes_on_when_it_is_mended(answer, expecte
 
 
 @pytest.mark.parametrize("content, said", [
-    (b"id,images\n1,2\n", "the header 'id,images', lacks id"), (b"\xff\xfei\0d\0", "it is UTF-16"),
+    (b"id,images\n1,2\n", "the header 'id' 'images', lacks category"), (b"\xff\xfei\0d\0", "it is UTF-16"),
     (b"PK\3\4", "an Excel workbook"), (as_tsv([]) + b"\n", "holds no products"),
     (gzip.compress(b"x" * 100)[:20], "end-of-stream"), (b'[\n{"id": "1"}\n]', "cannot be read as products"),
 ])
@@ -227,9 +277,11 @@ def whole(answer, tmp_path):
     return results(tmp_path / "whole.tsv")
 
 
-def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(answer, whole, tmp_path):
-    draw, kills = random.Random(0), 0
-    while answer(UNEVEN, "out.tsv", code=None, before=ends_at(draw.randint(5, 40))).signal:
+def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(answer, tmp_path):
+    draw, kills, how = random.Random(0), 0, ["--wide", "--keep-columns"]
+    answer(UNEVEN, "whole.tsv", *how)
+    whole = results(tmp_path / "whole.tsv")
+    while answer(UNEVEN, "out.tsv", *how, code=None, before=ends_at(draw.randint(5, 40))).signal:
         kills += 1
         assert kills < 60
     assert kills >= 3 and results(tmp_path / "out.tsv") == whole and not list(tmp_path.glob(".out*"))

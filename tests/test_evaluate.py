@@ -16,7 +16,7 @@ import evaluate
 import train
 from base.console import UserError
 from data import Product, read_split
-from evaluate import exact_match, micro_f1, score, scores_folder, table
+from evaluate import exact_match, interval, micro_f1, score, scores_folder, table
 from support import answering
 
 # ---------------------------------------------------------------------------------------- scores
@@ -50,10 +50,30 @@ def test_scores_are_micro_over_all_and_for_each_attribute():
     products = [Product("", "", "", "", *label) for label in labels]
     metrics = score(products, ["Open", "Flat", "Flat"])
     metrics["seen_and_held_out"] = {"values held out": micro_f1([("", "Open")])}
-    assert [line.split() for line in table(metrics).splitlines()] == [
-        ["attribute", "micro-F1", "precision", "recall", "n"],
-        ["Heel", "50.00", "50.00", "50.00", "2"], ["Toe", "100.00", "100.00", "100.00", "1"],
-        ["values", "held", "out", "0.00", "0.00", "0.00", "1"], ["all", "(micro)", *["66.67"] * 3, "3"]]
+    assert [line.rstrip() for line in table(metrics).splitlines()] == [
+        "attribute        micro-F1  precision  recall      n  one value for all",
+        "Heel                50.00      50.00   50.00      2   50.00 Flat (not beaten)",
+        "Toe                100.00     100.00  100.00      1  100.00 Open (not beaten)",
+        "values held out      0.00       0.00    0.00      1",
+        "all (micro)         66.67      66.67   66.67      3   66.67  (not beaten)"]
+
+
+@pytest.mark.parametrize("right, n, low, high", [
+    (81, 263, 25.53, 36.62), (15, 148, 6.24, 16.05), (0, 20, 0, 16.11), (1, 29, 0.61, 17.18)])
+def test_the_interval_is_wilsons(right, n, low, high):
+    """Method 3 in table I of Newcombe 1998 (Statistics in Medicine 17, 857-872)."""
+    assert interval(100 * right / n, n) == pytest.approx([low, high], abs=0.006)
+
+
+def test_an_interval_counts_products_and_a_floor_is_beaten_when_the_interval_is_above_it():
+    """20 products with two attributes: 20 independent ones, not 40.  Low Heel is the answer to 11 of them."""
+    products = [Product(str(i), "", "", "", attribute, ("Low Heel", "Flat")[attribute == "Heel" and i > 10])
+                for i in range(20) for attribute in ("Heel", "Toe")]
+    metrics = score(products, [p.value for p in products])
+    assert metrics["interval"] == metrics["attributes"]["Heel"]["interval"] == interval(100, 20)
+    assert (metrics["floor"], metrics["attributes"]["Heel"]["floor"]) == pytest.approx((77.5, 55))
+    assert [line.split("  ")[-1].strip() for line in table(metrics).splitlines()[1:]] == [
+        "55.00 Low Heel", "100.00 Low Heel (not beaten)", "77.50"]
 
 
 # ---------------------------------------------------------------------------------------- answers
@@ -131,6 +151,11 @@ def test_scoring_again(own, run, scored, data_root, capsys):
     said = capsys.readouterr().out
     assert said.startswith(f"data {data_root}, data set shoes; LLaMA ")
     assert table(metrics) in said
+    # Of its 15 products 3 have each value: one of three for Boot Style, one of two for Heel Height.
+    assert metrics["floor"] == pytest.approx(100 * 6 / 15)
+    low, high = metrics["interval"]
+    assert f"95 % interval of micro-F1 over products: {low:.1f} to {high:.1f}\n" in said
+    assert ("not better than one value for all, or not surely" in said) == (low <= 40)
     assert (own / "predictions.tsv").read_bytes() == (run / "predictions.tsv").read_bytes()
     assert [Product(*list(row.values())[:6]) for row in rows] == read_split(data_root, "shoes", "test")
     assert (metrics["split"], metrics["constrained"], metrics["merged"]) == ("test", False, False)
@@ -155,7 +180,7 @@ def test_values_to_choose_from(own, scored, tmp_path):
     rows, metrics = scored(f"scores/test-constrain-{name}", "--constrain", "--values", values)
     assert metrics["values"] == {"Boot Style": 4, "Heel Height": 2}
     values.write_text("Boot Style\tSandal\n")
-    with pytest.raises(UserError, match="known values of Heel Height; .*values.tsv has those of Boot Style"):
+    with pytest.raises(UserError, match="--constrain for .*known values of Heel Height; .* of Boot Style"):
         scored("", "--values", values)
     scored("scores/val-constrain", "--constrain", "--split", "val")
     _, metrics = scored("scores/test-constrain", "--constrain")

@@ -4,6 +4,8 @@ import html.parser
 import importlib
 import math
 import re
+import shutil
+import sys
 from operator import attrgetter
 
 import pytest
@@ -185,6 +187,21 @@ def test_a_product_is_found_by_id_and_attribute():
     for name, attribute, said in (("C", "", "--split"), ("A", "", "Heel Height"), ("B", "Heel", "Boot")):
         with pytest.raises(UserError, match=said):
             explain.find_product(products, name, attribute)
+
+
+def test_a_product_of_any_split_has_a_page_of_its_own(run, tmp_path, monkeypatch):
+    """B0001 is in train.  Ids that differ in blanks alone have two pages."""
+    run = shutil.copytree(run, tmp_path / "run")
+    for id in ("B0001", "B 1", "B  1"):
+        product = Product(id, "B0001.jpg", "", "", "Heel Height", "")
+        if id != "B0001":
+            monkeypatch.setattr(explain, "read_split", lambda *_: [product])
+        monkeypatch.setattr(sys, "argv", ["explain", str(run), id])
+        explain.main()
+    pages = {path.name for path in (run / "explain").iterdir()}
+    assert pages == {"B0001-Boot-Style.html", "B-1-Heel-Height.html", "B--1-Heel-Height.html"}
+    page = (run / "explain" / "B-1-Heel-Height.html").read_text(encoding="utf-8")
+    assert re.search(r"<p><b>.*\(probability 0\.\d\d\)", page.partition("1. The photo")[0])
 
 
 def test_a_product_from_flags_is_explained(run, data_root, tmp_path):

@@ -7,8 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import evaluate
+import train
 from base.console import UserError
 from base.photo import open_photo
+from base.tsv import read_tsv
 from support import features
 from support.features import PhotoFeatures
 from vit import load_vit, preprocess
@@ -105,6 +108,33 @@ def test_threads_share_features_and_folder(vit_dir, images):
         tokens = list(threads.map(prepare_and_read, range(16)))
     assert all(torch.equal(one, tokens[0]) for one in tokens)
     assert len([path for path in (images.parent / "cache").rglob("*") if path.is_file()]) == len(NAMES)
+
+
+def test_products_without_a_photo_are_left_out_on_request(flags, data_root, tmp_path, capsys, monkeypatch):
+    """Before labels are sampled; a resumed run is the same run, or is refused."""
+    root = shutil.copytree(data_root, tmp_path / "data")
+    gone = [row["images"] for split in ("train", "test")
+            for _, row in list(read_tsv(root / "shoes" / f"{split}.tsv"))[:2]]
+    for name in gone:
+        (root / "images" / name).unlink()
+    arguments = [*flags, "--data", str(root), "--epochs", "1", "--out", str(tmp_path / "run")]
+    with pytest.raises(UserError, match="photos are not in .*--skip-missing-photos"):
+        train.main(arguments)
+    train.main([*arguments, "--skip-missing-photos"])
+    said = capsys.readouterr().out
+    for line in "train: 2 of 30", "val: 0 of 10", "test: 2 of 15":
+        assert f"{line} products have no photo in {root / 'images'}: left out\n" in said
+    assert "on 20 labelled products" in said and "test split, 4 labels per value, seed 0, n = 13" in said
+    train.main(["--resume", str(tmp_path / "run")])
+    monkeypatch.setattr("sys.argv", ["evaluate.py", str(tmp_path / "run"), "--constrain"])
+    evaluate.main()
+    assert "n = 13" in capsys.readouterr().out
+    shutil.copy(data_root / "images" / gone[0], root / "images")
+    with pytest.raises(UserError, match="are not those that"):
+        train.main(["--resume", str(tmp_path / "run")])
+    shutil.rmtree(root / "images")
+    with pytest.raises(UserError, match="train: 30 of 30 products have no photo"):
+        train.main([*arguments[:-1], str(tmp_path / "none"), "--skip-missing-photos"])
 
 
 def test_what_stops_all_photos_is_no_photos_fault(vit_dir, images):

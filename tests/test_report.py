@@ -22,7 +22,8 @@ def draw(folder, rows, images=None):
     metrics.update(measure(SimpleNamespace(values={}), products, answers, None, False))
     metrics.update(sources="demo", temperature=0.1, top_p=0.75, constrained=False, min_confidence=0.0,
                    merged=False, seconds=1.0)
-    report.draw_results(folder, "a title", products, answers, metrics, images, [4.0, 2.0, 0.0])
+    report.draw_results(folder, "a title", products, answers, metrics, images, [3.5, 2.0, 0.0],
+                        "python -m tools.explain RUN")
     return (folder / "report.html").read_text()
 
 
@@ -30,13 +31,18 @@ def test_the_page(tmp_path):
     """The most confident mistake comes first; a photo that is absent costs nothing."""
     Image.new("RGB", (400, 300)).save(tmp_path / "0.jpg")
     answers = [("Wedge", 0.2), ("Flat", 0.9), ("High Heel", 0.7), ("", 0.1)]
-    rows = [(*answer, "", f"{i}.jpg", "", "", "Heel Height", "Flat") for i, answer in enumerate(answers)]
+    rows = [(*answer, f"B {i}", f"{i}.jpg", "", "", "Heel Height", "Flat")
+            for i, answer in enumerate(answers)]
     page = draw(tmp_path, rows, tmp_path)
     assert "1 of 4 answers are right (25 %)" in page
     assert re.findall("<p>Heel Height: (.*?)  ", page) == ["High Heel", "Wedge", "(no answer)", "Flat"]
     assert (page.count("image/jpeg"), page.count("no photo"), page.count("image/png")) == (1, 3, 1)
     assert 'x="90.5" width="9" height="100.00"' in page                     # the bin of confidence 0.9
-    assert "points='0.00,100.00 50.00,50.00 100.00,0.00'" in page           # the training loss
+    assert "points='0.00,87.50 50.00,50.00 100.00,0.00'" in page            # the training loss: 3.5 of 4
+    assert all(f">{tick}</text>" in page for tick in ("4", "2", "1.5", "3", "50", "0.5"))
+    assert "python -m tools.explain RUN &#x27;B 2&#x27; --attribute &#x27;Heel Height&#x27;</code>" in page
+    assert "Not better than one value for all" in page and "100.00 Flat (not beaten)</td>" in page
+    assert page.index("confusion matrix") < page.index("<div class='card")
     assert (tmp_path / "confusion-heel-height.png").exists()
 
 

@@ -129,8 +129,8 @@ def test_a_new_run_has_a_new_folder_or_an_empty_one(flags, tmp_path, monkeypatch
         assert [folder.name for folder in (first, second)] == ["general-4-1", "general-4-2"]
         (second / "config.json").touch()
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["general-4-2"]
-    with pytest.raises(UserError, match="no data set 'boots'"):
-        train.main([*flags, "--dataset", "boots", "--out", str(tmp_path / "new")])
+    with pytest.raises(UserError, match=r"no data set 'shoe' \(did you mean 'shoes'\?\) in .*: it holds"):
+        train.main([*flags, "--dataset", "shoe", "--out", str(tmp_path / "new")])
     assert not (tmp_path / "new").exists()
     (tmp_path / "file").touch()
     for out, said in (("file", "is a file; name a folder"), ("runs", "is not empty")):

@@ -1,11 +1,14 @@
 """Answers to one product, from the command and from Python; and the exported model."""
 
+import math
 import shutil
+from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 from conftest import command, held
+from PIL import Image
 
 import evaluate
 import train
@@ -13,6 +16,7 @@ from base.console import UserError
 from base.tsv import read_tsv
 from data import base_question, encode_examples, read_split
 from llama import load_llama
+from support import answering
 from support.answering import prepare_photos
 
 
@@ -49,7 +53,7 @@ def test_one_product_has_its_answer_in_all_ways(run, says, data_root, tmp_path):
             if flags:                                   # free draws depend on the id, too
                 assert (answer.value, f"{answer.probability:.4f}") == (row["prediction"], row["probability"])
     many = [dict(zip(("image", "text", "attribute"), [one[0], text, one[2]])) for text in (one[1], "x")]
-    together, alone = loaded.answers(many, constrain=True)[1], loaded.answer(**many[1], constrain=True)
+    [_, together], alone = loaded.answers(many, constrain=True), loaded.answer(**many[1], constrain=True)
     assert (together.value, together.runner_up) == (alone.value, alone.runner_up)
     assert together.probability == pytest.approx(alone.probability, abs=1e-4)
 
@@ -79,6 +83,36 @@ def test_python_has_the_same_choices(run, photo):
             one(photo, "black shoe", "Boot Style", values=wrong)
     with pytest.raises(UserError, match="known values of Colour"):
         one(photo, "black shoe", "Colour", constrain=True)
+
+
+def test_answers_come_in_order_from_any_iterable(run, data_root, monkeypatch, capsys):
+    """Batches, NaN for what is absent, keys of no meaning, photos as relative paths or PIL images."""
+    monkeypatch.setattr(answering, "ANSWER_BATCH", 3)
+    monkeypatch.chdir(data_root / "images")             # photos may be named from any folder
+    loaded = evaluate.load(run)
+    asked = [(f"B{i:04}.jpg", "black " + "shoe " * (i % 4), loaded.known_attribute("HEEL height"))
+             for i in range(1, 9)]
+    expected = [loaded.answer(*one) for one in asked]
+    assert len({answer.value for answer in expected}) > 3
+    records = (dict(zip(("image", "text", "attribute"), one), price=math.nan) for one in asked)
+    answers = loaded.answers(records)
+    assert str(next(answers)) == str(expected[0])
+    assert next(records)["image"] == "B0004.jpg"        # three are read at a time
+    assert [answer.value for answer in answers] == [answer.value for answer in expected[1:3] + expected[4:]]
+    picture, exif = Image.linear_gradient("L").resize((40, 30)), Image.Exif()
+    exif[274] = 3                                       # to be turned by 180 degrees
+    picture.save("turned.png", exif=exif)
+    photos = Path("turned.png"), Image.open("turned.png"), picture.rotate(180), picture
+    answers = loaded.answers({"image": photo, "text": "x", "attribute": "Hue"} for photo in photos)
+    first, *same, other = [math.log(answer.probability) for answer in answers]
+    assert same == pytest.approx([first] * 2, abs=1e-5) and abs(other - first) > 1e-3
+    assert capsys.readouterr().err.count("'Hue' is not an attribute of this run's training data") == 1
+    wrong = [({"image": math.nan, "text": "x"}, "attribute is empty"), ("B0001.jpg", "no attribute 'get'"),
+             ({"image": math.nan, "text": "x", "attribute": "Heel Height"}, "with images: give --image"),
+             ({"image": "B0001.jpg", "text": "x " * 3000, "attribute": "Heel Height"}, "more than the 2,048")]
+    for record, said in wrong:
+        with pytest.raises((UserError, AttributeError), match=said):
+            list(loaded.answers([record]))
 
 
 def test_an_export_is_an_ordinary_llama(run, says, data_root, tmp_path, monkeypatch):
@@ -126,6 +160,7 @@ def test_an_export_says_what_its_run_saw(flags, says, tmp_path):
     for name, more in ("a", "--no-image"), ("b", "--no-text --features single"), ("c", "--adapter mlp"):
         train.main([*flags, *more.split(), "--epochs", "1", "--out", str(tmp_path / name)])
     assert "cannot be merged" in says("-m tools.export", tmp_path / "out", folder=tmp_path / "c", code=2)
+    assert not (tmp_path / "out").exists()
     for name in "ab":
         says("-m tools.export", tmp_path / "out" / name, folder=tmp_path / name)
     readme = (tmp_path / "out/a/README.md").read_text()

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -278,6 +279,59 @@ def test_flags_beside_resume(run):
             train.parse(wrong)
     config, folder = train.parse(["--resume", str(run), "--labels", "4", "--threads", "3", "--data", "here"])
     assert (folder, config.epochs, config.threads, config.data) == (run, 3, 3, "here")
+
+
+def test_a_run_that_starts_from_another_goes_on_when_that_is_gone(run, flags, tmp_path, monkeypatch):
+    """Its first state holds the other's values.  A run that has no state yet reads the other one again."""
+    other = shutil.copytree(run, tmp_path / "other")
+    whole, out, early = (tmp_path / name for name in ("whole", "out", "early"))
+    more = [*flags, "--seed", "1", "--init", str(other), "--out"]
+    train.main([*more, str(whole)])
+    at_step(monkeypatch, 3, lambda: signal.default_int_handler(signal.SIGINT, None))
+    with pytest.raises(KeyboardInterrupt):
+        train.main([*more, str(out)])
+    assert read(out, "config.json")["init_id"] == run_folder.read_config(run)[1]["id"]
+    begin = torch.load(out / "state.pt")["trained"]
+    assert all(torch.equal(begin[name], p) for name, p in load_file(run / "adapter.safetensors").items())
+    shutil.copytree(out, early)
+    (early / "state.pt").unlink()
+    shutil.rmtree(other)
+    train.main(["--resume", str(out)])
+    with pytest.raises(UserError, match="other/config.json: does not exist"):
+        train.main(["--resume", str(early)])
+    shutil.copytree(out, other)
+    with pytest.raises(UserError, match="other is not the run any more that this one starts from"):
+        train.main(["--resume", str(early)])
+    shutil.rmtree(other)
+    shutil.copytree(run, other)
+    train.main(["--resume", str(early)])
+    assert same_run(whole, out) and same_run(whole, early)
+
+
+@pytest.mark.parametrize("more, said", [
+    (["--adapter-dim", "4"], "adapter_dim = 8, this one 4"), (["--no-image"], "image = True, this one False"),
+    (["--features", "single"], "features = multi, this one single"), ([], "trained with another llama than"),
+])
+def test_a_run_starts_from_one_of_the_same_kind_alone(run, flags, tmp_path, more, said):
+    other = shutil.copytree(run, tmp_path / "other")
+    config = read(other, "config.json") | {"weights_fingerprint": {}}
+    (other / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=said):
+        train.main([*flags, *more, "--init", str(other), "--out", str(tmp_path / "new")])
+    assert not (tmp_path / "new").exists()
+
+
+def test_help_has_groups_with_examples_that_run_and_a_misspelt_flag_is_named(capsys):
+    with pytest.raises(SystemExit):
+        train.parse(["--help"])
+    said = capsys.readouterr().out
+    examples = re.findall(r"^(\w.*):\n  e\.g\. python train\.py (.*)$", said, re.M)
+    assert [title for title, _ in examples] == ["data and weights", "model", "training", "machine"]
+    for _, example in examples:
+        train.parse(example.split())
+    with pytest.raises(SystemExit):
+        train.parse(["--epoch", "3"])
+    assert "unrecognized arguments: --epoch 3 (did you mean '--epochs'?)\n" in capsys.readouterr().err
 
 
 def test_a_run_does_not_go_on_with_other_data(run, tmp_path, data_root, capsys):

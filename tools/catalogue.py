@@ -25,59 +25,69 @@ from pathlib import Path
 
 from base.console import (Progress, UserError, locked, read_json, reading, reason, user_path, what_is,
                           whole_file, write_json)
-from base.tsv import COLUMNS, read_rows, tsv_line
+from base.tsv import COLUMNS, SEPARATORS, read_rows, tsv_line
 from data import product_of
-from demo import world
 from evaluate import add_answering_flags, load_run
 from support import processes
-from support.answering import PREDICTED, answer_batch, batches, longest_values, prediction, too_long
+from support.answering import PREDICTED, answer_batches, longest_values, prediction, prepare_photos, too_long
 from support.confidence import temperature_note
 
 BLOCK = 256                                             # rows: what an interruption costs at most
-MOST_ATTRIBUTES = 1000                                  # of one row
+GIVEN = COLUMNS[:4]                                     # columns that say which product it is
+NUMBERS = ("probability", "runner_up_probability")
 FAILED = ("line", "id", "attribute", "reason")          # columns of OUTPUT.failed.tsv
 
 # ---------------------------------------------------------------------------------------- input
 
 
-def read_blocks(path):
-    """Yield lists of BLOCK rows of a file ("-": stdin), with progress: in bytes of a file, in rows of a pipe.
+def read_blocks(args):
+    """Yield lists of BLOCK rows of --input ("-": stdin), with progress: in bytes of a file, in rows of a
+    pipe.
 
-    A row is (line, {column: cell}), or has a ValueError in the place of the dict.
+    A row is (line, {column: cell}), or has a ValueError in the place of the dict.  args.names becomes {column
+    as in a row: as in the file}.
     """
-    file = sys.stdin.buffer
+    path, file, args.names = args.input, sys.stdin.buffer, {}
     if path != "-":
-        with reading(path, "products (TSV or JSONL)"):
+        with reading(path, "products (TSV, CSV or JSONL)"):
             file = open(path, "rb")
     content = gzip.open(file) if file.peek(2)[:2] == b"\x1f\x8b" else file
     size = os.fstat(file.fileno()).st_size
     text = io.TextIOWrapper(content, "utf-8-sig", "surrogateescape", newline="")
     try:
         first = text.readline()
-        if first.strip().startswith("[") or first.strip() == "{":
-            raise ValueError("it is a JSON array, or has objects over several lines; write one object a line "
-                             "(JSONL), for example with: jq -c '.[]'")
         lines = itertools.chain([first], text)          # `text` itself stays: without it the file is closed
-        rows = read_rows(lines, COLUMNS[:-1])
         if first.lstrip().startswith("{"):
-            rows = ((number, json_cells(line)) for number, line in enumerate(lines, start=1) if line.strip())
+            rows = ((number, json_cells(line, args.keep_columns))
+                    for number, line in enumerate(lines, start=1) if line.strip())
+        else:
+            separator = max(SEPARATORS, key=first.count)
+            header = next(csv.reader([first], delimiter=separator), [])
+            args.names = {" ".join(name.lower().split()): name.strip() for name in header}
+            rows = read_rows(lines, COLUMNS[:-1], separator)
+            if args.keep_columns and len(args.names) < len(header):
+                raise ValueError("line 1 names a column twice, or two have no name; remove one, or leave "
+                                 "--keep-columns out")
         with Progress("answering", size or None, "bytes" if size else "rows") as progress:
             while block := list(itertools.islice(rows, BLOCK)):
                 yield block
                 progress.step(file.tell() - progress.done if size else len(block))
-    except (ValueError, EOFError, OSError, zlib.error) as error:
-        kind = what_is(path) if content is file and path != "-" else None
+    except (ValueError, EOFError, OSError, zlib.error, csv.Error) as error:
+        kind = content is file and path != "-" and what_is(path)
         problem = f"it is {kind}" if kind else reason(error)
-        raise UserError(f"{path}: cannot be read as products (TSV or JSONL): {problem}") from None
+        raise UserError(f"{path}: cannot be read as products (TSV, CSV, or JSONL with one object a line): "
+                        f"{problem}") from None
 
 
-def json_cells(line):
+def json_cells(line, keep_columns):
     """{column: text} of a line of JSONL, or a ValueError.  An id that is a number stays one; a list of
-    attributes becomes a text with "|" between them.
+    attributes becomes a text with "|" between them; own columns that are kept stay as they are.
     """
-    cells = {}
     try:
         row = json.loads(line)
+        if not isinstance(row, dict):
+            raise ValueError(f"it is a {type(row).__name__}")
+        cells = dict(row) if keep_columns else {}
         for name in COLUMNS:
             value = row.get(name)
             if isinstance(value, list) and name.startswith("attribute_"):
@@ -87,7 +97,7 @@ def json_cells(line):
             cells[name] = "" if value is None else value if name == "id" else str(value)
         json.dumps(cells, ensure_ascii=False).encode()  # JSON can hold halves of characters, UTF-8 cannot
         return cells
-    except (ValueError, AttributeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         return ValueError(f"is not a product as a JSON object: {reason(error)}")
 
 
@@ -98,8 +108,8 @@ def products_of(cells, run):
     product = product_of(cells | {"id": str(cells["id"])}, ("id", "attribute_names"))
     names = [name.strip() for name in product.attribute.split("|")]
     names = dict.fromkeys(run.known_attribute(name) for name in names if name)
-    if not 0 < len(names) <= MOST_ATTRIBUTES:
-        raise ValueError(f"attribute_names has {len(names):,} names, but may have 1 to {MOST_ATTRIBUTES:,}")
+    if not names:
+        raise ValueError("attribute_names names none")
     return [replace(product, id=cells["id"], attribute=name) for name in names]
 
 
@@ -107,45 +117,47 @@ def products_of(cells, run):
 
 
 def answer_block(run, args, values, rows):
-    """A part: the answers to rows of `read_blocks`, as {"answers": [{column: cell}, ...], "failed": [cells of
-    FAILED, ...], "counts": of rows, answers, empty ones, those to unknown attributes, failed rows}.
+    """A part: the answers to rows of `read_blocks`, as {"answers": [[{column: cell} of the product, {column:
+    cell} of the answer], ...], "failed": [cells of FAILED, ...], "counts": of rows, answers, empty ones,
+    those to unknown attributes, failed ones}.
 
     values  {attribute: values} to choose from; None: free answers
     """
-    questions, products, failed, problems = [], [], [], {}
+    questions, asked, failed = [], [], []
     for line, cells in rows:
         try:
-            questions += [(line, product) for product in products_of(cells, run)]
+            questions += [(line, cells, product) for product in products_of(cells, run)]
         except ValueError as error:
             cells = cells if isinstance(cells, dict) else {}
             failed.append((line, cells.get("id", ""), cells.get("attribute_names", "")[:1000], str(error)))
-    if run.photo_features:
-        names = [product.image for _, product in questions]
-        if run.config.demo and not run.config.data:
-            world.draw_photos(run.sources.data, names)
-        problems = run.photo_features.prepare(names, skip_bad=True)
+    bad_photos = prepare_photos(run, [product for _, _, product in questions], skip_bad=True)
     longest = longest_values(run, values)
-    for line, product in questions:
-        problem = problems.get(product.image) or too_long(run, product, longest)
+    for line, cells, product in questions:
+        problem = bad_photos.get(product.image) or too_long(run, product, longest)
         if values and product.attribute not in values:
             problem = (f"there are no known values of {product.attribute}; --values and --constrain together "
                        "take those of the file and those of the training")
         if problem:
             failed.append((line, product.id, product.attribute, problem))
         else:
-            products.append(product)
+            asked.append((cells, product))
     failed.sort(key=lambda cells: cells[0])
     if failed and args.strict:
         raise UserError(f"{args.input}, line {failed[0][0]}: {failed[0][-1]}")
-    answered = {}
-    for batch in batches(run, products, values):
-        answered |= answer_batch(run, products, batch, values, args.temperature, args.top_p)
+    products = [product for _, product in asked]
+    answered = answer_batches(run, products, values, args.temperature, args.top_p)
     if run.photo_features:
         run.photo_features.forget()
-    answers = [dict(zip(PREDICTED, prediction(product, answered[i].above(args.min_confidence))))
-               for i, product in enumerate(products)]
+    answers = []
+    for (cells, product), answer in zip(asked, answered.values()):
+        answer = dict(zip(PREDICTED, prediction(product, answer.above(args.min_confidence))))
+        answer |= {name: float(answer[name]) if answer[name] else None for name in NUMBERS}
+        given = {name: answer.pop(name) for name in GIVEN}
+        if args.keep_columns:
+            given |= {args.names.get(name, name): cells[name] for name in cells if name not in COLUMNS}
+        answers.append((given, answer))
     counts = {"rows": len(rows), "answers": len(answers), "failed": len(failed),
-              "empty": sum(not row["prediction"] for row in answers),
+              "empty": sum(not cells["prediction"] for _, cells in answers),
               "unknown": sum(product.attribute not in (values or run.values) for product in products)}
     return {"answers": answers, "failed": failed, "counts": counts}
 
@@ -153,7 +165,7 @@ def answer_block(run, args, values, rows):
 def answer_blocks(run, args, values, blocks):
     """Answer those blocks that have no part yet; the paths of all parts, in order."""
     settings = [run.id, values, args.temperature, args.top_p, args.min_confidence, args.merge,
-                run.config.dtype, run.model.llama.compute_dtype, run.value_temperature,
+                args.keep_columns, run.config.dtype, run.model.llama.compute_dtype, run.value_temperature,
                 run.photo_features and run.photo_features.images.resolve()]
     digest = hashlib.sha256(repr(settings).encode())
     there = {name[:8]: name for name in os.listdir(args.parts)}
@@ -174,30 +186,63 @@ def answer_blocks(run, args, values, blocks):
 # ---------------------------------------------------------------------------------------- output
 
 
-def as_text(kind, rows):
-    """Answers {column: cell} as lines of a ".csv", a ".jsonl" or else a TSV."""
-    if kind == ".csv":
-        text = io.StringIO()
-        csv.writer(text).writerows(row.values() for row in rows)
-        return text.getvalue()
+def spread(answers):
+    """Answers with one row a product: (columns of values and probabilities, rows).
+
+    A product is all rows of the input that are alike but for attribute_names and attribute_values.
+    """
+    products, columns = {}, {}
+    for given, answer in answers:
+        attribute = answer["attribute_names"]
+        cells = {attribute: answer["prediction"], f"{attribute} probability": answer["probability"]}
+        products.setdefault(json.dumps(given), {}).update(cells)
+        columns |= cells
+    return [*columns], ((json.loads(given), cells) for given, cells in products.items())
+
+
+def as_text(kind, header, rows):
+    """Rows {column: cell} as lines of a ".csv", a ".jsonl" or else a TSV."""
     if kind == ".jsonl":
-        numbers = ("probability", "runner_up_probability")
-        rows = [row | {name: float(row[name]) if row[name] else None for name in numbers} for row in rows]
         return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    return "".join(tsv_line(row.values()) for row in rows)
+    rows = [[cell if isinstance(cell, str) else "" if cell is None else json.dumps(cell, ensure_ascii=False)
+             for cell in map(row.get, header)] for row in rows]
+    if kind != ".csv":
+        return "".join(map(tsv_line, rows))
+    text = io.StringIO()
+    csv.writer(text).writerows(rows)
+    return text.getvalue()
 
 
-def write_parts(parts, args, out, failed):
-    """Write parts to two open files, `out` (binary) and `failed` (text); returns the sums of their counts."""
+def write_parts(read_parts, args, out, failed):
+    """Write parts to two open files, `out` (binary) and `failed` (text); returns the sums of their counts.
+
+    read_parts  gives the parts; called once, or with --keep-columns twice
+    """
     counts = Counter()
-    header = [] if args.kind == ".jsonl" else [dict(zip(PREDICTED, PREDICTED))]
-    for part in parts:
-        text = as_text(args.kind, header + part["answers"]).encode()
-        header = []
+
+    def answers():
+        for part in read_parts():
+            failed.writelines(map(tsv_line, part["failed"]))
+            counts.update(part["counts"])
+            yield from part["answers"]
+
+    columns, rows = spread(answers()) if args.wide else (PREDICTED[len(GIVEN):], answers())
+    names = {name: name for name in GIVEN}              # {column of a product: its name in the output}
+    if args.keep_columns:
+        names |= {name: name for part in read_parts() for given, _ in part["answers"] for name in given}
+    for name in names:
+        while names[name] in columns or names[name] != name and names[name] in names:
+            names[name] = f"input {names[name]}"
+    rows = ({names[name]: cell for name, cell in given.items()} | answer for given, answer in rows)
+    header = [*names.values(), *columns]
+    if args.kind != ".jsonl":
+        rows = itertools.chain([dict(zip(header, header))], rows)
+    mark = "\ufeff" if args.kind == ".csv" else ""      # Excel reads UTF-8 only behind a byte order mark
+    while block := list(itertools.islice(rows, BLOCK)):
+        text = (mark + as_text(args.kind, header, block)).encode()
         out.write(gzip.compress(text, mtime=0) if args.output.suffix.lower() == ".gz" else text)
         out.flush()
-        failed.writelines(map(tsv_line, part["failed"]))
-        counts.update(part["counts"])
+        mark = ""
     return counts
 
 
@@ -209,12 +254,18 @@ def answer_file(run, args, values, blocks):
             processes.gather(None)                      # process 0 waits until all blocks are answered
             if processes.rank() > 0:
                 return None
-            parts = (read_json(path, "the answers to a block") for path in paths)
+
+            def read_parts():
+                with Progress("writing", len(paths), "blocks") as progress:
+                    for path in paths:
+                        yield read_json(path, "the answers to a block")
+                        progress.step()
+
             with (whole_file(args.failed) as failed_path, whole_file(args.output) as path,
                   open(failed_path, "w", encoding="utf-8", errors="backslashreplace") as failed,
                   open(path, "wb") as out):
                 failed.write(tsv_line(FAILED))
-                counts = write_parts(parts, args, out, failed)
+                counts = write_parts(read_parts, args, out, failed)
             if not counts["failed"]:
                 args.failed.unlink()
             for path in paths:
@@ -241,9 +292,13 @@ def parse():
     parser = argparse.ArgumentParser(description="Answer a file of products.  After an interruption the same "
                                      "command goes on.", allow_abbrev=False)
     add_answering_flags(parser)
-    parser.add_argument("--input", metavar="FILE", required=True, help="TSV or JSONL, also gzip; -: stdin")
+    parser.add_argument("--input", metavar="FILE", required=True,
+                        help="TSV, CSV or JSONL, also gzip; -: stdin")
     parser.add_argument("--output", metavar="FILE", required=True, type=user_path,
                         help="*.tsv, *.csv or *.jsonl, also *.gz; failed rows go to FILE.failed.tsv")
+    parser.add_argument("--wide", action="store_true",
+                        help="a line for each product, with value and probability of each attribute")
+    parser.add_argument("--keep-columns", action="store_true", help="write the input's own columns, too")
     parser.add_argument("--images", metavar="DIR", type=user_path,
                         help="folder of photos (default: ROOT/images)")
     parser.add_argument("--strict", action="store_true", help="stop at the first row that cannot be answered")
@@ -261,14 +316,15 @@ def parse():
         raise UserError("--input - and --output /dev/stdout take one process: leave torchrun out")
     for path in (output, args.failed):                  # with parts, a join of them was interrupted
         if path.exists() and not args.parts.exists() and not args.direct:
-            raise UserError(f"--output {output}: {path} exists already; delete it, or name another file")
+            raise UserError(f"--output {output}: {path} exists already; if this command wrote it, it is "
+                            "complete. Delete it to answer again, or name another file")
     return args
 
 
 def main():
     args = parse()
     status = sys.stderr if args.direct else sys.stdout
-    blocks = read_blocks(args.input)
+    blocks = read_blocks(args)
     first = next(blocks, None)                          # what is wrong with the file is said before loading
     if first is None:
         raise UserError(f"{args.input}: holds no products")
@@ -280,7 +336,9 @@ def main():
         # Stdout is not opened anew: a file that it leads to would be written over from its beginning.
         out = sys.stdout.buffer if str(args.output) == "/dev/stdout" else open(args.output, "ab")
         parts = (answer_block(run, args, values, rows) for rows in blocks)
-        counts = write_parts(parts, args, out, sys.stderr)
+        if args.keep_columns:                           # the names of all are known at the end
+            parts = list(parts)
+        counts = write_parts(lambda: parts, args, out, sys.stderr)
     else:
         counts = answer_file(run, args, values, blocks)
     if counts is None:
@@ -290,7 +348,7 @@ def main():
     notes = f": {args.failed}" if counts["failed"] and not args.direct else ""
     if counts["unknown"]:
         notes += f"; {counts['unknown']:,} answers are to attributes that the training data does not have"
-    print(f"{args.output}: {counts['rows']:,} products, {counts['answers']:,} answers, {counts['empty']:,} "
+    print(f"{args.output}: {counts['rows']:,} rows, {counts['answers']:,} answers, {counts['empty']:,} "
           f"empty, {counts['failed']:,} could not be answered{notes}", file=status)
     if not counts["answers"]:
         raise SystemExit(1)

@@ -1,7 +1,6 @@
 """What the commands in tools/ share.  Those of answering have flags and loading of evaluate.py."""
 
 import argparse
-import sys
 
 from base.console import user_path
 from support.config import add_flags
@@ -17,10 +16,8 @@ def run_parser(description):
 
 
 def parse_product(parser):
-    """The command line with the flags of one product; `--text "-Pillow"` is read as `--text=-Pillow`."""
+    """The command line with the flags of one product."""
     parser.add_argument("--image", metavar="FILE", help="photo of the product")
     parser.add_argument("--text", metavar="TEXT", help='"title, category"')
     parser.add_argument("--attribute", metavar="NAME", default="", help="what to answer")
-    words = iter(sys.argv[1:])
-    return parser.parse_args([f"{word}={next(words, '')}" if word in ("--text", "--attribute") else word
-                              for word in words])
+    return parser.parse_args()

@@ -28,6 +28,8 @@ from tools import explain_page
 from tools.common import parse_product, run_parser
 from vit import crop, normalize
 
+SPLITS = ("test", "val", "train")
+
 
 @contextmanager
 def first_calls(modules):
@@ -142,16 +144,17 @@ def find_product(products, id, attribute):
 def main():
     parser = run_parser("Follow one product from its photo to its answer; writes a page to RUN/explain/.")
     parser.add_argument("id", metavar="ID", nargs="?", help="a product of the split; or give --image, --text")
-    parser.add_argument("--split", default="test", choices=("train", "val", "test"), help="default: test")
+    parser.add_argument("--split", choices=SPLITS, help="of the product (default: the first that has it)")
     args = parse_product(parser)
     run, _ = load_run(args, sys.stderr, data_needed=bool(args.id))
     if args.id:
-        products = read_split(run.sources.data, run.config.dataset, args.split)
+        splits = [args.split] if args.split else SPLITS
+        products = [p for split in splits for p in read_split(run.sources.data, run.config.dataset, split)]
         product = find_product(products, args.id, args.attribute)
     else:
         product = run.product(args.image, args.text, args.attribute)
     _, steps = explain(run, product)
-    name = re.sub(r"\W+", "-", f"{product.id} {product.attribute}", flags=re.ASCII)[:80]
+    name = re.sub(r"\W", "-", f"{product.id} {product.attribute}", flags=re.ASCII)[:80]
     path = run.folder / "explain" / f"{name}.html"
     write_text(path, explain_page.page_html(product, steps, describe(run.config, run.sources)))
     print(*explain_page.summary(product, steps), f"as a page: {path}", sep="\n")

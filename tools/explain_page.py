@@ -17,25 +17,21 @@ LIKELIEST = 10                                          # tokens shown for each 
 # Colours of X's parts by their first letter: Okabe and Ito's, which colour-blind readers can tell apart
 COLOURS = {"b": "#999", "I": "#E69F00", "Q": "#56B4E9", "C": "#009E73", "A": "#CC79A7"}
 
-PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{title}</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 0 auto; padding: 1rem; color: #1b1b1b;
-background: #fff; overflow-wrap: anywhere; print-color-adjust: exact }}
-section {{ border-top: 1px solid #d0d0d0; margin-top: 1.2rem }} p {{ max-width: 46rem }}
-small {{ color: #595959 }} pre {{ white-space: pre-wrap; font-size: .8rem }}
-img, svg {{ display: block; width: 100%; height: auto }}
-.row {{ display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)) }}
-.row > * {{ max-width: 22rem }} .tokens span {{ border-radius: 4px; padding: 0 .35em; margin: 2px }}
-.bar {{ display: flex; position: relative; height: 1.3rem; margin: .2rem 0; background: #eee }}
-.bar i {{ overflow: hidden; white-space: nowrap; border-right: 1px solid #fff; font: .75rem/1.6 monospace }}
-.bar b {{ position: absolute; height: 1.6rem; width: 3px; background: #1b1b1b }}
-</style>
-<h1>{title}, from photo to answer</h1><p>{context}</p><p><small>{sources}</small></p>
-{sections}
-</html>
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 0 auto; padding: 1rem; color: #1b1b1b;
+background: #fff; overflow-wrap: anywhere; print-color-adjust: exact }
+section { border-top: 1px solid #d0d0d0; margin-top: 1.2rem } p { max-width: 46rem }
+small { color: #595959 } pre { white-space: pre-wrap; overflow-x: auto; font-size: .8rem }
+img, svg { display: block; width: 100%; height: auto }
+.row { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)) }
+.row > * { max-width: 22rem } .tokens span { border-radius: 4px; padding: 0 .35em; margin: 2px }
+.bar { display: flex; position: relative; height: 1.3rem; margin: .2rem 0; background: #eee }
+.bar i { overflow: hidden; white-space: nowrap; border-right: 1px solid #fff; font: .75rem/1.6 monospace }
+.bar b { position: absolute; height: 1.6rem; width: 3px; background: #1b1b1b }
+.scale { display: flex; justify-content: space-between; font-size: .75rem }
+.scale ~ pre { white-space: pre }
 """
+SCALE = "<div class='scale'><span>0</span><span>0.5</span><span>1</span></div>"     # under bars
 
 
 class Step(NamedTuple):
@@ -140,7 +136,7 @@ def layers_step(tokens, attention, changes):
             shares[part] += share
         lines.append(f"{i:5}  " + "".join(f"{share:8.1%}" for share in shares.values()) + f"{change:10.3f}")
         pieces = bar((COLOURS[part[0]], share, part) for part, share in shares.items())
-        bars += f"<div class='bar'>{pieces}</div>"
+        bars += f"<small>layer {i}</small><div class='bar'>{pieces}</div>"
     return Step(
         5, "What the answering position reads, layer by layer", "h, h′",
         f"{len(attention)} layers × ({len(weights)} heads, {len(tokens)} tokens)",
@@ -148,7 +144,7 @@ def layers_step(tokens, attention, changes):
         "The last position of X predicts the first token of the answer. Each bar is a layer, and shows to "
         "which part of X this position gives its attention (mean over the heads). Attention shows where a "
         "layer reads, not what it makes of it. The adapter changes the input h of the attention to h′; the "
-        "column “adapter” is |h′−h|/|h| (section 2.2).", lines, bars)
+        "column “adapter” is |h′−h|/|h| (section 2.2).", lines, bars + SCALE)
 
 
 def draws_step(draws, temperature, top_p, tokenizer):
@@ -168,7 +164,7 @@ def draws_step(draws, temperature, top_p, tokenizer):
                      f"{nucleus:,}; likeliest: {', '.join(likely[:4])})")
         bars += (f"<div>{t}. <b>{escape(name)}</b><div class='bar'>"
                  f"{bar((COLOURS['I'], part, name) for part, name in zip(share, names))}"
-                 f"<b style='left: {100 * uniform:.2f}%'></b></div></div>")
+                 f"<b style='left: {100 * uniform:.2f}%'></b></div>{SCALE}</div>")
     return Step(
         6, "The answer, token after token", "p(R_t | X, R_<t)",
         f"{len(draws)} tokens × {len(logits):,} logits", "llama.py: LLaMA.logits, eiven.py: nucleus",
@@ -213,5 +209,12 @@ def page_html(product, steps, sources):
         sections += (f"<section><h2>{step.number}. {step.title}</h2><p>{step.text}</p>"
                      f"<p><small>in the paper: <b>{escape(step.symbol)}</b>; shape: {step.shape}; computed "
                      f"by: {step.code}</small></p>{step.picture}<pre>{lines}</pre></section>\n")
-    return PAGE.format(title=escape(title(product)), context=escape(product.context), sources=escape(sources),
-                       sections=sections)
+    return f"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{escape(title(product))}</title>
+<style>{STYLE}</style>
+<h1>{escape(title(product))}, from photo to answer</h1><p>{escape(product.context)}</p>
+<p><b>{escape(steps[-1].lines[0])}</b></p><p><small>{escape(sources)}</small></p>
+{sections}
+</html>
+"""

@@ -46,6 +46,7 @@ def readme(model, layers, text):
 
 def export(run, folder):
     """Write a run whose adapters are merged into a new or empty folder."""
+    folder.mkdir(parents=True, exist_ok=True)
     model, source = run.model, run.sources.llama
     shards = {}                                         # one for each layer, and one for the rest
     for name, parameter in model.llama.named_parameters():
@@ -84,8 +85,7 @@ def main():
     parser = run_parser("Merge a run's adapters, and write an ordinary Hugging Face LLaMA.")
     parser.add_argument("folder", metavar="DIR", type=user_path, help="new or empty folder")
     args = parser.parse_args()
-    args.folder.mkdir(parents=True, exist_ok=True)
-    if any(args.folder.iterdir()):
+    if args.folder.exists() and any(args.folder.iterdir()):
         raise UserError(f"{args.folder}: is not empty; name a new folder")
     run, _ = load_run(args)
     model = run.model
