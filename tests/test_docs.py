@@ -1,11 +1,21 @@
 """README and docs: every link leads somewhere, and every command and flag exists."""
 
+import importlib
 import re
 import shlex
 from functools import lru_cache
 
 import pytest
+import torch
 from conftest import PROJECT, command
+
+from adapters import Adapter
+from base.console import UserError
+from base.tsv import COLUMNS, write_tsv
+from eiven import Projector, cls_layers, nucleus
+from experiments import one_example
+from experiments.random_weights import LLAMA_7B
+from vit import ViTConfig
 
 PAGES = {path.name: path for path in (PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md")))}
 TEXTS = {name: path.read_text(encoding="utf-8") for name, path in PAGES.items()}
@@ -75,3 +85,84 @@ def test_every_file_that_is_named_exists(page):
     folders = "base|support|tools|dataset|demo|experiments|tests|docs"
     for name in re.findall(rf"`((?:{folders})/[\w/.-]+\.\w+)`", TEXTS[page]):
         assert (PROJECT / name).is_file(), f"{page} names {name}"
+
+
+def test_the_plain_model_on_the_page_is_the_one_that_is_tested():
+    lines = re.search(r"```python\n(.*?)```", TEXTS["plain.md"], re.S)[1]
+    assert lines in (PROJECT / "experiments" / "plain.py").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"`([a-z_.]+\.\w+)`", TEXTS["code-map.md"]))))
+def test_what_the_code_map_names_is_there(name):
+    if (PROJECT / name).exists():
+        return
+    parts = name.split(".")
+    module = next(parts[:n] for n in (2, 1) if PROJECT.joinpath(*parts[:n]).with_suffix(".py").is_file())
+    thing = importlib.import_module(".".join(module))
+    for part in parts[len(module):]:
+        thing = getattr(thing, part)
+
+
+# ---------------------------------------------------------------------------------------- pictures
+
+
+def picture(name):
+    return (PROJECT / "docs" / name).read_text(encoding="utf-8")
+
+
+def test_the_example_is_what_the_code_computes():
+    """`python -m experiments.one_example` writes it again."""
+    for name, content in one_example.one_example().items():
+        assert picture(name) == (content if name.endswith(".md") else one_example.svg(content)), name
+
+
+def test_the_numbers_in_the_drawings_are_those_of_the_paper_size():
+    vit, D = ViTConfig(), LLAMA_7B.hidden_size
+    adapter, projector = Adapter("rep", D), Projector(vit.hidden_size, D)
+    n_adapter, n_projector = (sum(p.numel() for p in part.parameters()) for part in (adapter, projector))
+    layers = cls_layers(vit.num_hidden_layers)
+    side = vit.image_size // vit.patch_size
+    groups, *block = adapter.up_weight.shape
+    assert groups == 2                                  # "two blocks"
+    both = [f"I ({len(layers)}, {vit.hidden_size})", f"I′ ({len(layers)}, {D})"]
+    wanted = {
+        "figure-2.svg": [
+            *both, f"{n_adapter:,} parameters", f"{n_projector:,} parameters", ", ".join(map(str, layers)),
+            f"{LLAMA_7B.vocab_size:,} logits", f"{LLAMA_7B.num_hidden_layers} layers", f"(tokens, {D})"],
+        "patches.svg": [
+            *both, f"(3, {vit.image_size}, {vit.image_size})", f"{side} × {side} patches",
+            f"patch {side * side}<", f"{side * side + 1} tokens", f"layers 1 to {layers[0]}"],
+        "merge.svg": [
+            f"up {tuple(adapter.up_matrix().shape)}", str(tuple(block)), f"({D}, {D})",
+            str(tuple(adapter.down.weight.shape))],
+    }
+    for name, texts in wanted.items():
+        for text in texts:
+            assert text in picture(name), f"{name} lacks {text}"
+
+
+@pytest.mark.parametrize("temperature, uniform, token", [(1, 0.385, "Plaid"), (1, 0.8, "Polka"),
+                                                         (0.1, 0.385, "Plaid"), (0.1, 0.8, "Plaid")])
+def test_the_nucleus_is_drawn_as_it_is(temperature, uniform, token):
+    """The probabilities of README's product, DEMO04466; those that are left are together 0.020."""
+    tokens = ["Plaid", "Argyle", "Polka", "Camouflage", "Galaxy", "others"]
+    logits = torch.tensor([[0.527, 0.191, 0.182, 0.057, 0.023, 0.020]]).log()
+    assert tokens[nucleus(logits, temperature, 0.75, [uniform])] == token
+    mass = "0.90" if temperature == 1 else "1.00"
+    assert f">{uniform} × {mass}: {token}<" in picture("nucleus.svg")
+
+
+def test_pictures_of_answers_are_drawn_from_a_run(tmp_path):
+    rows = [(id, "", "Home", "A pillow", "Pattern", "Argyle", answer, 0.886)
+            for id, answer in ((one_example.CARD, "Argyle"), ("DEMO00001", "Plaid"))]
+    write_tsv(tmp_path / "predictions.tsv", rows, [*COLUMNS, "prediction", "probability"])
+    drawn = one_example.answers_of(tmp_path)
+    assert ">Argyle, probability 0.89<" in one_example.svg(drawn["product-card.svg"])
+    demo = one_example.svg(drawn["demo.svg"])
+    assert ">Argyle<" in demo and ">Plaid (wrong)<" in demo and demo.count("data:image/jpeg") == 2
+
+
+def test_answers_of_other_products_cannot_be_drawn(tmp_path):
+    write_tsv(tmp_path / "predictions.tsv", [("B1", *"abcdefg")], [*COLUMNS, "prediction", "probability"])
+    with pytest.raises(UserError, match="cannot be read as the answers of a run in the demo world"):
+        one_example.answers_of(tmp_path)
