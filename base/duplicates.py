@@ -60,21 +60,20 @@ def groups(*keys):
 
 
 def across(parts, keys):
-    """Duplicates of train in the other splits: {split: {sign: [(product, its twin in train)]}}.
+    """Duplicates of train in the other splits: yields (split, sign, [(product, its twin in train)]).
 
     parts  {split: products}, with "train" among them;  keys: {sign: function}, as of signs()
     Of several twins the first with the product's own value is named, else the first.
     """
-    twins = {part: {} for part in parts if part != "train"}
     for sign, key in keys.items():
         in_train = defaultdict(list)
         for product in parts["train"]:
             in_train[key(product)].append(product)
         in_train.pop(None, None)
-        for part in twins:
-            twins[part][sign] = [(product, max(in_train[its_key], key=lambda twin: same_label(product, twin)))
-                                 for product in parts[part] if (its_key := key(product)) in in_train]
-    return twins
+        for part, products in parts.items():
+            if part != "train":
+                yield part, sign, [(p, max(in_train[its_key], key=lambda twin: same_label(p, twin)))
+                                   for p in products if (its_key := key(p)) in in_train]
 
 
 def same_label(one, other):
@@ -83,9 +82,9 @@ def same_label(one, other):
 
 def not_in(train, products, images=None):
     """Those of `products` without a twin in `train`: no product there has the same title words or photo."""
-    twins = across({"train": train, "others": products}, signs(images))["others"]
-    known = {id(product) for pairs in twins.values() for product, _ in pairs}
-    return [product for product in products if id(product) not in known]
+    twins = across({"train": train, "others": products}, signs(images))
+    known = {product for _, _, pairs in twins for product, _ in pairs}
+    return [product for product in products if product not in known]
 
 
 def note_duplicates(splits):
@@ -94,8 +93,7 @@ def note_duplicates(splits):
     A model then sees in training what it is tested on.
     """
     names = {"id": lambda p: p.id, "title and photo": lambda p: (p.title, p.image)}
-    for split, twins in across(splits, names).items():
-        for name, pairs in twins.items():
-            if pairs:
-                print(f"note: {len(pairs):,} of {len(splits[split]):,} products of {split} have the {name} "
-                      f"of a product of train, e.g. {pairs[0][0].id!r}", file=sys.stderr)
+    for split, name, pairs in across(splits, names):
+        if pairs:
+            print(f"note: {len(pairs):,} of {len(splits[split]):,} products of {split} have the {name} "
+                  f"of a product of train, e.g. {pairs[0][0].id!r}", file=sys.stderr)

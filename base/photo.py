@@ -13,19 +13,13 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MOST_PIXELS = 100_000_000                               # of a photo: decoded, 0.4 GB
 MOST_RATIO = 100                                        # of the sides: CLIP sees a square from the middle
 PNG_PARTS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")      # what the pixels of a PNG depend on
-TURNS = {                                               # for EXIF's orientations
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+# for EXIF's orientations 2 to 8
+TURNS = dict(enumerate("FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE "
+                       "ROTATE_90".split(), start=2))
 
 
 def open_picture(file):
-    """The picture in `file` (a path or an open binary file), in one of FORMATS; its pixels are not read yet.
+    """The picture in `file` (a path or an open binary file), in one of FORMATS, loaded.
 
     Errors  Pillow's own; ValueError for a size that we do not read
     """
@@ -35,12 +29,13 @@ def open_picture(file):
             picture = Image.open(file, formats=FORMATS)
         except Image.DecompressionBombError:            # Pillow's own limit is a higher one
             raise ValueError(f"it has more than {MOST_PIXELS:,} pixels; make it smaller") from None
-    width, height = picture.size
-    if width * height > MOST_PIXELS or max(width, height) > MOST_RATIO * min(width, height):
-        picture.close()
-        raise ValueError(f"it has {width:,} x {height:,} pixels; at most {MOST_PIXELS:,} are read, and sides "
-                         f"of at most 1 : {MOST_RATIO}; make it smaller")
-    return picture
+        with picture:
+            width, height = picture.size
+            if width * height > MOST_PIXELS or max(width, height) > MOST_RATIO * min(width, height):
+                raise ValueError(f"it has {width:,} x {height:,} pixels; at most {MOST_PIXELS:,} are read, "
+                                 f"and sides of at most 1 : {MOST_RATIO}; make it smaller")
+            picture.load()
+            return picture
 
 
 def open_photo(path):
@@ -49,19 +44,15 @@ def open_photo(path):
     The pixels are those that transformers' CLIP processor sees (docs/weights.md).
     Errors  UserError that says what the file really is
     """
-    with reading(path, f"a photo ({', '.join(FORMATS)})"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with reading(path, f"a photo ({', '.join(FORMATS)})"):
         try:
             picture = open_picture(path)
-            picture.load()
         except Exception:                               # Pillow has many kinds for one fault
             if not Path(path).read_bytes().startswith(b"\x89PNG"):
                 raise
             # Its pixels may be whole, and only a colour profile or a text in it damaged.
             picture = open_picture(io.BytesIO(bare_png(path)))
-            picture.load()
-        with picture:
-            return on_white(upright(picture))
+        return on_white(upright(picture))
 
 
 def bare_png(path):
@@ -81,7 +72,7 @@ def upright(picture):
         turn = TURNS.get(picture.getexif().get(ExifTags.Base.Orientation))
     except Exception:                                   # of a dozen kinds; the picture itself may be whole
         turn = None
-    return picture if turn is None else picture.transpose(turn)
+    return picture.transpose(Image.Transpose[turn]) if turn else picture
 
 
 def on_white(picture):
@@ -100,8 +91,8 @@ def eight_bits(picture):
     """A grey picture of 16 bits -> L: the upper byte of each value, as Pillow itself reads colours of 16
     bits.
     """
-    bits, zero_is_black = 258, 262                      # tags of TIFF, the only format here where they vary
-    tags = getattr(picture, "tag_v2", {bits: (16,), zero_is_black: 1})
-    if (tags.get(bits), tags.get(zero_is_black)) != ((16,), 1) or "transparency" in picture.info:
+    # Tags of TIFF, the only format here where they vary: 258 bits a pixel; 262 is 1 where zero is black.
+    tags = getattr(picture, "tag_v2", {258: (16,), 262: 1})
+    if (tags.get(258), tags.get(262)) != ((16,), 1) or "transparency" in picture.info:
         raise ValueError("it is an unusual grey picture of 16 bits; save it with 8 bits")
     return Image.frombytes("L", picture.size, picture.tobytes("raw", "I;16B")[::2])

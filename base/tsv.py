@@ -5,10 +5,10 @@ newline or a quote is quoted, and a quote in it is doubled.  The reader also kno
 """
 
 import csv
-import itertools
+import io
 from pathlib import Path
 
-from base.console import UserError, did_you_mean, reading, whole_file
+from base.console import UserError, did_you_mean, reading, write_text
 
 COLUMNS = ("id", "images", "category", "texts", "attribute_names", "attribute_values")     # of a data set
 SEPARATORS = {"\t": "tabs", ";": "semicolons", ",": "commas"}
@@ -29,10 +29,8 @@ def read_rows(lines, required=COLUMNS, separator="\t"):
     """
     lines, again, number = iter(lines), [], 0
     header = None
-    while True:
-        taken = [again.pop() if again else next(lines, "")]
-        if not taken[0]:
-            break
+    while line := again.pop() if again else next(lines, ""):
+        taken = [line]
         first, cells = number + 1, None
         while cells is None:
             try:
@@ -81,32 +79,32 @@ def read_header(cells, required, separators):
     return header
 
 
-def read_tsv(path, what="a data set's TSV", required=COLUMNS):
+def read_tsv(path, what="a data set's TSV", required=COLUMNS, problems=None):
     """Yield (line, {column: cell}) of each row of a file.  UserError, with file and line, for whatever is
     wrong.
+
+    problems  a list, which gets what is wrong with a row instead; the rows after it are read
     """
     path = Path(path)
     with reading(path, what), open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         for line, row in read_rows(file, required):
-            if isinstance(row, ValueError):
+            if isinstance(row, dict):
+                yield line, row
+            elif problems is None:
                 raise UserError(f"{path}, line {line}: {row}")
-            yield line, row
+            else:
+                problems.append(f"{path}, line {line}: {row}")
 
 
 def tsv_line(cells):
-    """A line of a TSV file, with its newline.  (Python's csv.writer leaves a lone carriage return
-    unquoted.)
-    """
-    def quoted(cell):
-        return '"' + cell.replace('"', '""') + '"' if any(mark in cell for mark in '\t\n\r"') else cell
-
-    return "\t".join(quoted(str(cell)) for cell in cells) + "\n"
+    """A line of a TSV file, with its newline."""
+    line = io.StringIO()
+    csv.writer(line, "excel-tab").writerow(cells)       # as its lines end with "\r\n", it quotes a lone "\r"
+    return line.getvalue()[:-2] + "\n"
 
 
 def write_tsv(path, rows, header=COLUMNS):
     """Write `header` and then `rows` (an iterable of lists of cells); the file is whole or not there at
     all.
     """
-    with whole_file(path) as partial:
-        with open(partial, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
-            file.writelines(tsv_line(row) for row in itertools.chain([header], rows))
+    write_text(path, "".join(map(tsv_line, [header, *rows])))

@@ -59,7 +59,7 @@ def main(argv=None):
     flag("--labels", required=True, type=user_path, help="mave_positives_labels.jsonl, plain or gzip")
     flag("--metadata", required=True, nargs="+", type=user_path,
          help="All_Amazon_Meta.json, plain or gzip; or several such files, as those by category")
-    flag("--dataset", nargs="+", choices=list(ATTRIBUTES), default=list(ATTRIBUTES), help="which to build")
+    flag("--dataset", nargs="+", choices=ATTRIBUTES, default=list(ATTRIBUTES), help="which to build")
     flag("--values", type=user_path, default=VALUES, help="the table of raw and canonical values")
     flag("--more-than", type=int, default=100, help="a value needs more products than this")
     flag("--at-most", type=positive, default=1000, help="products drawn for a value")

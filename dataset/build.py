@@ -18,8 +18,7 @@ from dataset.stats import SPLITS, check_maker, print_table, write_splits
 from dataset.values import read_values
 
 
-def build(labels, metadata, data, values, dataset, seed=0, more_than=100, at_most=1000,
-          no_photos=False, connections=8):
+def build(labels, metadata, data, values, dataset, seed, more_than, at_most, no_photos, connections):
     """Build data sets in the folder `data` from MAVE's labels and Amazon's metadata; section 3 of the paper.
 
     metadata   files that are read one after the other
@@ -42,9 +41,10 @@ def build(labels, metadata, data, values, dataset, seed=0, more_than=100, at_mos
         print(f"raw values that {values.name} does not map, the commonest first: {data / 'unmapped.tsv'}")
         chosen = choose(ids, seed, more_than, at_most)
         rows, urls = table_rows(collected(sources), chosen, spellings)
+        images = None if no_photos else data / "images"
         failed = {}
-        if not no_photos:
-            failed = download(urls, data / "images", connections)
+        if images:
+            failed = download(urls, images, connections)
             write_tsv(data / "failed.tsv", [(asin, url, why) for asin, (url, why, _) in failed.items()],
                       ["id", "url", "reason"])
             print(f"photos: {len(urls) - len(failed):,} of {len(urls):,}; {len(failed):,} products dropped, "
@@ -52,7 +52,7 @@ def build(labels, metadata, data, values, dataset, seed=0, more_than=100, at_mos
         parts = {}
         for name in dataset:
             kept = [row for row in rows[name] if row[0] not in failed]
-            parts[name] = split(kept, None if no_photos else data / "images", seed, name)
+            parts[name] = split(kept, images, seed, name)
             print_table(name, {part: label_counts(its) for part, its in parts[name].items()})
         write_splits(data, parts, "build")
 
@@ -146,17 +146,15 @@ def split(rows, images, seed, dataset):
     for row, its_group in zip(rows, group):
         says_nothing = size[its_group] > max(20, len(rows) // 10)
         together[row[0] if says_nothing else its_group].append(row)
-    share = SPLITS["val"] / sum(SPLITS.values())
-    free = {part: Counter() for part in ("val", "test")}
-    for value, n in label_counts(rows).items():
-        free["val"][value] = free["test"][value] = round(n * share)
+    counts = label_counts(rows)
+    share = {value: round(n * SPLITS["val"] / sum(SPLITS.values())) for value, n in counts.items()}
+    free = {"val": Counter(share), "test": Counter(share), "train": counts}
     parts = {part: [] for part in SPLITS}
     for same in sorted(together.values(), key=lambda same: draw(seed, dataset, "split", min(same)[0])):
         needed = label_counts(same)
-        part = next((part for part in free if needed <= free[part]), "train")
+        part = next(part for part in free if needed <= free[part])
         parts[part] += same
-        if part in free:
-            free[part] -= needed
+        free[part] -= needed
     for part in parts.values():
         part.sort(key=lambda row: draw(seed, dataset, "order", row[0]))
     return parts

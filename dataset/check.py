@@ -7,23 +7,22 @@ A finding is (REFUSED or SPOILS, "what: why it matters", [example]).
 import os
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from shlex import quote
 
 from base.console import Progress, UserError
 from base.duplicates import across, same_label, signs
-from base.photo import open_photo
+from base.tsv import read_tsv
 from data import base_question, comparison, encode_answer, encode_examples, product_of
 from dataset.mentions import clean, find, folded, mentions
-from dataset.stats import SPLITS, print_table, rows_of
+from dataset.stats import SPLITS, photo_problem, print_table
 
 REFUSED = "REFUSED: train.py stops with an error"
 SPOILS = "SPOILS the result: train.py runs, but its score or its answers are worth less"
 NEEDED = "id", "attribute_names", "attribute_values"
 
 
-def check(folder, labels=10, llama=None, no_image=False, all=False):
+def check(folder, labels, llama, no_image, all):
     """Print one page about the data set in `folder` (ROOT/NAME); UserError at the end if train.py would
     refuse it.
 
@@ -34,14 +33,13 @@ def check(folder, labels=10, llama=None, no_image=False, all=False):
     """
     if examine(folder, labels, llama, not no_image, None if all else 3):
         raise UserError(f"{folder}: train.py would refuse it; see REFUSED above, mend that and check again.")
-    print(f"\nIt can be trained:  {training_command(folder, labels, {'--no-image': no_image})}")
+    print(f"\nIt can be trained:  {training_command(folder, labels)}{' --no-image' * no_image}")
 
 
-def training_command(folder, labels, flags):
-    """train.py for the data set in a folder, as a line for a shell.  flags: {flag: whether it is needed}"""
+def training_command(folder, labels):
+    """train.py for the data set in a folder, as a line for a shell."""
     root, name = map(quote, os.path.split(folder.resolve()))
-    more = "".join(f" {flag}" for flag in flags if flags[flag])
-    return f"python train.py --data {root} --dataset {name} --labels {labels}{more}"
+    return f"python train.py --data {root} --dataset {name} --labels {labels}"
 
 
 def stats(dataset, data):
@@ -64,8 +62,18 @@ def examine(folder, labels=0, llama=None, image=True, most=3):
     parts = {}                                          # only what could be read: nothing is said of the rest
     problems = []
     for part in SPLITS:
-        products, wrong = rows_of(folder / f"{part}.tsv", partial(product_of, needed=NEEDED))
-        problems += wrong
+        path = folder / f"{part}.tsv"
+        products = []
+        try:
+            for line, row in read_tsv(path, problems=problems):
+                try:
+                    products.append(product_of(row, NEEDED))
+                except ValueError as error:
+                    problems.append(f"{path}, line {line}: {error}")
+            if not products:
+                problems.append(f"{path}: has a header but no products")
+        except UserError as error:
+            problems.append(str(error))
         if products:
             parts[part] = products
     if not parts:
@@ -111,7 +119,7 @@ def product_findings(parts):
     for part, products in parts.items():
         for p in products:
             values[part, p.id, p.attribute].append(p.value)
-            if find(clean(p.title), mentions((p.value,))) or find(clean(p.category), mentions((p.value,))):
+            if any(find(clean(text), mentions((p.value,))) for text in (p.title, p.category)):
                 named.append(f"{p.id} ({part}.tsv) {p.attribute} = {p.value}: {p.context[:100]}")
     yield SPOILS, "titles or categories that hold their answer: the model learns to copy", named
     yield (SPOILS, "ids that stand twice in a file for one attribute",
@@ -136,31 +144,24 @@ def value_findings(counts, labels):
 
 def split_findings(parts, counts, images):
     """Values of val and test that training has not shown, and products that it has."""
-    for part, twins in across(parts, {"the same id": lambda p: p.id, **signs(images)}).items():
+    for part, count in counts.items():
         yield (SPOILS, f"values of {part}.tsv that train.tsv does not have: no answer to them can be right",
-               [f"{' = '.join(value)}: {n:,} products" for value, n in counts[part].items()
+               [f"{' = '.join(value)}: {n:,} products" for value, n in count.items()
                 if value not in counts["train"]])
-        for sign, pairs in twins.items():
-            same = sum(same_label(*pair) for pair in pairs)
-            yield (SPOILS, f"products of {part}.tsv with {sign} as one of train.tsv: "
-                   f"of {len(parts[part]):,}, {same:,} of them with the same label; their score measures "
-                   "memory",
-                   [f"{p.id} as {twin.id}: {p.title[:100]}" for p, twin in pairs])
+    for part, sign, pairs in across(parts, {"the same id": lambda p: p.id, **signs(images)}):
+        same = sum(same_label(*pair) for pair in pairs)
+        yield (SPOILS, f"products of {part}.tsv with {sign} as one of train.tsv: of {len(parts[part]):,}, "
+               f"{same:,} of them with the same label; their score measures memory",
+               [f"{p.id} as {twin.id}: {p.title[:100]}" for p, twin in pairs])
 
 
 def photo_finding(parts, images):
     """Photos that train.py will not find, or not read."""
-    def problem(name):
-        try:
-            open_photo(images / name)
-            (images / name).resolve().relative_to(images.resolve())
-        except (UserError, ValueError) as error:        # ValueError: a link that leads out of images/
-            return str(error)
-
-    names = sorted({p.image for products in parts.values() for p in products})
-    problems = []
+    products = [p for products in parts.values() for p in products]
+    names = sorted({p.image for p in products} - {""})
+    problems = [f"{p.id}: no photo is named" for p in products if not p.image]
     with Progress("photos", len(names), "photos") as progress, ThreadPoolExecutor() as pool:
-        for why in pool.map(problem, names):
+        for why in pool.map(lambda name: photo_problem(images / name, images), names):
             problems += [why] * bool(why)
             progress.step()
     return (REFUSED, "photos that are missing or cannot be read: --skip-missing-photos trains without "

@@ -16,6 +16,15 @@ GAP = 3                         # characters, at most, between two words of one 
 MOST_WORDS = 8                  # of one mention
 WORD = re.compile(r"[^\W_]+(?:'s(?![^\W_]))?")          # letters and digits, and a possessive 's
 APOSTROPHES = re.compile("[’‘ʼ′`´]")
+ENDINGS = (                     # of words, and what stands there instead; the first that is found goes
+    ("(?<=..)ies$", "y"),                               # galaxies
+    ("(?<=ss|sh|ch|.x)es$", ""),                        # dresses
+    ("(?<=[^s])s$", ""),                                # tennis -> tenni: both sides of a comparison say so
+    (r"^(?=.{5})((?:[^aeiou]|qu)*[aeiou][^aeiouwxy])ed$", r"\1e"),      # striped, flared, squared
+    ("(?<=..[vc])ed$", "e"),                            # sleeved, fleeced
+    ("(?<=...)ed$", ""),                                # pointed, buttoned
+    ("(?<=o)ed$", "e"),                                 # toed
+)
 
 
 def plain(text):
@@ -43,42 +52,28 @@ def clean(text):
     return " ".join(text.split())
 
 
+@lru_cache(100_000)
 def stem(word):
     """A lower-case word without its possessive, its plural or its -ed: stiletto's, galaxies -> galaxy, dotted
     -> dot.
     """
     word = word.removesuffix("'s")
-    if len(word) > 4 and word.endswith("ies"):
-        word = word[:-3] + "y"
-    elif len(word) > 3 and word.endswith(("sses", "shes", "ches", "xes")):
-        word = word[:-2]
-    elif len(word) > 1 and word.endswith("s") and not word.endswith("ss"):
-        word = word[:-1]                                # tennis -> tenni: both sides of a comparison say so
-    elif len(word) > 4 and word.endswith("ed"):
-        word = word[:-2]
-        short = re.fullmatch(r"(?:[^aeiou]|qu)*[aeiou][^aeiouwxy]", word)       # striped, flared, squared
-        if short or word.endswith(("v", "c")):          # sleeved, fleeced; but pointed, buttoned
-            word += "e"
-    elif word.endswith("oed"):
-        word = word[:-1]                                # toed
-    if len(word) > 3 and word.endswith("ie"):
-        return word[:-2] + "y"                          # bootie, booties, booty
-    if len(word) > 2 and word[-1] == word[-2] and word[-1] not in "aeiou":
-        return word[:-1]                                # dott(ed) -> dot; dress and press likewise
-    return word
+    for ending, instead in ENDINGS:
+        word, found = re.subn(ending, instead, word)
+        if found:
+            break
+    word = re.sub("(?<=..)ie$", "y", word)              # bootie, booties, booty
+    return re.sub(r"(?<=.)([^aeiou])\1$", r"\1", word)  # dott(ed) -> dot; dress and press likewise
 
 
 def joined(stems):
     """Stems as one word.  Its last e goes where -ed and -es leave it open: camouflag(ed), fring(ed),
-    canvas(es).
+    canvas(es), and then its s: canvas.
 
     A short word keeps it: a cape is no cap.
     """
-    word = "".join(stems)
-    if re.search("[^aeiouy]{2}e$|[aeiouy][^aeiouy]+[aeiouy]+[^aeiouy]+e$", word):
-        word = word[:-1]
-        return word[:-1] if word.endswith("s") and not word.endswith("ss") else word  # canvases as canvas
-    return word
+    return re.sub("([^aeiouy]{2}|[aeiouy][^aeiouy]+[aeiouy]+[^aeiouy]+)e$",
+                  lambda start: re.sub("(?<!s)s$", "", start[1]), "".join(stems))
 
 
 @lru_cache(100_000)

@@ -26,17 +26,9 @@ RETRIED = {403, 408, 429, 500, 502, 503, 504}   # HTTP answers that may be bette
 FAILURES = 10                   # in a row, after which a server is asked for a photo that it gave before
 PAUSES = 0, 1, 10, 60, 240, 320         # seconds before each pass over the photos that are still missing
 TRIES = 3                       # passes in which the servers answer
+TIMEOUT = 20                    # seconds without a sign of life from a server
 DEADLINE = 60                   # seconds for one photo, so that no trickle holds a connection
 LONGEST_WAIT = 600              # seconds; a server that asks for a longer wait is not waited for
-
-
-class NoPhoto(UserError):
-    """Why a URL gave no photo.  again: the same request may do better later; after: seconds to wait first."""
-
-    def __init__(self, why, again=False, after=0):
-        super().__init__(why)
-        self.again = again
-        self.after = after
 
 
 @dataclass
@@ -52,17 +44,9 @@ class State:
 # ---------------------------------------------------------------------------------------- one photo
 
 
-def check_url(url):
-    if not url.lower().startswith(("http:", "https:")):
-        raise NoPhoto(f"not an http(s) URL: {url}")
-
-
 class Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects to http and https only."""
-
     def redirect_request(self, request, file, code, message, headers, url):
         file.close()                                    # urllib would read its body, however long that is
-        check_url(url)
         return super().redirect_request(request, file, code, message, headers, url)
 
 
@@ -73,46 +57,45 @@ def opener():
     return director
 
 
-def request(url, timeout):
-    """The bytes behind a URL.  timeout: seconds without a sign of life"""
-    check_url(url)
+def request(url):
+    """The bytes behind a URL."""
+    if not url.lower().startswith(("http:", "https:")):
+        raise ValueError(f"not an http(s) URL: {url}")
     deadline = time.monotonic() + DEADLINE
     content = bytearray()
-    with opener().open(url, timeout=timeout) as answer:
+    with opener().open(url, timeout=TIMEOUT) as answer:
         while piece := answer.read1(65536):
             content += piece
             if len(content) + (answer.length or 0) > MOST_BYTES:
-                raise NoPhoto(f"more than {MOST_BYTES:,} bytes")
+                raise ValueError(f"more than {MOST_BYTES:,} bytes")
             if time.monotonic() > deadline:
                 raise TimeoutError(f"not done in {DEADLINE:g} s")
     return content
 
 
-def fetch(url, timeout):
-    """The bytes of the photo behind a URL; NoPhoto, whatever goes wrong."""
+def fetch(url):
+    """(the bytes of the photo behind a URL, "", False, 0), or, whatever goes wrong, (None, why, whether the
+    same request may do better later, seconds to wait first).
+    """
     try:
-        content = request(url, timeout)
-        with open_picture(io.BytesIO(content)) as picture:
-            picture.load()
+        content = request(url)
+        picture = open_picture(io.BytesIO(content))
         if min(picture.size) < LEAST_SIDE:
-            raise NoPhoto(f"a picture of {picture.width} x {picture.height} pixels")
-        return content
-    except NoPhoto:
-        raise
+            raise ValueError(f"a picture of {picture.width} x {picture.height} pixels")
+        return content, "", False, 0
     except HTTPError as error:
         error.close()
         seconds = re.fullmatch("[0-9]{1,9}", error.headers.get("Retry-After", ""))
-        after = int(seconds[0]) if seconds else 0
-        raise NoPhoto(f"HTTP {error.code}", error.code in RETRIED, after) from None
+        return None, f"HTTP {error.code}", error.code in RETRIED, int(seconds[0]) if seconds else 0
     except Exception as error:                          # no connection, no picture, blanks in a URL, nonsense
-        # A ValueError is about the URL or the size of a picture, which will not change.
-        raise NoPhoto(reason(error), again=not isinstance(error, ValueError)) from None
+        # A ValueError is about the URL or the photo, which will not change.
+        return None, reason(error), not isinstance(error, ValueError), 0
 
 
 # ---------------------------------------------------------------------------------------- many photos
 
 
-def first_photo(urls, path, state, timeout):
+def first_photo(urls, path, state):
     """Write to `path` the first photo that one of `urls` gives.  None, or (the last URL asked, why not,
     whether another pass may do better).
 
@@ -122,45 +105,37 @@ def first_photo(urls, path, state, timeout):
     for url in urls:
         if state.broken:
             return url, f"not asked ({state.broken})", True
-        try:
-            content = fetch(url, timeout)
-        except NoPhoto as error:
-            failure = url, str(error), error.again
-            if error.again:
-                state.failures += 1
-                state.wait = max(state.wait, error.after)
-                if error.after or state.failures >= FAILURES and not answers(state, timeout):
-                    state.broken = f"{url}: {error}"
-                break
-        else:
+        content, why, again, after = fetch(url)
+        if content:
             with whole_file(path) as partial:
                 partial.write_bytes(content)
             state.failures = 0
             state.good = url
             return None
+        failure = url, why, again
+        if again:
+            state.failures += 1
+            state.wait = max(state.wait, after)
+            if after or state.failures >= FAILURES and not answers(state):
+                state.broken = f"{url}: {why}"
+            break
     return failure
 
 
-def answers(state, timeout):
+def answers(state):
     """Whether a photo that came before comes again, or the answer that it is gone."""
-    if not state.good:
+    if not state.good or fetch(state.good)[2]:
         return False
-    try:
-        fetch(state.good, timeout)
-    except NoPhoto as error:
-        if error.again:
-            return False
     state.failures = 0
     return True
 
 
-def download(wanted, folder, connections=8, timeout=20):
+def download(wanted, folder, connections=8):
     """Fetch the photos that `folder` does not have yet; returns {name: what `first_photo` says} of those
     that it still lacks.
 
     wanted       {name: urls}, best URL first; a name is a plain file name (here an ASIN)
     connections  how many photos are fetched at once, at most
-    timeout      seconds without a sign of life from a server
     Errors       UserError where the web does not answer any more
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -180,7 +155,7 @@ def download(wanted, folder, connections=8, timeout=20):
             time.sleep(pause)
             state.broken = ""
             state.wait = 0
-            outcomes = pool.map(lambda name: first_photo(wanted[name], paths[name], state, timeout), todo)
+            outcomes = pool.map(lambda name: first_photo(wanted[name], paths[name], state), todo)
             for name, failure in zip(todo, outcomes):
                 failed[name] = failure
                 progress.step(not failure)

@@ -3,14 +3,13 @@
 import shutil
 
 from base.console import Progress, UserError, whole_file
-from base.photo import open_photo
 from base.tsv import COLUMNS, read_tsv
-from dataset.stats import SPLITS, check_maker, write_splits
+from dataset.stats import SPLITS, check_maker, photo_problem, write_splits
 
 NAMES = {"jewlery_and_general_apparel": "general", "jewelry_and_general_apparel": "general"}
 
 
-def import_release(folder, data, images=()):
+def import_release(folder, data, images):
     """Write the authors' release ImplicitAVE, as it lies in `folder`, as data sets in `data`; say what is
     missing.
 
@@ -41,25 +40,16 @@ def copy_photos(names, folders, target):
     """Copy the photos with these names from anywhere in `folders` to `target`; return the names without a
     photo.
     """
-    missing = {name for name in names if not is_photo(target / name, target)}
+    missing = {name for name in names if photo_problem(target / name, target)}
     with Progress("photos", len(names), "photos", len(names) - len(missing)) as progress:
         for folder in folders:
             if not folder.is_dir():
                 raise UserError(f"{folder} is not a folder; give that of the unpacked photos")
             for path in sorted(folder.rglob("*")):
-                if path.name in missing and is_photo(path, folder):
+                if path.name in missing and not photo_problem(path, folder):
                     (target / path.name).unlink(missing_ok=True)        # a link would be written through
                     with whole_file(target / path.name) as partial:
                         shutil.copyfile(path, partial)
                     missing.remove(path.name)
                     progress.step()
     return missing
-
-
-def is_photo(path, folder):
-    """Whether `path` is a photo, and in this folder: a link must not lead out of it."""
-    try:
-        open_photo(path)
-    except UserError:
-        return False
-    return path.resolve().is_relative_to(folder.resolve())

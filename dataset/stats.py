@@ -5,35 +5,20 @@ Labels are counted as {split: Counter of (attribute, value)}.
 
 from collections import Counter, defaultdict
 
-from base.console import UserError, reading
-from base.tsv import read_rows, write_tsv
+from base.console import UserError
+from base.photo import open_photo
+from base.tsv import write_tsv
 
 SPLITS = {"train": 0.75, "val": 0.15, "test": 0.15}     # section 3; the sum is 1.05, so each is divided by it
 
 
-def rows_of(path, convert):
-    """([convert(row) of each row], [what is wrong with a line or with the file]): it goes on after a bad
-    line.
-
-    convert  of {column: cell}; raises ValueError for a row that nobody can use
-    """
-    rows = []
-    problems = []
+def photo_problem(path, folder):
+    """Why `path` is no photo in this folder, or None: a link must not lead out of it."""
     try:
-        with reading(path, "a data set's TSV"), \
-                open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            for line, row in read_rows(file):
-                try:
-                    if isinstance(row, ValueError):
-                        raise row
-                    rows.append(convert(row))
-                except ValueError as error:
-                    problems.append(f"{path}, line {line}: {error}")
-    except UserError as error:
-        problems.append(str(error))
-    if not rows and not problems:
-        problems.append(f"{path}: has a header but no products")
-    return rows, problems
+        open_photo(path)
+        path.resolve().relative_to(folder.resolve())
+    except (UserError, ValueError) as error:
+        return str(error)
 
 
 def check_maker(root, names, maker):
@@ -70,9 +55,8 @@ def print_table(name, labels):
     total = sum(labels.values(), Counter())
     print(f"\n{name}\n{'':8}{'samples':>9}{'values':>8}{'head':>7}{'tail':>7}")
     for part, n in [*labels.items(), ("all", total)]:
-        head = max(n.values(), default=0)
-        tail = min(n.values(), default=0)
-        print(f"{part:8}{n.total():9,}{len(n):8,}{head:7,}{tail:7,}")
+        print(f"{part:8}{n.total():9,}{len(n):8,}{max(n.values(), default=0):7,}"
+              f"{min(n.values(), default=0):7,}")
     values = defaultdict(list)
     for (attribute, value), n in total.most_common():
         values[attribute].append(f"{value} {n:,}")

@@ -16,8 +16,7 @@ from dataset.mentions import clean, mentions, without
 from dataset.stats import write_splits
 
 
-def table(file, id, attributes, out, title=None, photo=None, category=None, skip_value=(), hide_answers=False,
-          seed=0):
+def table(file, id, attributes, out, title, photo, category, skip_value, hide_answers, seed):
     """Write the data set `out` (ROOT/NAME) from a table, and rest.tsv: the products and attributes without a
     value.  Print what `check` would say.
 
@@ -27,20 +26,23 @@ def table(file, id, attributes, out, title=None, photo=None, category=None, skip
     """
     if any(out.glob("*")):
         raise UserError(f"--out {out}: is there already; delete it, or name a new folder")
+    if "|" in "".join(attributes) or len({name.casefold() for name in attributes}) < len(attributes):
+        raise UserError("--attributes: names a column twice, or one with '|' in its name, which separates names "
+                        "in rest.tsv; leave it out, or rename it")
     out = out.resolve()
     images = out.parent / "images"
-    products, values = read_products(file, (id, photo, category, title), attributes, images)
+    products = read_products(file, (id, photo, category, title), attributes, images)
     skipped = {word.casefold() for word in skip_value}
     labelled = []
     rest = []
-    for id, product in products.items():
-        for attribute, value in values[id].items():
+    for product, values in products:
+        for attribute, value in values.items():
             texts = product[2:]
             if hide_answers:
                 texts = [without(clean(text), mentions((value,))) for text in texts]
             if value and value.casefold() not in skipped:
                 labelled.append([*product[:2], *texts, attribute, value])
-        empty = [attribute for attribute, value in values[id].items() if not value]
+        empty = [attribute for attribute, value in values.items() if not value]
         if empty:
             rest.append([*product, "|".join(empty), ""])
     parts = split(labelled, images, seed, out.name)
@@ -52,16 +54,16 @@ def table(file, id, attributes, out, title=None, photo=None, category=None, skip
     write_tsv(out / "rest.tsv", rest)
     if labelled:
         refused = examine(out, 10, image=bool(photo))
-        flags = {"--no-image": not photo, "--no-text": not title, "--skip-missing-photos": refused}
-        print(f"\nNext:  {training_command(out, 'all', flags)}")
+        print(f"\nNext:  {training_command(out, 'all')}{' --no-image' * (not photo)}"
+              f"{' --no-text' * (not title)}{' --skip-missing-photos' * refused}")
     if rest:
         print(f"Then:  python -m tools.catalogue RUN --input {quote(str(out / 'rest.tsv'))} "
               "--output answers.csv --wide --constrain")
 
 
 def read_products(path, columns, attributes, images):
-    """{id: [id, photo, category, title]} and {id: {attribute: value}} of the rows of a table; prints what is
-    odd in them.
+    """[([id, photo, category, title], {attribute: value})] of the rows of a table; prints what is odd in
+    them.
 
     columns  the names of the first four columns, or None
     """
@@ -72,7 +74,7 @@ def read_products(path, columns, attributes, images):
     except ValueError as error:                         # the header
         raise UserError(f"{path}: {error}") from None
     products = {}
-    values = {}
+    cells = {}                                          # {name of a photo: the first cell that named it}
     notes = defaultdict(list)                           # {"what: what was done": [example]}
     for number, row in rows:
         if isinstance(row, ValueError):
@@ -87,14 +89,19 @@ def read_products(path, columns, attributes, images):
         if several := re.match(r"(.+?\.\w{3,4}(?:\?\S*?)?)\s*[;,|\n]", photo):
             notes["cells with several photos: the first is used"].append(f"{id}: {photo}")
             photo = several[1]
-        if not os.path.isfile(images / photo):          # a path elsewhere, or a URL
+        cell = photo
+        if os.path.isabs(photo) or ".." in photo or not os.path.isfile(images / photo):     # also a URL
             photo = re.split(r"[/\\]", photo.split("?")[0])[-1]
-        products[id] = [id, photo, *(" ".join(text.split()) for text in texts)]
-        values[id] = {name: " ".join(row[key[name]].split()) for name in attributes}
+        if cells.setdefault(photo, cell) != cell:
+            notes["photos of several folders with one name: taken for one photo"].append(f"{id}: {cell}")
+        values = {name: " ".join(row[key[name]].split()) for name in attributes}
+        if errors := [value for value in values.values() if re.fullmatch("#[A-Z/0]+[!?A]", value)]:
+            notes["cells with an error: a value like others"].append(f"{id}: {errors[0]}")
+        products[id] = [id, photo, *(" ".join(text.split()) for text in texts)], values
     print_findings([("NOTES on the table", note, examples) for note, examples in notes.items()])
     if not products:
         raise UserError(f"{path}: holds no product below its header")
-    return products, values
+    return list(products.values())
 
 
 # ---------------------------------------------------------------------------------------- reading
@@ -105,7 +112,6 @@ def read_lines(path):
     with reading(path, "a table (.xlsx or CSV)"):
         kind = what_is(path)
         if zipfile.is_zipfile(path):
-            print(f"{path}: an Excel workbook; its first sheet is read")
             return xlsx_lines(path), "\t"
         if kind and not kind.startswith(("UTF-16", "a zip")):           # a text may well begin with PK
             raise ValueError(f"it is {kind}")
@@ -143,6 +149,7 @@ def xlsx_lines(path):
                 lines += ["\n"] * (int(row.get("r", 0)) - 1 - len(lines))
                 lines.append(tsv_line(cells.get(i, "").replace("\n", " ") for i in range(width)))
                 row.clear()                             # a sheet may be large
+    print(f"{path}: an Excel workbook; its first sheet, {sheet.get('name')!r}, is read")
     return lines
 
 
@@ -153,7 +160,7 @@ def column(cell, number):
     letters = cell.get("r", "").rstrip("0123456789")
     place = 0
     for letter in letters:
-        place = 26 * place + ord(letter) - ord("A") + 1
+        place = 26 * place + ord(letter) - 64           # A is 1
     return place - 1 if letters else number
 
 
@@ -161,8 +168,11 @@ def cell_text(cell, shared):
     """What a cell of a sheet holds.  shared: the strings of the workbook"""
     kind = cell.get("t", "n")
     if kind == "inlineStr":
-        return plain_text(cell.find("{*}is"))
+        return "".join(map(plain_text, cell.findall("{*}is")))
     text = cell.findtext("{*}v", "")
+    if kind == "n" and not text and cell.find("{*}f") is not None:
+        raise UserError(f"the workbook's cell {cell.get('r')} is a formula without a result; open the file in "
+                        "Excel, and save it")
     if kind == "s":
         return shared[int(text)]
     if kind == "b":

@@ -1,34 +1,19 @@
-"""The attributes of the three data sets, and the table values.tsv of raw and canonical values (section 3,
-Table 6).
+"""The attributes of the three data sets, attributes.json, and the table values.tsv of raw and canonical
+values (section 3, Table 6).
 """
 
 from collections import defaultdict
 from pathlib import Path
 
-from base.console import UserError
+from base.console import UserError, read_json
 from base.tsv import read_tsv
 from dataset.mentions import folded
 
 VALUES = Path(__file__).with_name("values.tsv")         # the table
 COLUMNS = "dataset", "attribute", "raw", "value"       # of the table, which also has category
-# Data set -> attribute -> MAVE's categories that it is collected from.  Names and categories are those of the
+# {data set: {attribute: MAVE's categories that it is collected from}}.  Names and categories are those of the
 # authors' release (ImplicitAVE); the paper's Table 6 writes Heel for Heel Height and Dress Length for Length.
-TOPS = ["Dresses", "Shirts & Tops"]
-BRIDAL = "Wedding & Bridal Party Dresses"
-PATTERNED = ("Shirts & Tops; Dresses; Shoes; Hats; Scarves & Shawls; Socks; Pants; Handbags; Skirts; "
-             "Coats & Jackets; Wallets & Money Clips; Baby & Toddler Outfits; Baby & Toddler Dresses; "
-             "Underwear; Baby One-Pieces; Shorts; Vests; Jumpsuits & Rompers; Belts; Robes; Swimwear; Bras; "
-             "Pajamas")
-BAGS = ("Jewelry Holders; Backpacks; Messenger Bags; Briefcases; Wigs; Duffel Bags; Camera Bags & Cases; "
-        "Leather & Vinyl")
-ATTRIBUTES = {
-    "clothing": {"Neckline": TOPS, "Length": ["Dresses", "Skirts", "Pants"],
-                 "Sleeve Style": [*TOPS, BRIDAL], "Shoulder Style": [*TOPS, BRIDAL]},
-    "footwear": {"Athletic Shoe Style": ["Shoes"], "Boot Style": ["Shoes"], "Shaft Height": ["Shoes"],
-                 "Heel Height": ["Shoes"], "Toe Style": ["Shoes"]},
-    "general": {"Pattern": PATTERNED.split("; "), "Material": BAGS.split("; "),
-                "Shape": ["Charms & Pendants"]},
-}
+ATTRIBUTES = read_json(Path(__file__).with_name("attributes.json"), "the attributes")
 # Other names of attributes in MAVE's file.
 OTHER_KEYS = {"Heel": "Heel Height", "Dress Length": "Length"}
 
@@ -60,15 +45,15 @@ def read_values(path):
             if not set(named) <= set(having):
                 raise ValueError(f"{value!r} exists only in {'; '.join(having)}, as its own line says, not "
                                  f"in all of {row['category']!r}")
-            places = [(raw, category) for category in named]
-            for spelling, category in places + [(value, category) for category in having]:
-                other = table[dataset, attribute, category].setdefault(folded(spelling), value)
-                if other != value:
-                    raise ValueError(f"{spelling!r} means {value!r} here, and {other!r} on an earlier line "
-                                     f"of {category}")
+            for spelling, places in ((raw, named), (value, having)):
+                for category in places:
+                    other = table[dataset, attribute, category].setdefault(folded(spelling), value)
+                    if other != value:
+                        raise ValueError(f"{spelling!r} means {value!r} here, and {other!r} on an earlier "
+                                         f"line of {category}")
         except ValueError as error:
             raise UserError(f"{path}, line {line}, {dataset}, {attribute}: {error}") from None
-    return dict(table), names
+    return table, names
 
 
 def categories(cell, known):

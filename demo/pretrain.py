@@ -172,9 +172,9 @@ def pretrain_vit(folder=world.VIT, drawings=DRAWINGS, steps=5000, caption_steps=
 
 
 @torch.no_grad()
-def probe_vit(folder=world.VIT, held_out=1500):
+def probe_vit(held_out=1500):
     """What each layer knows of new drawings: the label of the nearest among 20 known drawings a look."""
-    vit = vit_file.load_vit(folder)
+    vit = vit_file.load_vit(world.VIT)
     known = 20 * len(LOOKS)
     images, labels = make_drawings(range(DRAWINGS, DRAWINGS + known + held_out))
     pixels = torch.stack([vit_file.preprocess(Image.fromarray(image), VIT.image_size) for image in images])
@@ -289,7 +289,7 @@ PROSE_WEIGHT = 0.2                                      # in the loss, of a toke
 def train_tokenizer(path, vocab_size):
     """A SentencePiece model with LLaMA's settings: bytes for what is unknown, nothing normalised away."""
     rng = random.Random("tokenizer")
-    text = (" ".join(part for part in prose(rng) if part).replace("\n", " ") for _ in range(8000))
+    text = (" ".join(filter(None, prose(rng))).replace("\n", " ") for _ in range(8000))
     with whole_file(path) as partial, open(partial, "wb") as file:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=text, model_writer=file, vocab_size=vocab_size, model_type="bpe",
@@ -330,9 +330,9 @@ def pretrain_llama(folder=world.LLAMA, steps=1200):
     save(llama, folder, llama_file.official_name)
 
 
-def probe_llama(folder=world.LLAMA, documents=400):
+def probe_llama(documents=400):
     """How often the LLaMA alone, reading descriptions in words, gives the right answer: greedy, new prose."""
-    llama, tokenizer = llama_file.load_llama(folder, torch.float32)
+    llama, tokenizer = llama_file.load_llama(world.LLAMA, torch.float32)
     rng = random.Random("probe")
     for kind in (question, comparison):
         right = 0

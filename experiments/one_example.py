@@ -48,6 +48,7 @@ text { fill: #eee } .page { fill: #16191d } .loss rect { fill: #f08cc0 }
 
 
 def svg(entries):
+    """A picture as the text of its file."""
     height = max(y + height for _, y, _, height, *_ in entries) + 8
     shapes = "\n".join(shape(*entry) for entry in entries)
     return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 400 {height:g}" width="480">
@@ -90,10 +91,10 @@ def tokens_of(model, example, visual_tokens):
     """[X, R] as a list of (kind, text, id), a token each."""
     ids = [*model.input_ids(example, visual_tokens, len(example.answer)), *example.answer]
     prompt = label_prompt(example.prompt, len(example.photos), model.tokenizer)     # a line of C a product
-    answer = [(token_text(token, model.tokenizer), "R") for token in example.answer]
-    visual = [("I′", "I")] * (len(ids) - 1 - len(prompt) - len(answer))
-    tokens = [("<s>", "BOS"), *visual, *prompt, *answer]
-    return [(part[0], text, id) for (text, part), id in zip(tokens, ids, strict=True)]
+    end = "".join(part[0] for _, part in prompt) + "R" * len(example.answer)
+    kinds = "B" + "I" * (len(ids) - 1 - len(end)) + end
+    return [(kind, "I′" if kind == "I" else token_text(id, model.tokenizer), id)
+            for kind, id in zip(kinds, ids)]
 
 
 def token_rows(tokens):
@@ -113,12 +114,12 @@ def token_rows(tokens):
             entries.append((x, y - 5, width + 3, 3, "loss"))
         entries.append((x, y, width, 52, kind, position, text, id))
         x += width + 3
-    return entries
+    return svg(entries)
 
 
 def packing(tokens, base, both):
     """What base/packing.py makes of two sequences: a box for each token.  base, both: the kinds of theirs."""
-    back, (_, row) = tokens.back.tolist(), tokens.table.tolist()
+    back, (_, row) = tokens.back.tolist(), tokens.table.view(2, -1).tolist()
     n, T, N = len(base), len(both), len(back)
     shared = n + T - N
     nodes = base + both[shared:]
@@ -135,7 +136,7 @@ def packing(tokens, base, both):
     for y, (caption, start, kinds) in zip(range(8, 300, 48), bars):
         entries.append(note(8, y, caption))
         entries += [(8 + 384 * i / N, y + 20, 384 / N - 1, 20, kind) for i, kind in enumerate(kinds, start)]
-    return entries
+    return svg(entries)
 
 
 def one_example():
@@ -154,7 +155,7 @@ def one_example():
     base, both = sequences = [tokens_of(model, example, visual_tokens) for example in batch]
     tokens = pack([[id for *_, id in row[:-1]] for row in sequences], [len(e.answer) for e in batch])
     x = model.embed(tokens.ids, visual_tokens)
-    q = tokens.pad(x.unflatten(-1, (-1, llama.config.head_dim)))
+    [q] = tokens.pad(x.unflatten(-1, (-1, llama.config.head_dim)))
     h = llama(x, tokens)
     logits = model.logits(h)
     log_p = model.answer_log_probs(batch, I)
@@ -202,7 +203,7 @@ Both examples are one batch, so B = {len(batch)}. They share a photo, so P = {le
 | `pack` | ids (N,) | {tuple(tokens.ids.shape)} |
 | `EIVEN.embed` | x (N, D) | {tuple(x.shape)} |
 | `Tokens.pad`, in attention | q (B, H, T, d) | {tuple(q.shape)} |
-| `Tokens.unpad`, in attention | (N, D) | {tuple(tokens.unpad(q).shape)} |
+| `Tokens.unpad`, in attention | (N, D) | {tuple(tokens.unpad([q]).shape)} |
 | `LLaMA.forward` | h (M, D) | {tuple(h.shape)} |
 | `EIVEN.logits` | logits (M, pieces) | {tuple(logits.shape)} |
 | `EIVEN.answer_log_probs` | log p (M,) | {tuple(log_p.shape)} |
@@ -239,21 +240,23 @@ def answers_of(run):
     """{file name: content} of the pictures that show answers of a run in the demo world."""
     path, what = run / "predictions.tsv", "the answers of a run in the demo world"
     with reading(path, what):
-        rows = [(world.describe(row["id"])[2], row)
-                for _, row in read_tsv(path, what, (*COLUMNS, "prediction", "probability"))]
-        card = {row["id"]: row for _, row in rows}[CARD]
+        rows = {row["id"]: row
+                for _, row in read_tsv(path, what, (*COLUMNS, "prediction", "probability"))}
+        card = rows[CARD]
     demo = []
     headings = "The photo alone tells", "The title alone tells", "Photo and title together tell"
     for y, way, heading in zip((8, 240, 472), world.WAYS, headings):
         demo.append(note(8, y, heading))
-        for x, row in zip((8, 105, 202, 299), [row for its_way, row in rows if its_way == way]):
+        of_way = [id for id in rows if world.describe(id)[2] == way]
+        for x, id in zip((8, 105, 202, 299), of_way):
+            row = rows[id]
             answer = f"{row['prediction']}{' (wrong)' * (row['prediction'] != row['attribute_values'])}"
-            demo += [photo(x, y + 20, 93, row["id"]),
+            demo += [photo(x, y + 20, 93, id),
                      note(x, y + 116, *wrap(row["texts"], 12), f"{row['attribute_names']}:", answer)]
-    return {"demo.svg": demo, "product-card.svg": [
+    return {"demo.svg": svg(demo), "product-card.svg": svg([
         photo(8, 8, 112, CARD),
         note(132, 8, *wrap(card["texts"], 36), card["category"], f"{card['attribute_names']}?"),
-        (132, 92, 250, 28, "R", f"{card['prediction']}, probability {float(card['probability']):.2f}")]}
+        (132, 92, 250, 28, "R", f"{card['prediction']}, probability {float(card['probability']):.2f}")])}
 
 
 def main():
@@ -262,7 +265,7 @@ def main():
     args = parser.parse_args()
     made = answers_of(args.run) if args.run else one_example()
     for name, content in made.items():
-        write_text(PROJECT / "docs" / name, content if name.endswith(".md") else svg(content))
+        write_text(PROJECT / "docs" / name, content)
         print(f"written: docs/{name}")
 
 

@@ -14,9 +14,10 @@ random; and "canonical", the share of answers that are a value of the attribute,
 """
 
 import statistics
+from dataclasses import astuple
 
 from base import console
-from base.tsv import COLUMNS, write_tsv
+from base.tsv import write_tsv
 from data import read_split
 from evaluate import load, score
 from experiments.paper_tables import cell, do_run, markdown, new_parser, same_flags
@@ -38,9 +39,8 @@ def measure(run, products, values):
 def write_without(attribute, root, images, dataset, splits):
     """A data set in `root` whose train and val do not have the attribute, and whose test has nothing else."""
     for split, products in splits.items():
-        rows = ([p.id, p.image, p.category, p.title, p.attribute, p.value] for p in products
-                if (p.attribute == attribute) == (split == "test"))
-        write_tsv(root / dataset / f"{split}.tsv", rows, COLUMNS)
+        rows = [astuple(p) for p in products if (p.attribute == attribute) == (split == "test")]
+        write_tsv(root / dataset / f"{split}.tsv", rows)
     if not (root / "images").is_symlink():
         (root / "images").symlink_to(images)
 
@@ -49,7 +49,8 @@ def main():
     parser = new_parser(__doc__, "table-4")
     parser.epilog = "Other flags go to train.py as they are."
     args, passed_on = parser.parse_known_args()
-    [labels] = args.labels
+    [count] = args.labels
+    labels = str(count or "all")
     same_flags(args.runs, labels, *passed_on)
 
     def trained(name, seed, *flags):

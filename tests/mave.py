@@ -1,20 +1,16 @@
-"""Sources of the true schema with dirt as in the real ones, and what a build draws from them, in the plainest
-way.
+"""Sources of the true schema with dirt as in the real ones.
 
 Product i is the same in both files.  The metadata stand in another order.
 """
 
-import hashlib
 import json
 import random
-from collections import defaultdict
 
 from base.tsv import read_tsv
-from dataset.mentions import clean, folded, mentions, without
 from dataset.values import ATTRIBUTES, VALUES, read_values
 
 FILLER = "Women men girls casual summer Classic L'Étoile black surround crossword goldfish ® 2-pack".split()
-TABLE, SPELLINGS = read_values(VALUES)
+SPELLINGS = read_values(VALUES)[1]
 SLOTS = sorted(SPELLINGS)                               # [(data set, attribute, value)]
 BROKEN = [b'{"asin": "B0', b"\xff\xfe{}", b"[7]", b'{"asin": "B000000001"}', b'{"title": "no asin"}',
           b'{"id": "B000000001"}', b'{"asin": "B000000001", "title": "var x = getTime()"}']
@@ -31,15 +27,15 @@ def product(i):
     """(asin, category, labels, title) of product i: some have several attributes, or values of one."""
     draw = random.Random(i)
     words = draw.choices(FILLER, k=draw.randrange(5))
-    first = SLOTS[int(len(SLOTS) * draw.random() ** 2)]
-    category = draw.choice(ATTRIBUTES[first[0]][first[1]])
+    slots = draw.choices(SLOTS, k=4)
+    dataset, attribute, _ = slots[0]
+    category = draw.choice(ATTRIBUTES[dataset][attribute])
     labels = []
-    for dataset, attribute, value in (first, *draw.choices(SLOTS, k=3)):
+    for dataset, attribute, value in slots:
         if category in ATTRIBUTES[dataset][attribute]:
             raws = draw.choices([value, *SPELLINGS[dataset, attribute, value], "zigzag & more"], k=2)
-            raws[0] = draw.choice((raws[0].upper(), raws[0].replace(" ", "-")))
             labels.append((attribute, raws))
-            words.insert(draw.randrange(len(words) + 1), draw.choice(raws))
+            words += raws[:1]
     return f"B{i:09}", category, labels, " ".join(words)
 
 
@@ -64,41 +60,11 @@ def make(folder, n, photos="https://images-na.ssl-images-amazon.com/images/I"):
     return paths
 
 
-def draw_key(*what):
-    return hashlib.sha256("\t".join(map(str, what)).encode()).digest()[:8]
-
-
-def naive(n, seed, more_than, at_most):
-    """{(data set, id): (category, title, attribute, value)} of the products drawn, all in memory."""
-    of_value = defaultdict(dict)                        # {(data set, attribute, value): {id: product}}
-    for asin, category, labels, title in map(product, range(n)):
-        for dataset in ATTRIBUTES:
-            raws = defaultdict(list)
-            for attribute, evidences in labels:
-                raws[attribute] += evidences
-            for attribute in raws:
-                meaning = TABLE.get((dataset, attribute, category), {})
-                values = {meaning.get(folded(raw)) for raw in raws[attribute]} - {None}
-                if len(values) == 1 and clean(title):
-                    of_value[dataset, attribute, *values][asin] = category, title, raws[attribute]
-    drawn = {}
-    for _, where in sorted((len(asins), where) for where, asins in of_value.items()):
-        free = [asin for asin in of_value[where] if (where[0], asin) not in drawn]
-        if len(free) > more_than:
-            for asin in sorted(free, key=lambda asin: draw_key(seed, *where, asin))[:at_most]:
-                category, title, raws = of_value[where][asin]
-                names = mentions((where[2], *raws, *SPELLINGS[where]))
-                drawn[where[0], asin] = without(category, names), without(clean(title), names), *where[1:]
-    return {key: row for key, row in drawn.items() if row[1]}
-
-
 def built(root):
-    """The same of the files in `root`; each product must be there once."""
+    """{(data set, id): (attribute, value)} of the files in `root`; each product must be there once."""
     rows = {}
-    for dataset in ATTRIBUTES:
-        for part in ("train", "val", "test"):
-            for _, row in read_tsv(root / dataset / f"{part}.tsv"):
-                assert (dataset, row["id"]) not in rows
-                _, _, category, title, attribute, value = row.values()
-                rows[dataset, row["id"]] = category, title.removeprefix("[Title] "), attribute, value
+    for path in root.glob("*/*.tsv"):
+        for _, row in read_tsv(path):
+            assert (path.parent.name, row["id"]) not in rows
+            rows[path.parent.name, row["id"]] = row["attribute_names"], row["attribute_values"]
     return rows

@@ -186,12 +186,6 @@ def test_what_spoils_a_result_is_named_and_can_be_trained(edit, says, tmp_path, 
     assert "REFUSED" not in out and says in out, out
 
 
-def test_a_clean_folder(tmp_path, capsys):
-    main(["check", str(write_shop(tmp_path))])
-    out = capsys.readouterr().out
-    assert "SPOILS" not in out and f"train.py --data {tmp_path} --dataset shop --labels 10\n" in out
-
-
 def bad_lines(folder):
     with open(folder / "shop/val.tsv", "a") as file:
         file.write("P99\ttoo few\nP98\t1.jpg\t\tshoe\tBoot Style\t\n")
@@ -238,9 +232,10 @@ def test_what_is_absent_is_listed_unless_there_shall_be_no_image(tmp_path, capsy
         with pytest.raises(UserError):
             main(["check", str(folder), *more])
         assert re.findall(r"/(\d)\.jpg: does not exist", capsys.readouterr().out) == list("1234"[:last])
-    main(["check", str(folder), "--no-image"])
+    main(["check", str(folder), "--no-image"])          # else the folder is clean
     out = capsys.readouterr().out
-    assert "--no-image\n" in out and "photo" not in out
+    assert "photo" not in out and "SPOILS" not in out
+    assert f"train.py --data {tmp_path} --dataset shop --labels 10 --no-image\n" in out
 
 
 def test_tokens_are_counted(llama_dir, tmp_path, capsys):

@@ -21,30 +21,24 @@ LARGE = COMMON | {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_l
 OPEN_LLAMA = {"pad_token_id": 0, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6}
 CHECKPOINTS = {
     "huggyllama/llama-7b": (LARGE | OPEN_LLAMA | {"max_sequence_length": 2048},
-                            (4096, 11008, 32, 32, 32, 128, 1e-6, 1e4, False, False, 2048)),
-    "openlm-research/open_llama_7b": (LARGE | OPEN_LLAMA,
-                                      (4096, 11008, 32, 32, 32, 128, 1e-6, 1e4, False, False, 2048)),
+                            (4096, 11008, 32, 32, 32, 128, 1e-6, 1e4, 2048)),
     "openlm-research/open_llama_3b": (
         COMMON | OPEN_LLAMA | {"hidden_size": 3200, "intermediate_size": 8640, "num_hidden_layers": 26},
-        (3200, 8640, 26, 32, 32, 100, 1e-6, 1e4, False, False, 2048)),
-    "meta-llama/Llama-2-7b-hf": (
-        LARGE | {"max_position_embeddings": 4096, "num_key_value_heads": 32, "pretraining_tp": 1,
-                 "rms_norm_eps": 1e-5, "rope_scaling": None},
-        (4096, 11008, 32, 32, 32, 128, 1e-5, 1e4, False, False, 4096)),
+        (3200, 8640, 26, 32, 32, 100, 1e-6, 1e4, 2048)),
     "TinyLlama/TinyLlama-1.1B-Chat-v1.0": (
         COMMON | {"attention_bias": False, "hidden_size": 2048, "intermediate_size": 5632,
                   "max_position_embeddings": 2048, "num_hidden_layers": 22, "num_key_value_heads": 4,
                   "pretraining_tp": 1, "rms_norm_eps": 1e-5, "rope_scaling": None, "rope_theta": 10000.0,
                   "torch_dtype": "bfloat16"},
-        (2048, 5632, 22, 32, 4, 64, 1e-5, 1e4, False, False, 2048)),
+        (2048, 5632, 22, 32, 4, 64, 1e-5, 1e4, 2048)),
 }
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_published_configs_are_read(tmp_path, name):
-    published, expected = CHECKPOINTS[name]
+    published, (*sizes, longest) = CHECKPOINTS[name]
     (tmp_path / "config.json").write_text(json.dumps(published))
-    assert read_config(tmp_path / "config.json") == LlamaConfig(32000, *expected)
+    assert read_config(tmp_path / "config.json") == LlamaConfig(32000, *sizes, False, False, longest)
 
 
 def test_llama_3_is_refused_by_name(tmp_path):
