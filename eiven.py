@@ -31,7 +31,7 @@ from torch import nn
 from adapters import Adapter, merge
 from base.checkpoint import open_tensors, restore, save_tensors
 from base.console import UserError
-from base.packing import next_tokens, pack
+from base.packing import next_tokens, pack, to_device
 
 TEMPERATURE, TOP_P = 0.1, 0.75                          # section 4.1
 CLS_EVERY = 3                                           # section 2.1's M; 3 in section 4.1
@@ -82,13 +82,16 @@ def nucleus(logits, temperature, top_p, uniform):
         return token
     p = (logits / temperature).softmax(-1)                                      # (B, pieces)
     # Where the best token alone is the nucleus, nothing is sorted: that would take longer than all the rest.
-    unsure = (p.amax(-1) < top_p).nonzero().squeeze(1)                          # (b,)
+    # A GPU sorts every row: to know which rows need it, the CPU would have to wait for the GPU.
+    unsure = torch.arange(len(p), device=p.device)                              # (b,)
+    if p.device.type == "cpu":
+        unsure = unsure[p.amax(-1) < top_p]
     if len(unsure):
         p, order = p[unsure].sort(dim=-1, descending=True, stable=True)         # (b, pieces)
         cumulative = p.cumsum(-1)
         size = (cumulative - p < top_p).sum(-1, keepdim=True)  # (b, 1)   tokens in the nucleus
         mass = cumulative.gather(1, size - 1)                                   # (b, 1)
-        point = torch.tensor(uniform, dtype=p.dtype, device=p.device)[unsure, None] * mass
+        point = to_device(uniform, p.device, p.dtype)[unsure, None] * mass
         rank = (cumulative <= point).sum(-1, keepdim=True)                          # (b, 1)
         rank = torch.minimum(rank, size - 1)  # where rounding lets the point reach the end of the nucleus
         token[unsure] = order.gather(1, rank).squeeze(1)
@@ -138,7 +141,7 @@ class EIVEN(nn.Module):
 
     def answer_log_probs(self, batch, cls_tokens=None):
         """log p(R_t | X, R_<t) of each token of each answer, example after example: (M,), in nats."""
-        R = torch.tensor([token for example in batch for token in example.answer], device=self.device)  # (M,)
+        R = to_device([token for example in batch for token in example.answer], self.device)    # (M,)
         return -F.cross_entropy(self.answer_logits(batch, cls_tokens), R, reduction="none")
 
     def answer_logits(self, batch, cls_tokens=None):
@@ -154,7 +157,7 @@ class EIVEN(nn.Module):
         visual_tokens = self.project(cls_tokens)                                # (P, K, D)   I'
         X = [self.input_ids(example, visual_tokens, len(example.answer)) for example in batch]  # [I', Q, C]
         sequences = [x + example.answer[:-1] for x, example in zip(X, batch)]
-        tokens = pack(sequences, [len(example.answer) for example in batch], self.device)
+        tokens = pack(sequences, [len(example.answer) for example in batch], self.device, grouped=True)
         h = self.llama(self.embed(tokens.ids, visual_tokens), tokens)           # (N, D) -> (M, D)
         return self.logits(h)
 
@@ -164,7 +167,7 @@ class EIVEN(nn.Module):
             return None
         if self.projector is None:
             raise ValueError("cls_tokens is given, but a model with visual_width=None has no projector")
-        return self.projector(cls_tokens.float())
+        return self.projector(to_device(cls_tokens, self.device, torch.float32))
 
     def input_ids(self, example, visual_tokens, answer_length):
         """X = [BOS, I', Q, C] as ids.  Visual token k of photo p gets the id vocab + p K + k, so that X is
@@ -189,7 +192,7 @@ class EIVEN(nn.Module):
             return self.llama.embed(ids)
         is_visual = ids >= vocab                                                # (N,)
         x = self.llama.embed(ids.masked_fill(is_visual, 0))                     # (N, D)
-        visual = visual_tokens.flatten(0, 1)[(ids - vocab).clamp(min=0)]        # (N, D)
+        visual = visual_tokens.flatten(0, 1).index_select(0, (ids - vocab).clamp(min=0))        # (N, D)
         return torch.where(is_visual[:, None], visual.to(x.dtype), x)
 
     def logits(self, h):
@@ -235,25 +238,28 @@ class EIVEN(nn.Module):
             drawn = nucleus(logits, temperature, top_p, uniform)                # (running,)
             if observe:
                 observe(logits, uniform, drawn, running)
-            drawn_log_p = logits.log_softmax(-1).gather(1, drawn[:, None]).squeeze(1).tolist()
+            drawn_log_p = logits.log_softmax(-1).gather(1, drawn[:, None]).squeeze(1)       # (running,)
+            # One transfer of both, because the CPU waits here for a GPU; as fp32, ids are exact up to 2^24.
+            drawn_ids, drawn_log_p = torch.stack((drawn, drawn_log_p)).tolist()
             keep = []                                   # rows of the examples that go on
-            for row, (b, token, lp) in enumerate(zip(running, drawn.tolist(), drawn_log_p)):
+            for row, (b, token, lp) in enumerate(zip(running, drawn_ids, drawn_log_p)):
                 if math.isnan(lp):
                     raise FloatingPointError(f"the logits of example {b} are not finite")
                 log_p[b] += lp
                 if token != self.tokenizer.eos_id:
-                    answers[b].append(token)
+                    answers[b].append(int(token))
                     if len(answers[b]) < limits[b]:
                         keep.append(row)
             if not keep:
                 return [(answer, math.exp(lp)) for answer, lp in zip(answers, log_p)]
             if len(keep) < len(running):
                 running = [running[row] for row in keep]
-                keep = torch.tensor(keep, device=self.device)
+                keep = to_device(keep, self.device)
                 drawn = drawn[keep]
                 for layer_cache in cache:
                     layer_cache.keep(keep)
-            tokens = next_tokens(drawn, [len(X[b]) + len(answers[b]) - 1 for b in running])
+            tokens = next_tokens(drawn, [len(X[b]) + len(answers[b]) - 1 for b in running],
+                                 self.llama.compute_dtype)
             h = self.llama(self.llama.embed(drawn), tokens, cache)  # (running, D)   one step
 
     @torch.no_grad()
@@ -269,7 +275,7 @@ class EIVEN(nn.Module):
             raise ValueError("candidates must hold, for each example of the batch, at least one answer")
         examples = [example._replace(answer=R)
                     for example, answers in zip(batch, candidates) for R in answers]
-        token_log_p = self.answer_log_probs(examples, cls_tokens)               # (M,)
+        token_log_p = self.answer_log_probs(examples, cls_tokens).cpu()         # (M,)
         if token_log_p.isnan().any():
             raise FloatingPointError("the logits are not finite")
         log_p = iter(answer.sum().item() for answer in token_log_p.split([len(e.answer) for e in examples]))

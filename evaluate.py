@@ -10,7 +10,6 @@ such as RUN/scores/test-constrain.  tools/ answers single products and catalogue
 
 import argparse
 import math
-import sys
 import time
 import zlib
 from collections import defaultdict
@@ -19,15 +18,18 @@ from statistics import mode
 
 from base.console import UserError, user_path, write_json
 from base.duplicates import not_in
-from data import fingerprint, read_split, sample_labels, without
+from data import fingerprint, read_split, without
 from eiven import TEMPERATURE, TOP_P
 from support import processes
-from support.answering import (answers, check_lengths, check_values, load, prepare_photos, read_values,
-                               split_products, write_predictions)
+from support.answering import (answers, check_questions, load, prepare_photos, read_values, split_products,
+                               write_predictions)
 from support.confidence import calibrate, lines, measure
 from support.config import add_flags, choose_threads, describe, number, parse_flags
 from support.report import draw_results, floor_text
 from support.run_folder import check_still_there, read_config, read_losses
+
+# Flags of a run that need not be those of its training: it may be used on another machine.
+MACHINE = ("data", "llama", "vit", "device", "dtype", "threads")
 
 # ---------------------------------------------------------------------------------------- scores
 
@@ -51,7 +53,7 @@ def micro_f1(pairs):
     loose = sum(g.strip().lower() in p.lower() for p, g in pairs)
     n = len(pairs)
     precision, recall = 100 * right / max(answered, 1), 100 * right / max(n, 1)
-    f1 = 2 * precision * recall / (precision + recall) if right else 0.0
+    f1 = 200 * right / max(answered + n, 1)
     return {"micro_f1": f1, "precision": precision, "recall": recall, "n": n, "right": right,
             "answered": answered, "implicitave": 100 * loose / max(n, 1)}
 
@@ -131,6 +133,7 @@ def evaluate(run, products, split, folder, values=None, merged=False, temperatur
     if processes.rank() > 0:
         return None
     seconds = round(time.monotonic() - start, 1)
+    check_still_there(run.folder, run.id)
     if values and fit:
         answered = calibrate(run, products, answered, values)
     confidence = measure(run, products, answered, values, fit)  # of all answers, also of those left out below
@@ -142,15 +145,11 @@ def evaluate(run, products, split, folder, values=None, merged=False, temperatur
         parts["values held out" if held_out else "values trained on"].append((p, a.value))
     if len(parts) > 1:
         metrics["seen_and_held_out"] = {name: measures(parts[name]) for name in sorted(parts, reverse=True)}
-    metrics.update(split=split, dataset=config.dataset, labels=config.labels or "all", seed=config.seed,
-                   constrained=values is not None, merged=merged,
-                   values={attribute: len(names) for attribute, names in (values or run.values).items()},
-                   dtype=str(run.model.llama.layers[0].mlp.up_proj.weight.dtype),
+    metrics.update(split=split, constrained=values is not None, merged=merged,
                    sources=describe(config, run.sources), seconds=seconds, temperature=temperature,
                    top_p=top_p, min_confidence=min_confidence, **confidence)
     title = f"{config.dataset}, {split} split, {config.labels or 'all'} labels per value, seed {config.seed}"
     images = run.sources.data / "images" if config.image else None
-    check_still_there(run.folder, run.id)
     write_predictions(folder / "predictions.tsv", products, answered)
     write_json(folder / "metrics.json", metrics)
     draw_results(folder, title, products, answered, metrics, images, read_losses(run.folder),
@@ -168,9 +167,18 @@ def evaluate(run, products, split, folder, values=None, merged=False, temperatur
 # ---------------------------------------------------------------------------------------- the command
 
 
-def add_answering_flags(parser):
-    """Add RUN and the flags that decide how a run answers; the commands in tools/ have them, too."""
+def run_parser(description):
+    """A parser for RUN and the flags of MACHINE, for `load_run`."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument("run", metavar="RUN", type=user_path, help="run folder that train.py wrote")
+    parser.set_defaults(values=None, constrain=False, merge=False)
+    add_flags(parser, MACHINE)
+    return parser
+
+
+def answer_parser(description):
+    """A run_parser with the flags that decide how a run answers."""
+    parser = run_parser(description)
     parser.add_argument("--merge", action="store_true", help="merge the adapters into LLaMA's weights first")
     parser.add_argument("--temperature", type=number(float, 0, 1000), default=TEMPERATURE,
                         help="of free answers; 0: the most probable token (default: %(default)s)")
@@ -183,38 +191,33 @@ def add_answering_flags(parser):
                              "--constrain they are added to those of the training")
     parser.add_argument("--min-confidence", metavar="P", type=number(float, 0, 1), default=0.0,
                         help="leave an answer empty if its probability is below P (0 to 1)")
-    add_flags(parser, ("llama", "vit", "device", "dtype", "threads"))
+    return parser
 
 
-def load_run(args, status=None, **how):
+def load_run(args, status=None, data_needed=False):
     """(Run, {attribute: values} to choose from or None) of the parsed flags.
 
-    status  where the line is printed that says which data and weights are in use; None: stdout
-    how     data_needed and feature_cache of `load`
+    status       where the line is printed that says which data and weights are in use; None: stdout
+    data_needed  as in `load`
     """
     listed = read_values(args.values) if args.values else {}
     run_id = read_config(args.run)[1]["id"]
     processes.check_same("flags", vars(args) | {"run": run_id, "values": listed})
-    changed = {name: value for name, value in vars(args).items()
-               if name in ("data", "llama", "vit", "device", "dtype", "threads")}
-    changed.setdefault("threads", None)                 # not the training's: this may be another machine
-    run = load(args.run, **how, **changed)
-    print(describe(run.config, run.sources), file=status or sys.stdout)
+    changed = {name: value for name, value in vars(args).items() if name in MACHINE}
+    run = load(args.run, data_needed, **{"threads": None, **changed})   # not the training's number of threads
+    print(describe(run.config, run.sources), file=status)
     choose_threads(run.config, run.model, status)
-    if args.merge and (run.config.adapter == "mlp" or run.config.dtype == "int8"):
-        raise UserError("--merge: MLP-Adapters are not linear, and int8 weights hold no merged adapter: "
-                        "take a run with rep or mlp-linear, and --dtype bf16 or fp32")
     if args.merge:
-        run.model.merge_adapters()
+        try:
+            run.model.merge_adapters()
+        except ValueError as error:
+            raise UserError(f"--merge: {error}") from None
     if not (listed or args.constrain):
         return run, None
     values = dict(run.values) if args.constrain else {}
     for attribute, names in listed.items():
         known = run.known_attribute(attribute)
-        values[known] = list(dict.fromkeys([*values.get(known, ()), *names]))
-        if known not in run.values:
-            print(f"note: {args.values}: {known!r} is not an attribute of this run's training data",
-                  file=sys.stderr)
+        values[known] = list(dict.fromkeys([*values.get(known, ()), *names]))   # each once
     return run, values
 
 
@@ -234,21 +237,19 @@ def scores_folder(args, parser):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Score a run on a split of its data.", allow_abbrev=False)
+    parser = answer_parser("Score a run on a split of its data.")
     parser.add_argument("--split", default="test", choices=("train", "val", "test"),
                         help="default: %(default)s")
     parser.add_argument("--without-duplicates", action="store_true",
                         help="score only products whose title words and photo bytes are not in train")
-    add_answering_flags(parser)
-    add_flags(parser, ("data",))
     args = parse_flags(parser)
     run, values = load_run(args, data_needed=True)
     config, root = run.config, run.sources.data
     products = split_products(config, run.sources, args.split)
-    if args.split != "test":                            # as in training: val is sampled like train
-        products = without(sample_labels(products, config.labels, config.seed), run.held_out)
+    if args.split != "test":
+        products = without(products, run.held_out)
     prepare_photos(run, products)
-    data = fingerprint(products, run.photo_features.key if run.photo_features else None)
+    data = fingerprint(products, run.photo_features.keys.get if run.photo_features else None)
     if data != read_config(args.run)[1]["data_fingerprint"][args.split]:
         raise UserError(f"{root}: the products or photos of {args.split} are not those of this run's start; "
                         "--data ROOT names another folder, and python -m tools.catalogue answers any file")
@@ -261,11 +262,7 @@ def main():
         products = kept
         if not products:
             raise UserError(f"--without-duplicates leaves no product of {args.split}: train has all of them")
-    if values:
-        more = "" if args.constrain else " (add --constrain for the values of the training, too)"
-        check_values(products, values, f"--split {args.split}{more}",
-                     args.values or "the run's training data")
-    check_lengths(run, products, values=values)
+    check_questions(run, products, values)
     evaluate(run, products, split, scores_folder(args, parser), values, args.merge, args.temperature,
              args.top_p, args.min_confidence, fit=args.split == "val")
 

@@ -10,6 +10,7 @@ nn.Identity, until EIVEN puts a module there.
 The tokens of a batch are one matrix (N, D) without padding; a prefix that sequences share is stored once.
 Attention alone needs whole sequences.  `tokens.pad` (base/packing.py) gathers them before it: (B, heads, T,
 d), with padding at the end of the shorter ones.  After attention, `tokens.unpad` returns to the N tokens.
+In training there are two such groups, one of shorter and one of longer sequences, which saves padding.
 
 Shapes   N tokens   B sequences   T tokens of the longest sequence   S keys that attention reads
          D width   H query heads   G key/value heads   d head dimension   M tokens whose logits are used
@@ -151,22 +152,22 @@ class RMSNorm(nn.Module):
 
 
 def rotary_table(position, head_dim, theta):
-    """cos and sin, (N, 1, d/2) each, fp32.
+    """cos and sin, (N, 1, d) each, fp32; the first half of sin is negative.
 
     The angle of pair i = 0 ... d/2 - 1 is position * theta^(-2i/d) (RoFormer, eq. 15).
     """
     frequency = 1.0 / theta ** (torch.arange(0, head_dim, 2, device=position.device).float() / head_dim)
-    angle = position.float()[:, None] * frequency       # (N, d/2)
-    return angle.cos()[:, None], angle.sin()[:, None]
+    angle = position.float()[:, None, None] * frequency                         # (N, 1, d/2)
+    return torch.cat((angle, angle), dim=-1).cos(), torch.cat((-angle, angle), dim=-1).sin()
 
 
 def apply_rotary(x, cos, sin):
     """Rotate each pair (i, i + d/2) by its angle, in fp32: (N, heads, d) -> (N, heads, d).
 
+    A pair (a, b) becomes (a cos - b sin, b cos + a sin) = (a, b) cos + (b, a) (-sin, sin).
     These are the pairs of Hugging Face checkpoints; in Meta's own files they are (2i, 2i + 1).
     """
-    a, b = x.float().chunk(2, dim=-1)                   # (N, heads, d/2) each
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+    return (x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
 
 
 class KVCache:
@@ -190,7 +191,7 @@ class KVCache:
             self.keys[:, :, :k.shape[2]] = k
             self.values[:, :, :v.shape[2]] = v
             return k, v
-        rows = torch.arange(len(k), device=k.device)    # one new token for each sequence: T = 1
+        rows = tokens.back                              # one new token for each sequence: rows 0 to B - 1
         self.keys[rows, :, tokens.position] = k[:, :, 0]
         self.values[rows, :, tokens.position] = v[:, :, 0]
         S = tokens.mask.shape[-1]
@@ -200,6 +201,20 @@ class KVCache:
         """Keep only these sequences (a tensor of indices)."""
         self.keys = self.keys[rows]
         self.values = self.values[rows]
+
+
+def attend(q, k, v, mask):
+    """softmax(q k^T / sqrt(d) + mask) v: (B, H, T, d), (B, G, S, d) twice -> (B, H, T, d).
+
+    The score of a key after the query's own position becomes -infinity: in the first pass by is_causal, later
+    by the mask.  Padding stands after all tokens, so this hides it as well.
+    """
+    heads = q.shape[1]
+    if heads > k.shape[1] and q.device.type != "cpu":
+        # A GPU's fast kernels want a key/value head for each query head; else all scores go through memory.
+        k, v = (z.repeat_interleave(heads // z.shape[1], dim=1) for z in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+                                          enable_gqa=heads != k.shape[1])
 
 
 class Attention(nn.Module):
@@ -212,6 +227,7 @@ class Attention(nn.Module):
         super().__init__()
         D, bias = config.hidden_size, config.attention_bias
         self.head_dim = config.head_dim
+        self.heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
         self.q_proj = Linear(D, config.num_attention_heads * config.head_dim, bias)
         self.k_proj = Linear(D, config.num_key_value_heads * config.head_dim, bias)
         self.v_proj = Linear(D, config.num_key_value_heads * config.head_dim, bias)
@@ -219,19 +235,16 @@ class Attention(nn.Module):
 
     def forward(self, x, tokens, cos, sin, cache=None):
         """(N, D) -> (N, D)"""
-        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))                   # (N, H, d)
-        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))                   # (N, G, d)
+        # Queries, keys and values stand side by side: one large operation takes less time than three small.
+        qk = torch.cat((self.q_proj(x), self.k_proj(x)), dim=-1)                # (N, (H + G) d)
+        qk = apply_rotary(qk.unflatten(-1, (-1, self.head_dim)), cos, sin)      # (N, H + G, d)
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))                   # (N, G, d)
-        q = apply_rotary(q, cos, sin)
-        k = apply_rotary(k, cos, sin)
-        q, k, v = (tokens.pad(z) for z in (q, k, v))                            # (B, H or G, T, d)
-        if cache is not None:
-            k, v = cache.update(k, v, tokens)                                   # (B, G, S, d)
-        # softmax(q k^T / sqrt(d)) v.  The score of a key after the query's own position becomes -infinity: in
-        # the first pass by is_causal, later by the mask.  Padding stands after all tokens, so this hides it
-        # as well.
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=tokens.mask, is_causal=tokens.mask is None,
-                                           enable_gqa=q.shape[1] != k.shape[1])                 # (B, H, T, d)
+        y = []
+        for group in tokens.pad(torch.cat((qk, v), dim=1)):                     # (B, H + 2 G, T, d)
+            q, k, v = group.split(self.heads, dim=1)                            # (B, H, T, d), (B, G, T, d)
+            if cache is not None:
+                k, v = cache.update(k, v, tokens)                               # (B, G, S, d)
+            y.append(attend(q, k, v, tokens.mask))                              # (B, H, T, d)
         return self.o_proj(tokens.unpad(y))                                     # (N, H d) -> (N, D)
 
 
@@ -356,6 +369,7 @@ def greedy_continuation(llama, ids, n):
     out = []
     while len(out) < n:
         h = llama(llama.embed(tokens.ids), tokens, cache)                       # (1, D)
-        out.append(int(llama.logits(h).argmax()))
-        tokens = next_tokens(torch.tensor(out[-1:], device=device), [len(ids) + len(out) - 1])
+        token = llama.logits(h).argmax(-1)                                      # (1,)
+        out.append(token.item())
+        tokens = next_tokens(token, [len(ids) + len(out) - 1], llama.compute_dtype)
     return out

@@ -17,10 +17,10 @@ import torch
 from base.checkpoint import check_frozen
 from base.console import Progress, UserError, duration, locked
 from base.duplicates import note_duplicates
-from data import encode_examples, epoch, fingerprint, hold_out, sample_labels, values_of, without
+from data import encode_examples, epoch, fingerprint, hold_out, values_of, without
 from evaluate import evaluate
 from support import processes
-from support.answering import Run, check_lengths, prepare_photos, split_products
+from support.answering import Run, check_questions, prepare_photos, split_products
 from support.config import (Config, add_flags, build_model, choose_device, choose_threads, describe,
                             find_sources, parse_flags)
 from support.run_folder import (SAVE_EVERY, TrainingState, check_weights, load_init, new_run_folder,
@@ -44,7 +44,7 @@ def train(run, products):
     optimizer = make_optimizer(model)
     # In fp16, small gradients would become 0.
     scaler = torch.amp.GradScaler(enabled=model.llama.compute_dtype == torch.float16)
-    state = TrainingState(run.folder, run.id, model, optimizer, scaler, steps)
+    state = TrainingState(run, optimizer, scaler, steps)
     if config.init and state.step == 0:
         state.save(0)                                   # a resumed run does not need the other one any more
     count = sum(p.numel() for p in model.trainable_parameters().values())
@@ -69,8 +69,7 @@ def train(run, products):
                 raise UserError(f"step {step + 1} (epoch {epoch_number + 1}) was not taken: {error}. Its "
                                 f"batch begins with {batch[0].prompt[:150]!r}. The state before it is in "
                                 f"{state.path}. Start anew with a smaller --lr or --dtype fp32") from None
-            line = {"epoch": epoch_number + 1, "loss": round(loss, 6), "lr": lr, "tokens": tokens}
-            state.record(step + 1, step + 1 == steps, **line)
+            state.record(step + 1, epoch=epoch_number + 1, loss=round(loss, 6), lr=lr, tokens=tokens)
             progress.step(note=f"epoch {epoch_number + 1}  loss {loss:.3f}")
     if processes.rank() == 0:
         model.save(run.folder / "adapter.safetensors", run.id)
@@ -88,14 +87,15 @@ def train_step(run, optimizer, scaler, examples):
     model, config = run.model, run.config
     parameters = list(model.trainable_parameters().values())
     optimizer.zero_grad(set_to_none=True)
-    loss, tokens = 0.0, 0
+    losses, tokens = [], 0
     for part, share in processes.micro_batches(examples, config.micro_batch_size):
         batch, photos = encode_examples(part, model.tokenizer, config.image)
-        cls_tokens = run.photo_features.read(photos, model.device) if run.photo_features else None
+        cls_tokens = run.photo_features.read(photos, "cpu") if run.photo_features else None
         part_loss = model(batch, cls_tokens) * share    # of the average over the full batch
         scaler.scale(part_loss).backward()
-        loss += part_loss.item()
+        losses.append(part_loss.detach())               # read later: here the CPU would wait for a GPU
         tokens += sum(len(example.prompt) + len(example.answer) for example in batch) if share else 0
+    loss = sum(torch.stack(losses).tolist())
     loss, tokens = processes.sum_over_processes(parameters, loss, tokens)
     gradients = [p.grad for p in parameters if p.grad is not None]
     problem, finite = f"its loss is {loss}", math.isfinite(loss)
@@ -172,15 +172,13 @@ def train_and_score(config, folder, resumed):
     """
     sources = find_sources(config)
     print(describe(config, sources), flush=True)
-    products = sample_labels(split_products(config, sources, "train"), config.labels, config.seed)
+    products = split_products(config, sources, "train")
     values = values_of(products)
     held_out = hold_out(values, config.holdout_values, config.seed)
     for attribute, names in held_out.items():
         print(f"held out of training and val: {attribute}: {', '.join(names)}")
     products = without(products, held_out)
-    # Val is sampled like train: the same number of products per value.
-    val = sample_labels(split_products(config, sources, "val"), config.labels, config.seed)
-    val = without(val, held_out)
+    val = without(split_products(config, sources, "val"), held_out)
     test = split_products(config, sources, "test")
     splits = {"train": products, "val": val, "test": test}
     note_duplicates(splits)
@@ -194,11 +192,12 @@ def train_and_score(config, folder, resumed):
     run = Run(folder, "", config, values, sources, model, photo_features, held_out)
     for split in splits.values():
         prepare_photos(run, split)
-        check_lengths(run, split, compared=split is products and config.lbc != "none")
-    photo_key = photo_features.key if photo_features else None
+        check_questions(run, split, compared=split is products and config.lbc != "none")
+    photo_key = photo_features.keys.get if photo_features else None
     data = {name: fingerprint(split, photo_key) for name, split in splits.items()}
     weights = weights_fingerprint(sources)
     processes.check_same("data or weights", data | weights | {"init": init_id})
+    choose_threads(config, model)
     if resumed:
         record = read_config(folder)[1]
         check_weights(folder, record, sources)
@@ -208,10 +207,8 @@ def train_and_score(config, folder, resumed):
         if init_id not in (None, record["init_id"]):
             raise UserError(f"--resume {folder}: {config.init} is not the run any more that this one starts "
                             "from, and no step of this one was saved; start it anew")
-        choose_threads(config, model)
         run.id = record["id"]
     else:
-        choose_threads(config, model)
         run.id = write_config(folder, config, values=values, held_out=held_out, data_fingerprint=data,
                               weights_fingerprint=weights, init_id=init_id)
     print(f"run folder: {folder}")

@@ -4,15 +4,18 @@ The sequences are put into a prefix tree.  Each node of the tree is one token of
 
     sequences        tree              ids       1 5 6 7 8   (N,)    the nodes, in the order they were made
     A = [1, 5, 6]    1 - 5 - 6         position  0 1 2 2 1   (N,)    the depth of each node
-    B = [1, 5, 7]    |   `-- 7         table     0 1 2       (B, T)  the nodes of each sequence,
+    B = [1, 5, 7]    |   `-- 7         table     0 1 2       (B T,)  the nodes of each sequence,
     C = [1, 8]       `-- 8                       0 1 3               padded with 0 at the end
                                                  0 4 0
-                                       back      6 4 2 5 7   (N,)    a place of each node in the flat table
+                                       back      6 4 2 5 7   (N,)    a place of each node in the table
 
 With causal attention the hidden state of a token depends only on the tokens before it, so sequences that
 begin alike can share the nodes of their prefix.  Linear layers and norms run on the (N, D) matrix of the
 list.  Attention alone needs whole sequences: `pad` gathers them by the table, and `unpad` takes one copy of
 each node from the result.
+
+A comparison is about twice as long as a base question.  So the sequences of a training step are in two
+groups, the shorter and the longer; the table of the second follows that of the first.
 
 Padding stands after the last token of its sequence.  In the first pass causal attention hides it.  When
 answers are generated, its keys are in the KV cache; there the mask `key <= position` hides every place after
@@ -28,38 +31,47 @@ import torch
 class Tokens:
     """The tokens of a forward pass.
 
-    ids, position, table, back   as in the drawing above
+    ids, position, table, back   as in the drawing above; table None: one token for each sequence, T = 1
+    groups  (B, T) of each group of sequences in the table
     needed  (M,): indices of the tokens whose logits are used, sequence after sequence; None: all N, in order
-    mask    (B, 1, T, S): True where a query may see a key; None: causal attention among the T tokens of each
-            sequence
+    mask    (B, 1, T, S), added to the scores: -infinity where a query may not see a key; None: causal
+            attention among the T tokens of each sequence
     """
 
     ids: torch.Tensor
     position: torch.Tensor
-    table: torch.Tensor
+    table: torch.Tensor | None
     back: torch.Tensor
+    groups: list | None = None
     needed: torch.Tensor | None = None
     mask: torch.Tensor | None = None
 
     def pad(self, x):
-        """(N, heads, d) -> (B, heads, T, d).  The gradient of a shared token is the sum over its
-        sequences.
+        """(N, heads, d) -> (B, heads, T, d) of each group.  The gradient of a shared token is the sum over
+        its sequences.
         """
-        rows = x.flatten(1).index_select(0, self.table.flatten())              # (B T, heads d)
-        return rows.view(*self.table.shape, *x.shape[1:]).transpose(1, 2)
+        if self.table is None:
+            return [x[:, :, None]]
+        rows = x.flatten(1).index_select(0, self.table)                         # (B T of all groups, heads d)
+        parts = rows.split([B * T for B, T in self.groups])
+        return [part.view(*group, *x.shape[1:]).transpose(1, 2) for part, group in zip(parts, self.groups)]
 
     def unpad(self, y):
-        """(B, heads, T, d) -> (N, heads d)"""
-        return y.transpose(1, 2).flatten(2).flatten(0, 1).index_select(0, self.back)
+        """(B, heads, T, d) of each group -> (N, heads d)"""
+        if self.table is None:
+            return y[0].flatten(1)
+        rows = torch.cat([group.transpose(1, 2).flatten(2).flatten(0, 1) for group in y])
+        return rows.index_select(0, self.back)
 
 
-def pack(sequences, n_needed=None, device="cpu"):
+def pack(sequences, n_needed=None, device="cpu", grouped=False):
     """Tokens of sequences (lists of ids, any lengths).
 
     n_needed  for each sequence, the number of its last tokens whose logits are used; None: all tokens
+    grouped   the sequences may be in two groups; not for a KV cache, which holds one
     """
     nodes = {}                                          # (index of the node before, id) -> index of the node
-    ids, position, table = [], [], []
+    ids, position, paths = [], [], []
     for sequence in sequences:
         path, before = [], -1
         for depth, token_id in enumerate(sequence):
@@ -68,27 +80,54 @@ def pack(sequences, n_needed=None, device="cpu"):
                 ids.append(token_id)
                 position.append(depth)
             path.append(before)
-        table.append(path)
-    T = max(map(len, table))
-    back = [0] * len(ids)
-    for b, path in enumerate(table):
-        for t, node in enumerate(path):
-            back[node] = b * T + t
+        paths.append(path)
     needed = None
     if n_needed is not None:
-        last = [node for path, n in zip(table, n_needed) for node in path[len(path) - n:]]
-        needed = torch.tensor(last, device=device)                              # (M,)
-    table = [path + [0] * (T - len(path)) for path in table]
-    return Tokens(*(torch.tensor(x, device=device) for x in (ids, position, table, back)), needed)
+        last = [node for path, n in zip(paths, n_needed) for node in path[len(path) - n:]]
+        needed = to_device(last, device)                                        # (M,)
+    table, groups, back = [], [], [0] * len(ids)
+    for group in shorter_and_longer(paths) if grouped else [paths]:
+        T = max(map(len, group))
+        groups.append((len(group), T))
+        for path in group:
+            for t, node in enumerate(path):
+                back[node] = len(table) + t
+            table += path + [0] * (T - len(path))
+    return Tokens(*(to_device(x, device) for x in (ids, position, table, back)), groups, needed)
 
 
-def next_tokens(ids, position):
+def shorter_and_longer(paths):
+    """The paths as two groups with the least padding, or as one."""
+    paths = sorted(paths, key=len)
+
+    def places(n):                                      # if the first n are a group
+        return n * len(paths[n - 1]) + (len(paths) - n) * len(paths[-1])
+
+    n = min(range(len(paths), 0, -1), key=places)
+    return [group for group in (paths[:n], paths[n:]) if group]
+
+
+def next_tokens(ids, position, dtype=torch.float32):
     """Tokens of one new token for each of B sequences, whose earlier tokens are in the KV cache.
 
-    ids (B,); position: a list of B, where each new token stands in its sequence
+    ids (B,); position: a list of B, where each new token stands in its sequence; dtype: of the mask
     """
+    S = max(position) + 1
+    position = to_device(position, ids.device)                                  # (B,)
+    # A GPU's kernel needs rows of a multiple of 8 numbers in memory; else each layer copies the mask.
+    key = torch.arange(-(-S // 8) * 8, device=ids.device)
+    later = key > position[:, None, None, None]
+    mask = torch.zeros(later.shape, dtype=dtype, device=ids.device).masked_fill(later, float("-inf"))
     rows = torch.arange(len(ids), device=ids.device)
-    key = torch.arange(max(position) + 1, device=ids.device)                    # (S,)
-    position = torch.tensor(position, device=ids.device)                        # (B,)
-    mask = key <= position[:, None, None, None]                                 # (B, 1, 1, S)
-    return Tokens(ids, position, rows[:, None], rows, mask=mask)
+    return Tokens(ids, position, None, rows, mask=mask[..., :S])                # (B, 1, 1, S)
+
+
+def to_device(numbers, device, dtype=None):
+    """Numbers (a list, or a tensor) as a tensor on the device.
+
+    From pinned memory a GPU copies when it comes to this operation; otherwise the CPU would wait for it.
+    """
+    tensor = torch.as_tensor(numbers, dtype=dtype)
+    if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

@@ -27,8 +27,8 @@ def table(file, id, attributes, out, title, photo, category, skip_value, hide_an
     if any(out.glob("*")):
         raise UserError(f"--out {out}: is there already; delete it, or name a new folder")
     if "|" in "".join(attributes) or len({name.casefold() for name in attributes}) < len(attributes):
-        raise UserError("--attributes: names a column twice, or one with '|' in its name, which separates names "
-                        "in rest.tsv; leave it out, or rename it")
+        raise UserError("--attributes: names a column twice, or one with '|' in its name, which separates "
+                        "names in rest.tsv; leave it out, or rename it")
     out = out.resolve()
     images = out.parent / "images"
     products = read_products(file, (id, photo, category, title), attributes, images)
@@ -171,8 +171,8 @@ def cell_text(cell, shared):
         return "".join(map(plain_text, cell.findall("{*}is")))
     text = cell.findtext("{*}v", "")
     if kind == "n" and not text and cell.find("{*}f") is not None:
-        raise UserError(f"the workbook's cell {cell.get('r')} is a formula without a result; open the file in "
-                        "Excel, and save it")
+        raise UserError(f"the workbook's cell {cell.get('r')} is a formula without a result; open the file "
+                        "in Excel, and save it")
     if kind == "s":
         return shared[int(text)]
     if kind == "b":

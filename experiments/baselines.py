@@ -1,9 +1,11 @@
-"""The other approaches of Table 1, on the same data and the same frozen models:
+"""A bag of words, and the other approaches of Table 1 on the same data and the same frozen models:
 
     python -m experiments.baselines --labels 10 20 --seeds 0 1 2                             the demo world
     python -m experiments.baselines --dataset footwear --data ROOT --llama DIR --no-image --labels 10
-    python -m experiments.baselines --probe RUN [RUN ...]              a run, with inputs shuffled
+    python -m experiments.baselines --dataset footwear --data ROOT --words-only              without a LLaMA
 
+Bag of words: TF-IDF of the words of title and category, and one logistic regression for each attribute.  It
+sees the same labelled products as the others.  Its settings are fixed, so it needs no val split.
 Extractive: no training is needed to know its ceiling, the share of test products whose text contains the
 value.  No method that marks words of the text can be right more often (M-JAVE: 0.00 in the paper).
 Discriminative: the idea of CMA-CLIP, a classifier over the known values of each attribute, with a
@@ -15,9 +17,8 @@ Generative is EIVEN itself (experiments/paper_tables.py).  DEFLATE needs T5 and 
 The scores go to RUNS like those of runs, where paper_tables (Table 1) and figures (figure 4) find them.
 """
 
-import itertools
-import random
 import re
+from collections import Counter
 from dataclasses import replace
 
 import torch
@@ -25,49 +26,119 @@ import torch.nn.functional as F
 from torch import nn
 
 from base import console
-from base.console import write_json
+from base.console import Progress, write_json
 from base.packing import pack
-from data import read_split, sample_labels
-from evaluate import load, score
+from data import read_split, sample_labels, values_of
+from evaluate import score
 from experiments.paper_tables import new_parser, run_folder
-from support.answering import Run, answers, prepare_photos
-from support.config import Config, add_flags, build_model, choose_device, describe, find_sources
+from support.answering import Run, prepare_photos
+from support.config import DATA, Config, add_flags, build_model, choose_device, describe, find_sources
 
 EPOCHS, RATE, WIDTH, DROPOUT = 60, 3e-3, 64, 0.3        # of the classifier
+C = 1                                                   # weight of the cross-entropy in a bag of words
+
+
+def words(text):
+    return re.findall(r"\w+", text.lower())
 
 
 def extractive_ceiling(products):
     """Per cent of the products whose title or category contains the words of the value, in any case."""
-    def words(text):
-        return " ".join(["", *re.findall(r"\w+", text.lower()), ""])
+    def joined(text):
+        return f" {' '.join(words(text))} "
 
-    return 100 * sum(words(p.value) in words(p.context) for p in products) / len(products)
+    return 100 * sum(joined(p.value) in joined(p.context) for p in products) / len(products)
+
+
+def answer(train, test, scores_of):
+    """The answers for the products of test, whose attributes all stand in train, attribute by attribute.
+
+    scores_of(labelled, target, asked)  gives the scores (asked, values) of one attribute.  labelled and asked
+    are indices in train and test, target (labelled,) those of the right values.
+    """
+    best = [""] * len(test)
+    for attribute, values in values_of(train).items():
+        labelled, asked = ([i for i, p in enumerate(split) if p.attribute == attribute]
+                           for split in (train, test))
+        target = torch.tensor([values.index(train[i].value) for i in labelled])
+        for i, scores in zip(asked, scores_of(labelled, target, asked)):
+            best[i] = values[scores.argmax()]
+    return best
+
+
+# ---------------------------------------------------------------------------------------- bag of words
+
+
+def tf_idf(labelled, asked):
+    """Two lists of texts as rows (texts, words): a word's count times its weight, scaled to length 1.
+
+    The words, and their weights ln((1 + texts) / (1 + texts that have the word)) + 1, come from `labelled`.
+    """
+    vocabulary = sorted({word for text in labelled for word in words(text)})
+
+    def count(texts):
+        counts = [Counter(words(text)) for text in texts]
+        return torch.tensor([[n[word] for word in vocabulary] for n in counts], dtype=torch.float64)
+
+    x = count(labelled)
+    idf = ((1 + len(x)) / (1 + (x > 0).sum(0))).log() + 1
+    return F.normalize(x * idf), F.normalize(count(asked) * idf)
+
+
+def logistic_regression(x, target):
+    """weight (words + 1, values) that minimises C * cross-entropy (a sum) + |weight|² / 2.
+
+    x (texts, words);  target (texts,): indices of the right values
+    The last row of weight is the bias, and is left out of |weight|².
+    """
+    weight = torch.zeros(x.shape[1] + 1, target.max() + 1, dtype=x.dtype, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight], max_iter=1000, tolerance_grad=1e-6, tolerance_change=0,
+                                  line_search_fn="strong_wolfe")
+
+    def loss():
+        optimizer.zero_grad()
+        cross_entropy = F.cross_entropy(x @ weight[:-1] + weight[-1], target, reduction="sum")
+        value = C * cross_entropy + weight[:-1].square().sum() / 2
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    return weight.detach()
+
+
+def bag_of_words(train, test):
+    def scores_of(labelled, target, asked):
+        x, x_asked = tf_idf([train[i].context for i in labelled], [test[i].context for i in asked])
+        weight = logistic_regression(x, target)
+        return x_asked @ weight[:-1] + weight[-1]
+
+    return answer(train, test, scores_of)
+
+
+# ---------------------------------------------------------------------------------------- the classifier
 
 
 class Classifier(nn.Module):
-    """Scores of the values of a product's attribute from the embeddings of photo and text.
+    """Scores of an attribute's values from the embeddings of photo and text.
 
-    Each modality is projected to WIDTH features.  Modality-wise attention: a learned query for each attribute
-    gives the modalities their weights, which sum to 1.  Then a linear layer scores the values.
-    widths  of the modalities;  owner (values,): the number of the attribute that each value belongs to
+    Each modality is projected to WIDTH features.  Modality-wise attention: a learned query gives the
+    modalities their weights, which sum to 1.  Then a linear layer scores the values.
     """
 
-    def __init__(self, widths, owner):
+    def __init__(self, widths, values):
         super().__init__()
-        self.owner = owner
         self.project = nn.ModuleList(
             nn.Sequential(nn.LayerNorm(width), nn.Linear(width, WIDTH), nn.GELU(), nn.Dropout(DROPOUT))
             for width in widths)
-        self.query = nn.Parameter(torch.zeros(len(owner.unique()), WIDTH))
-        self.head = nn.Linear(WIDTH, len(owner))
+        self.query = nn.Parameter(torch.zeros(WIDTH))
+        self.head = nn.Linear(WIDTH, values)
 
-    def forward(self, modalities, attribute):
-        """(B, width) of each modality, attribute (B,) -> (B, values); -inf: another attribute's."""
+    def forward(self, modalities):
+        """(B, width) of each modality -> (B, values)"""
         # (B, modalities, WIDTH)
         h = torch.stack([project(x) for project, x in zip(self.project, modalities)], 1)
-        weight = (h * self.query[attribute, None]).sum(-1, keepdim=True) / WIDTH ** 0.5
-        h = (weight.softmax(1) * h).sum(1)                                      # (B, WIDTH)
-        return self.head(h).masked_fill(self.owner != attribute[:, None], float("-inf"))
+        weight = (h @ self.query / WIDTH ** 0.5).softmax(1)                     # (B, modalities)
+        return self.head((weight[:, None] @ h)[:, 0])
 
 
 @torch.no_grad()
@@ -80,86 +151,73 @@ def embed(products, run):
     if run.config.text:
         llama, tokenizer = run.model.llama, run.model.tokenizer
         rows = []
-        for p in products:
-            tokens = pack([[tokenizer.bos_id, *tokenizer.encode(p.context)]], device=run.model.device)
-            rows.append(llama(llama.embed(tokens.ids), tokens).mean(0).float().cpu())
+        with Progress("texts read", len(products), "texts") as progress:
+            for p in products:
+                tokens = pack([[tokenizer.bos_id, *tokenizer.encode(p.context)]], device=run.model.device)
+                rows.append(llama(llama.embed(tokens.ids), tokens).mean(0).float().cpu())
+                progress.step()
         modalities.append(torch.stack(rows))
     return modalities
 
 
-def discriminative(splits, embedded, seed):
-    """Test micro-F1 of the classifier after the epoch with the best micro-F1 on val."""
-    torch.manual_seed(seed)
-    values = sorted({(p.attribute, p.value) for p in splits[0]})
-    names = sorted({attribute for attribute, _ in values})
-    attributes = [torch.tensor([names.index(p.attribute) for p in split]) for split in splits]
-    target = torch.tensor([values.index((p.attribute, p.value)) for p in splits[0]])
-    classifier = Classifier([x.shape[1] for x in embedded[0]],
-                            torch.tensor([names.index(attribute) for attribute, _ in values]))
-    optimizer = torch.optim.AdamW(classifier.parameters(), RATE, weight_decay=0.05)
+def discriminative(train, embedded, test, embedded_test, seed):
+    """The classifier's answers for test.  embedded, embedded_test: what `embed` gives for train and test."""
+    def scores_of(labelled, target, asked):
+        torch.manual_seed(seed)
+        classifier = Classifier([x.shape[1] for x in embedded], target.max() + 1)
+        optimizer = torch.optim.AdamW(classifier.parameters(), RATE, weight_decay=0.05)
+        for _ in range(EPOCHS):
+            for batch in torch.randperm(len(target)).split(32):
+                logits = classifier([x[labelled][batch] for x in embedded])
+                optimizer.zero_grad()
+                F.cross_entropy(logits, target[batch]).backward()
+                optimizer.step()
+        return classifier.eval()([x[asked] for x in embedded_test])
 
-    def micro_f1(n):
-        best = classifier(embedded[n], attributes[n]).argmax(-1)
-        return score(splits[n], [values[i][1] for i in best])["micro_f1"]
-
-    scores = []                                         # of each epoch: on val, on test
-    for _ in range(EPOCHS):
-        classifier.train()
-        for batch in torch.randperm(len(target)).split(32):
-            logits = classifier([x[batch] for x in embedded[0]], attributes[0][batch])
-            optimizer.zero_grad()
-            F.cross_entropy(logits, target[batch]).backward()
-            optimizer.step()
-        classifier.eval()
-        scores.append((micro_f1(1), micro_f1(2)))
-    return max(scores, key=lambda pair: pair[0])[1]
+    return answer(train, test, scores_of)
 
 
-def run_baselines(config, labels, seeds, runs):
+# ---------------------------------------------------------------------------------------- the command
+
+
+def run_baselines(config, labels, seeds, runs, words_only):
     sources = find_sources(config)
-    print(describe(config, sources))
+    used = describe(config, sources)
+    if words_only:
+        used = used.split(";")[0]                       # the data
+    train, test = (read_split(sources.data, config.dataset, split) for split in ("train", "test"))
+    samples = {(count, seed): sample_labels(train, count, seed) for count in labels for seed in seeds}
+
+    def report(row, count, seed, micro_f1):
+        print(f"{config.dataset}, {count or 'all'} labels, seed {seed}, {row}: micro-F1 {micro_f1:.2f}, "
+              f"test split, n = {len(test)}", flush=True)
+        write_json(run_folder(runs, config.dataset, row, count, seed) / "metrics.json",
+                   {"micro_f1": micro_f1, "n": len(test), "sources": used})
+
+    print(used)
+    for task, labelled in samples.items():              # what needs no model comes first
+        report("extractive", *task, extractive_ceiling(test))
+        report("bag-of-words", *task, score(test, bag_of_words(labelled, test))["micro_f1"])
+    if words_only:
+        return
     run = Run(runs, "", config, {}, sources, *build_model(config, sources, choose_device(config.device)))
-    train, val, test = (read_split(sources.data, config.dataset, name) for name in ("train", "val", "test"))
-    for count, seed in itertools.product(labels, seeds):
-        number = None if count == "all" else int(count)
-        splits = sample_labels(train, number, seed), sample_labels(val, number, seed), test
-        f1 = discriminative(splits, [embed(split, run) for split in splits], seed)
-        ceiling = extractive_ceiling(test)
-        print(f"{count} labels, seed {seed}: micro-F1 {f1:.1f} on the test split, n = {len(test)}; "
-              f"extractive at most {ceiling:.2f}", flush=True)
-        for row, micro_f1 in (("extractive", ceiling), ("discriminative", f1)):
-            write_json(run_folder(runs, config.dataset, row, count, seed) / "metrics.json",
-                       {"micro_f1": micro_f1, "n": len(test), "sources": describe(config, sources)})
-
-
-def shuffled(products, *fields):
-    """The products, with these fields taken from another product of the same attribute."""
-    others = random.Random(0).sample(products, len(products))
-    pairs = zip(*(sorted(order, key=lambda p: p.attribute) for order in (products, others)))
-    return [replace(p, **{field: getattr(other, field) for field in fields}) for p, other in pairs]
-
-
-def probe(folder):
-    """Print what a run scores on its test split, and what is left if photos, or texts, are shuffled."""
-    run = load(folder, data_needed=True)
-    test = read_split(run.sources.data, run.config.dataset, "test")
-    prepare_photos(run, test)
-    for name, products in {"the run itself": test, "photos shuffled": shuffled(test, "image"),
-                           "titles and categories shuffled": shuffled(test, "title", "category")}.items():
-        f1 = score(products, [answer.value for answer in answers(run, products)])["micro_f1"]
-        print(f"{folder}, {name}: micro-F1 {f1:.2f}, test split, n = {len(test)}", flush=True)
+    embedded_test = embed(test, run)
+    for task, labelled in samples.items():
+        answers = discriminative(labelled, embed(labelled, run), test, embedded_test, seed=task[1])
+        report("discriminative", *task, score(test, answers)["micro_f1"])
 
 
 def main():
     parser = new_parser(__doc__)
-    parser.add_argument("--probe", nargs="+", default=[], metavar="RUN", help="shuffle runs' inputs instead")
+    parser.add_argument("--words-only", action="store_true", help="the bag of words alone, without a LLaMA")
     add_flags(parser, ("dataset", "data", "llama", "vit", "demo", "image", "text", "device", "dtype"))
     flags = vars(parser.parse_args())
-    labels, seeds, runs, probed = (flags.pop(name) for name in ("labels", "seeds", "runs", "probe"))
-    for folder in probed:
-        probe(folder)
-    if not probed:
-        run_baselines(Config(**flags), labels, seeds, runs)
+    labels, seeds, runs, words_only = (flags.pop(name) for name in ("labels", "seeds", "runs", "words_only"))
+    config = Config(**flags)
+    if words_only:                                      # the demo's LLaMA is always there; it is not loaded
+        demo = config.demo or not (config.data or DATA.exists())
+        config = replace(config, image=False, llama="demo", demo=demo)
+    run_baselines(config, labels, seeds, runs, words_only)
 
 
 if __name__ == "__main__":

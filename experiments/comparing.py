@@ -9,7 +9,8 @@ this one compares them, with the same seeds and the same test products.
 
 For each difference: its mean, and a 95 % interval from 10,000 bootstrap samples over seeds and products.  It
 is significant if the interval does not contain 0.  Errors are also counted apart: inside a family of values
-that look alike, and outside, for data sets whose values are grouped in FAMILIES.
+that look alike, and outside, for data sets whose values are grouped in FAMILIES.  The arms' own scores are in
+RUNS/tables.md.
 """
 
 import argparse
@@ -24,8 +25,7 @@ from base import console
 from base.console import UserError
 from base.tsv import read_tsv
 from demo import world
-from experiments.paper_tables import cell, markdown
-from support.run_folder import read_losses
+from experiments.paper_tables import markdown
 
 ARMS = ("no-lbc", "no-lbc-twice", "full", "judge-first", "better-instance")
 NAME = re.compile(rf"(.+-(?:\d+|all))-({'|'.join(ARMS)})-seed(\d+)")
@@ -42,13 +42,13 @@ FAMILIES += [set(values) for families in world.FAMILIES.values() for _, values i
 
 
 def read_run(folder):
-    """(outcomes, number of steps).  outcomes (products, 3): right, wrong inside the family, wrong outside."""
+    """Outcomes (products, 3): right, wrong inside the family, wrong outside."""
     outcomes = []
     for _, row in read_tsv(folder / "predictions.tsv", "a run's predictions"):
         pair = {row["attribute_values"], row["prediction"]}
         alike = any(pair <= family for family in FAMILIES)
         outcomes.append(np.eye(3)[0 if len(pair) == 1 else 1 if alike else 2])
-    return np.stack(outcomes), len(read_losses(folder))
+    return np.stack(outcomes)
 
 
 def interval(difference, draw):
@@ -63,24 +63,18 @@ def interval(difference, draw):
 def compare(name, runs):
     """Markdown for one data set and number of labels.  runs: {arm: {seed: what read_run gives}}"""
     rows = []
-    for arm, by_seed in runs.items():
-        outcomes, steps = zip(*by_seed.values())
-        # (seeds, 3).  Without empty answers micro-F1 is the share of right answers.
-        shares = 100 * np.stack(outcomes).mean(1)
-        rows.append([arm, max(steps), *map(cell, shares.T.tolist())])
-    differences = []
     draw = np.random.default_rng(0)
     for b, a in itertools.combinations(runs, 2):
         seeds = runs[a].keys() & runs[b].keys()
         if len(seeds) > 1:
-            # (seeds, products, 3)
-            difference = np.stack([runs[a][seed][0] - runs[b][seed][0] for seed in sorted(seeds)])
+            # (seeds, products, 3).  Without empty answers micro-F1 is the share of right answers.
+            difference = np.stack([runs[a][seed] - runs[b][seed] for seed in sorted(seeds)])
             cells = ["{:+.1f} ({:+.1f} to {:+.1f})".format(*interval(difference[..., k], draw))
                      for k in range(3)]
-            differences.append([f"{a} - {b}", len(seeds), *cells])
-    return "\n".join([f"**{name} labels, test split**: in per cent, mean ± standard deviation (seeds)", "",
-                      *markdown(["arm", "steps", *COLUMNS], rows), "",
-                      *markdown(["difference, paired by seed", "seeds", *COLUMNS], differences), ""])
+            by_seed = " ".join(f"{100 * gain:+.2f}" for gain in difference[..., 0].mean(1))
+            rows.append([f"{a} - {b}", *cells, by_seed])
+    return "\n".join([f"**{name} labels, test split**: differences in points (95 % interval)", "",
+                      *markdown(["paired by seed", *COLUMNS, "micro-F1, seed by seed"], rows), ""])
 
 
 def main():

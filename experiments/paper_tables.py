@@ -1,7 +1,7 @@
 """The paper's ablations, run over seeds and set beside the paper's own rows:
 
     python -m experiments.paper_tables --labels 10 50 --seeds 0 1 2 --jobs 2        Tables 2, 3 and 5
-    python -m experiments.paper_tables --curve --labels 10 50 100 all               Table 1: the label curve
+    python -m experiments.paper_tables --rows full --labels 10 50 100 all           Table 1: the label curve
     python -m experiments.paper_tables --dataset footwear --data ROOT --llama DIR --no-image --labels 50
 
 Every row is a run of train.py with one or two flags changed; paper.tsv holds these flags and the paper's
@@ -22,12 +22,17 @@ from pathlib import Path
 from base import console
 from base.console import PROJECT, Progress, UserError, read_json, write_text
 from base.tsv import read_tsv
+from support.config import number
 
 
-def new_parser(description, runs="tables", labels="10"):
-    """A parser with the flags that several commands share; the first sentence of a docstring describes it."""
+def new_parser(description, runs="tables", labels=(10,)):
+    """A parser with the flags that several commands share; the first sentence of a docstring describes it.
+
+    Of its labels, None stands for all.
+    """
     parser = argparse.ArgumentParser(description=description.split(":")[0], allow_abbrev=False)
-    parser.add_argument("--labels", nargs="+", default=labels.split(), metavar="N|all", help="for each value")
+    parser.add_argument("--labels", nargs="+", default=labels, metavar="N|all", help="for each value",
+                        type=number(int, 1, 10 ** 9, word="all"))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N")
     parser.add_argument("--runs", type=Path, default=PROJECT / "runs" / runs, help="folder of the runs")
     return parser
@@ -40,7 +45,7 @@ def paper_rows():
 
 
 def run_folder(runs, dataset, row, labels, seed):
-    return runs / f"{dataset}-{labels}-{row}-seed{seed}"
+    return runs / f"{dataset}-{labels or 'all'}-{row}-seed{seed}"
 
 
 def do_run(folder, flags, threads=1):
@@ -96,7 +101,7 @@ def tables(runs, dataset, labels, seeds):
         for row in rows:
             ours = [cell(scores(runs, dataset, row["configuration"], count, seeds)) for count in labels]
             cells.append([row["row"], *ours, row.get(dataset, "not given")])
-        header = ["", *(f"{count} labels" for count in labels), f"paper, {row['labels']} labels"]
+        header = ["", *(f"{count or 'all'} labels" for count in labels), f"paper, {row['labels']} labels"]
         lines += ["", f"**{table}**", "", *markdown(header, cells)]
     return "\n".join(lines) + "\n"
 
@@ -104,12 +109,11 @@ def tables(runs, dataset, labels, seeds):
 def main():
     flags_of = {row["configuration"]: row["flags"].split() for row in paper_rows()
                 if row["flags"] != "experiments.baselines"}
-    parser = new_parser(__doc__, labels="10 50")
+    parser = new_parser(__doc__, labels=(10, 50))
     parser.epilog = "Other flags go to train.py as they are."
     parser.add_argument("--dataset", default="general")
     parser.add_argument("--rows", nargs="+", default=list(flags_of), choices=flags_of, metavar="ROW",
                         help=f"which configurations (default: all): {', '.join(flags_of)}")
-    parser.add_argument("--curve", action="store_const", dest="rows", const=["full"], help="as --rows full")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
     args, passed_on = parser.parse_known_args()
     same_flags(args.runs, args.dataset, *passed_on)
@@ -119,8 +123,8 @@ def main():
 
     def one(task):
         seed, count, row = task
-        flags = ["--dataset", args.dataset, "--labels", count, "--seed", str(seed), *flags_of[row]]
-        do_run(run_folder(args.runs, args.dataset, row, count, seed), [*passed_on, *flags],
+        flags = [*passed_on, "--dataset", args.dataset, "--labels", str(count or "all"), "--seed", str(seed)]
+        do_run(run_folder(args.runs, args.dataset, row, count, seed), [*flags, *flags_of[row]],
                max(1, os.cpu_count() // args.jobs))
 
     with Progress("runs", len(plan), "runs") as progress, ThreadPoolExecutor(args.jobs) as workers:

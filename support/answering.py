@@ -5,9 +5,10 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from functools import cache
 from itertools import islice
+from operator import length_hint
 from pathlib import Path
 from shlex import quote
 from tempfile import TemporaryDirectory
@@ -16,10 +17,10 @@ from typing import NamedTuple
 from PIL import Image
 
 from base.checkpoint import check_frozen
-from base.console import Progress, UserError, did_you_mean, reading
+from base.console import Progress, UserError, did_you_mean, reading, what_is
 from base.photo import on_white, upright
 from base.tsv import COLUMNS, write_tsv
-from data import Product, base_question, comparison, encode_answer, encode_examples, read_split
+from data import Product, base_question, comparison, encode_answer, encode_examples, read_split, sample_labels
 from demo import world
 from eiven import EIVEN, TEMPERATURE, TOP_P
 from support import processes
@@ -86,8 +87,9 @@ class Run:
     @property
     def answer_limit(self):
         """Tokens that a free answer may have: no known value may be cut off."""
-        longest = longest_values(self, self.values).values()
-        return max(SHORTEST_LIMIT, *(len(encode_answer(value, self.model.tokenizer)) for value in longest))
+        lengths = (len(encode_answer(value, self.model.tokenizer))
+                   for names in self.values.values() for value in names)
+        return max(SHORTEST_LIMIT, *lengths)
 
     def known_attribute(self, name):
         """The attribute's name as in the training data, whatever its case and white space; or `name`."""
@@ -109,8 +111,8 @@ class Run:
                       f"run's training data ({names})")
         for name, argument, used in (("image", image, self.config.image), ("text", text, self.config.text)):
             if used != (argument is not None):
-                with_or_without, do = ("with", "give") if used else ("without", "leave out")
-                raise UserError(f"this run was trained {with_or_without} {name}s: {do} --{name}")
+                raise UserError(f"this run was trained with{'' if used else 'out'} {name}s: "
+                                f"{'give' if used else 'leave out'} --{name}")
         photo = str(Path(image).absolute()) if image else ""
         if photo:
             with reading(photo, "the photo of --image"):
@@ -148,13 +150,14 @@ class Run:
                    of texts; AttributeError: a product is no dict.  A note in the error says which product
         """
         if values is not None:
-            texts = not isinstance(values, str) and all(isinstance(v, str) and v.strip() for v in values)
+            texts = isinstance(values, list | tuple) and all(isinstance(v, str) and v.strip() for v in values)
             if not texts or not values:
                 raise ValueError(f"values must be a list of texts, none of them empty, but is {values!r}")
             values = list(dict.fromkeys(" ".join(value.split()) for value in values))
-        total = len(products) if hasattr(products, "__len__") else None
+        if not (0 <= min_confidence <= 1 and temperature >= 0 and 0 < top_p <= 1):
+            raise ValueError("min_confidence is from 0 to 1, temperature 0 or more, top_p in (0, 1]")
         records = enumerate(products)
-        with Progress("answering", total, "products") as progress:
+        with Progress("answering", length_hint(products), "products") as progress:
             while block := list(islice(records, ANSWER_BATCH)):
                 with TemporaryDirectory() as folder:
                     block = [self._product_of(*record, folder) for record in block]
@@ -162,9 +165,7 @@ class Run:
                 lists = self.values if constrain else None
                 if values:
                     lists = {p.attribute: values for p in block}
-                if lists:
-                    check_values(block, lists, "constrain", "the run's training data")
-                check_lengths(self, block, values=lists)
+                check_questions(self, block, lists)
                 answered = answer_batches(self, block, lists, temperature, top_p, progress)
                 yield from (answer.above(min_confidence) for answer in answered.values())
 
@@ -190,13 +191,12 @@ def note_once(text):
     print(f"note: {text}", file=sys.stderr)
 
 
-def load(folder: str | os.PathLike, data_needed: bool = False, feature_cache: bool = True, **changed) -> Run:
+def load(folder: str | os.PathLike, data_needed: bool = False, **changed) -> Run:
     """The Run in a run folder, ready to answer.
 
-    data_needed    whether products will be read from the data set's folder
-    feature_cache  False: the features of photos are kept in memory only
-    changed        flags that replace the saved ones: data, llama, vit, device, dtype, threads
-    Errors         UserError: no run, not finished, other weights than in training
+    data_needed  whether products will be read from the data set's folder
+    changed      flags that replace the saved ones: data, llama, vit, device, dtype, threads
+    Errors       UserError: no run, not finished, other weights than in training
     """
     folder = Path(folder)
     config, record = read_config(folder)
@@ -207,14 +207,14 @@ def load(folder: str | os.PathLike, data_needed: bool = False, feature_cache: bo
                         f"python train.py --resume {quote(str(folder))}")
     sources = find_sources(config, data_needed)
     check_weights(folder, record, sources)
-    model, photo_features = build_model(config, sources, choose_device(config.device), feature_cache)
+    model, photo_features = build_model(config, sources, choose_device(config.device))
     model.load(trained, record["id"])
     return Run(folder, record["id"], config, record["values"], sources, model, photo_features,
                record["held_out"], read_temperature(folder, record["id"]))
 
 
 def read_values(path):
-    """{attribute: its values, each once} from a file with one `attribute<TAB>value` a line and no header."""
+    """{attribute: its values} from a file with one `attribute<TAB>value` a line and no header."""
     values = {}
     with reading(path, "a list of values (attribute, tab, value)"):
         for number, line in enumerate(Path(path).read_text(encoding="utf-8-sig").splitlines(), start=1):
@@ -224,37 +224,32 @@ def read_values(path):
             if len(cells) != 2 or not all(cells):
                 raise ValueError(f"line {number}, {line[:80]!r}, should be an attribute, one tab and a value")
             attribute, value = cells
-            values[attribute] = values.get(attribute, {}) | {value: None}
+            values.setdefault(attribute, []).append(value)
         if not values:
             raise ValueError("it holds no values; it needs an attribute, a tab and a value in each line")
-    return {attribute: list(names) for attribute, names in values.items()}
-
-
-def check_values(products, values, where, source):
-    """UserError if an attribute of the products has no values to choose from."""
-    unknown = sorted({p.attribute for p in products} - values.keys())
-    if unknown:
-        raise UserError(f"{where}: there are no known values of {', '.join(unknown[:5])}; {source} has those "
-                        f"of {', '.join(values)}")
+    return values
 
 
 # ---------------------------------------------------------------------------------------- answers
 
 
 def split_products(config, sources, split):
-    """The products of a split; with --skip-missing-photos those whose photo exists, and a line says how many
-    are left out.
+    """The products of a split; train and val are sampled (--labels).
+
+    With --skip-missing-photos those without a photo are left out, and a line says how many.  An empty file or
+    a page of HTML is no photo.
     """
     products = read_split(sources.data, config.dataset, split)
-    if not config.skip_missing_photos or config.demo and not config.data:
-        return products                                 # the demo world's photos are drawn when needed
-    images = sources.data / "images"
-    kept = [p for p in products if os.path.isfile(images / p.image)]
-    note = f"{split}: {len(products) - len(kept):,} of {len(products):,} products have no photo in {images}"
-    if not kept:
-        raise UserError(f"{note}; download them (docs/data.md), or leave photos out with --no-image")
-    print(f"{note}: left out")
-    return kept
+    if config.skip_missing_photos and config.image and not config.drawn:        # drawn when they are needed
+        images = sources.data / "images"
+        kept = [p for p in products if not what_is(images / p.image)]
+        note = (f"{split}: {len(products) - len(kept):,} of {len(products):,} products have no photo in "
+                f"{images}")
+        if not kept:
+            raise UserError(f"{note}; download them (docs/data.md), or leave photos out with --no-image")
+        print(f"{note}: left out")
+        products = kept
+    return products if split == "test" else sample_labels(products, config.labels, config.seed)
 
 
 def prepare_photos(run, products, skip_bad=False):
@@ -268,7 +263,7 @@ def prepare_photos(run, products, skip_bad=False):
         return {}
     names = [p.image for p in products]
     with nullcontext() if skip_bad else processes.one_first():
-        if run.config.demo and not run.config.data:
+        if run.config.drawn:
             world.draw_photos(run.sources.data, names)
         return run.photo_features.prepare(names, skip_bad)
 
@@ -277,16 +272,16 @@ def answers(run, products, values=None, temperature=TEMPERATURE, top_p=TOP_P, wh
     """An Answer for each product, in order.
 
     Of several processes, each answers its part of the batches; process 0 returns all answers, and the others
-    [].
+    those of their part.
     values  {attribute: values} to choose from: each value is scored, and the most probable is the answer;
             None: free
     """
-    rank, size = processes.rank(), processes.size()
     with Progress(what, len(products), "products") as progress:
-        answered = answer_batches(run, products, values, temperature, top_p, progress, rank, size)
+        answered = answer_batches(run, products, values, temperature, top_p, progress, processes.rank(),
+                                  processes.size())
     for part in processes.gather(answered):
         answered |= part
-    return [answered[i] for i in range(len(products))] if rank == 0 else []
+    return [answered[i] for i in sorted(answered)]
 
 
 def answer_batches(run, products, values, temperature, top_p, progress=None, rank=0, size=1):
@@ -368,35 +363,32 @@ def likeliest(values, log_probs, temperature=1.0):
     """
     ranked = sorted(range(len(values)), key=lambda i: -log_probs[i])
     weight = [math.exp((lp - log_probs[ranked[0]]) / temperature) for lp in log_probs]
-    p = [weight[i] / sum(weight) for i in ranked[:2]]
-    runner_up = (values[ranked[1]], p[1]) if len(values) > 1 else ("", None)
-    return Answer(values[ranked[0]], p[0], *runner_up, tuple(log_probs))
+    two = [cell for i in ranked[:2] for cell in (values[i], weight[i] / sum(weight))]
+    return Answer(*two, log_probs=tuple(log_probs))
 
 
 def prediction(p, a):
     """The cells of a product and its Answer, in the order of PREDICTED."""
-    second = "" if a.runner_up_probability is None else f"{a.runner_up_probability:.4f}"
-    return [p.id, p.image, p.category, p.title, p.attribute, p.value,
-            a.value, f"{a.probability:.4f}", a.runner_up, second]
+    second = a.runner_up_probability and round(a.runner_up_probability, 4)
+    return [*astuple(p), a.value, round(a.probability, 4), a.runner_up, second]
 
 
 def write_predictions(path, products, answers):
     """Write products and their answers as TSV: the data set's columns, then the answer's."""
-    write_tsv(path, (prediction(p, a) for p, a in zip(products, answers)), PREDICTED)
+    write_tsv(path, (["" if cell is None else cell for cell in prediction(p, a)]
+                     for p, a in zip(products, answers)), PREDICTED)
 
 
-# ---------------------------------------------------------------------------------------- lengths
+# ---------------------------------------------------------------------------------------- questions that fail
 
 
-def check_lengths(run, products, compared=False, values=None):
-    """UserError before any work if a product's question and answer are longer than LLaMA can read.
-
-    compared, values   as in `too_long` and `longest_values`
+def check_questions(run, products, values=None, compared=False):
+    """UserError before any work if a product cannot be asked for; the arguments are those of
+    `longest_values` and `problem_of`.
     """
     longest = longest_values(run, values)
     for product in products:
-        problem = too_long(run, product, longest, compared)
-        if problem:
+        if problem := problem_of(run, product, longest, compared):
             raise UserError(problem)
 
 
@@ -406,12 +398,16 @@ def longest_values(run, values):
             for attribute, names in (values or {}).items()}
 
 
-def too_long(run, product, longest, compared=False):
-    """What is wrong if a product's question and answer are longer than LLaMA can read; else None.
+def problem_of(run, product, longest, compared=False):
+    """What is wrong if a product's attribute has no values to choose from, or if its question and answer are
+    longer than LLaMA can read; else None.
 
-    longest   {attribute: value} that the product must fit together with, if it has this attribute
+    longest   {attribute: the longest of the values to choose from}; {}: the answer is free, or the label
     compared  whether a question may hold two products; then both are assumed to be this long
     """
+    if longest and product.attribute not in longest:
+        return (f"there are no known values of {product.attribute}, only of {', '.join(longest)}; --values "
+                "and --constrain together take those of the file and those of the training")
     config, limit = run.config, run.model.llama.config.max_position_embeddings
     p = replace(product, value=longest.get(product.attribute, product.value))
     example = comparison(p, p, config.lbc, config.text) if compared else base_question(p, config.text)

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from base.console import write_json
 from support.answering import likeliest
-from support.run_folder import save_temperature
 
 BINS = 10
 PRECISION = 95                                  # per cent: that val's threshold is chosen for
@@ -71,7 +71,9 @@ def calibrate(run, products, answers, values):
     scored = [(a.log_probs, values[p.attribute].index(p.value))
               for p, a in zip(products, answers) if p.value in values[p.attribute]]
     temperature = fit_temperature(*zip(*scored)) if scored else 1.0
-    run.calibration = save_temperature(run.folder, temperature, len(scored), sum(map(len, values.values())))
+    run.calibration = {"run": run.id, "temperature": temperature, "n": len(scored),
+                       "values": sum(map(len, values.values()))}
+    write_json(run.folder / "calibration.json", run.calibration)
     return [likeliest(values[p.attribute], a.log_probs, temperature) for p, a in zip(products, answers)]
 
 

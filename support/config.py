@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import NamedTuple, get_args
@@ -22,6 +23,7 @@ from support.features import PhotoFeatures
 DATA = PROJECT / "data"
 LLAMA = PROJECT / "weights" / "llama-7b"
 VIT = PROJECT / "weights" / "clip-vit-b-16"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # ---------------------------------------------------------------------------------------- flags
 
@@ -29,12 +31,11 @@ VIT = PROJECT / "weights" / "clip-vit-b-16"
 def number(kind, least, greatest, word=None):
     """A type for argparse: an int or float from `least` to `greatest`, or `word`, which becomes None."""
     def parse(text):
-        try:
-            value = None if text == word else kind(text)
-            if value is None or least <= value <= greatest:
+        if text == word:
+            return None
+        with suppress(ValueError):
+            if least <= (value := kind(text)) <= greatest:
                 return value
-        except ValueError:
-            pass
         allowed = f"a {'whole ' if kind is int else ''}number from {least:,} to {greatest:,}"
         allowed += f" or {word!r}" if word else ""
         raise argparse.ArgumentTypeError(f"must be {allowed}, but is {text[:40]!r}")
@@ -63,39 +64,43 @@ class Config:
     dataset: str = flag("general", "data set: a folder in ROOT (clothing, footwear, general)",
                         group=("data and weights", "e.g. python train.py --data shop --dataset dresses"))
     labels: int | None = flag(None, "labelled products per attribute value, a number or 'all' (default: all)",
-                              (1, 10 ** 9), metavar="N")
-    holdout_values: int = flag(0, "values per attribute kept out of training and val, to be answered unseen "
-                               "(default: none)", (0, 10 ** 6), metavar="N")
+                              (1, 1_000_000_000))
+    holdout_values: int = flag(0, "values per attribute kept out of training and val, to be answered unseen",
+                               (0, 1_000_000))
     data: str | None = path_flag("folder of data sets and images/ (default: data/, else the demo)", "ROOT")
     llama: str | None = path_flag("LLaMA's folder (default: weights/llama-7b/; 'demo': the small one)", "DIR")
     vit: str | None = path_flag("CLIP ViT's file or folder (default: weights/clip-vit-b-16/; 'demo')", "PATH")
     demo: bool = flag(False, "use the embedded demo world with its small backbones")
     features: str = flag("multi", "[cls] of every third ViT layer, or of the last one", ("multi", "single"),
                          group=("model", "e.g. python train.py --adapter mlp-linear --no-text"))
-    skip_missing_photos: bool = flag(False, "leave out products whose photo does not exist (else: an error)")
+    skip_missing_photos: bool = flag(False, "leave out products without a photo (else: an error)")
     image: bool = flag(True, "leave the photos out")
     text: bool = flag(True, "leave title and category out")
     adapter: str = flag("rep", "adapter before each attention", KINDS)
-    adapter_dim: int = flag(8, "its rank", (1, 4096), metavar="R")
-    projector_dim: int = flag(128, "hidden width of the projector", (1, 65536), metavar="N")
+    adapter_dim: int = flag(8, "its rank", (1, 4096))
+    projector_dim: int = flag(128, "hidden width of the projector", (1, 65536))
     lbc: str = flag("judge_last", "Learning-by-Comparison strategy", STRATEGIES,
                     group=("training", "e.g. python train.py --init runs/dresses-all-1 --epochs 5"))
-    lbc_ratio: float = flag(1.0, "comparisons per product and epoch", (0, 100), metavar="X")
+    lbc_ratio: float = flag(1.0, "comparisons per product and epoch", (0, 100))
     init: str | None = path_flag("begin with the adapters and projector of this run (default: new)", "RUN")
-    epochs: int = flag(15, "passes over the labelled products", (1, 10 ** 6), metavar="N")
-    batch_size: int = flag(32, "examples a step", (1, 65536), metavar="N")
-    lr: float | None = flag(None, "peak learning rate (default: 9e-3 * batch size / 256)", (1e-12, 100),
-                            metavar="X")
-    seed: int = flag(0, "seed of everything random", (0, 2 ** 63 - 1), metavar="N")
+    epochs: int = flag(15, "passes over the labelled products", (1, 1_000_000))
+    batch_size: int = flag(32, "examples a step", (1, 65536))
+    lr: float | None = flag(None, "peak learning rate (default: 9e-3 * batch size / 256)", (1e-12, 100))
+    seed: int = flag(0, "seed of everything random", (0, 2 ** 63))
     out: str | None = path_flag("run folder (default: runs/DATASET-LABELS, numbered)", "RUN")
     device: str | None = flag(None, "cpu, cuda, cuda:1, … (default: a GPU if there is one)",
                               group=("machine", "e.g. python train.py --dtype int8 --micro-batch-size 4"))
     dtype: str = flag("auto", "of the frozen weights (int8: LLaMA's matrices, in 7 GB at 7B); what is "
-                      "trained is always fp32", ("auto", "fp32", "bf16", "fp16", "int8"))
-    threads: int | None = flag(None, "CPU threads (default: measured at the start)", (1, 1024), metavar="N")
+                      "trained is always fp32", ("auto", *DTYPES, "int8"))
+    threads: int | None = flag(None, "CPU threads (default: measured at the start)", (1, 1024))
     micro_batch_size: int | None = flag(None, "examples held in memory at once (default: the whole batch)",
-                                        (1, 65536), metavar="N")
+                                        (1, 65536))
     grad_checkpoint: bool = flag(False, "recompute each layer in the backward pass: less memory, more time")
+
+    @property
+    def drawn(self):
+        """Whether the data is the demo world's, whose photos are drawn when they are needed."""
+        return self.demo and not self.data
 
 
 def kind_of(f):
@@ -126,13 +131,13 @@ def add_flags(parser, names=None):
         if kind_of(f) is bool:
             words["action"] = "store_false" if no else "store_true"
         else:
-            if "default" not in words["help"] and f.default is not None:
+            if f.default is not None:
                 words["help"] += f" (default: {f.default})"
-            words["help"] = words["help"].replace("%", "%%")
             if kind_of(f) is str:
                 words["choices"] = allowed
             else:
                 words["type"] = number(kind_of(f), *allowed, word="all" if f.name == "labels" else None)
+                words["metavar"] = "N"
         place.add_argument(f"--{no}{f.name.replace('_', '-')}", **words)
 
 
@@ -164,9 +169,9 @@ def find_sources(config, data_needed=True):
     run keeps using it.
     data_needed  whether anything will be read from the data's folder
     """
-    paths = (config.data, config.llama, config.vit)
     real_data = any(DATA.glob("[!.]*"))                 # `dataset build` begins with a hidden folder
-    config.demo = config.demo or not (any(paths) or real_data or LLAMA.exists() or VIT.exists())
+    there = (config.data, config.llama, config.vit, real_data, LLAMA.exists(), VIT.exists())
+    config.demo = config.demo or not any(there)
     if config.demo:
         config.llama = config.llama or "demo"
         config.vit = config.vit or "demo"
@@ -182,7 +187,7 @@ def find_sources(config, data_needed=True):
         setattr(config, name, str(path))
         return path
 
-    if config.demo and not config.data:
+    if config.drawn:
         with processes.one_first():
             data = world.write_dataset()
     else:
@@ -200,13 +205,9 @@ def find_sources(config, data_needed=True):
 
 def describe(config, sources):
     """The first line that a run prints: which data and which weights it uses."""
-    data = f"data {sources.data}"
-    llama = f"LLaMA {sources.llama}"
+    data = "DEMO WORLD (drawn products)" if config.drawn else f"data {sources.data}"
+    llama = "DEMO LLaMA" if sources.llama == world.LLAMA else f"LLaMA {sources.llama}"
     vit = f"ViT {sources.vit}" if sources.vit else "no photos"
-    if config.demo and not config.data:
-        data = "DEMO WORLD (drawn products)"
-    if sources.llama == world.LLAMA:
-        llama = "DEMO LLaMA"
     if sources.vit == world.VIT:
         vit = "DEMO ViT"
     warning = "  These figures are not the paper's." if "DEMO" in data + llama + vit else ""
@@ -223,7 +224,7 @@ def choose_device(name):
         torch.zeros(1, device=device).item()            # a number that comes back: the meta device keeps none
     except (RuntimeError, AssertionError, ValueError) as error:
         raise UserError(f"--device {name}: cannot be used here ({reason(error)}); cpu always can") from None
-    started, gpus = processes.size_here(), torch.cuda.device_count()
+    started, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
     if device.type == "cuda" and started > gpus:
         raise UserError(f"--device {device}: torchrun started {started} processes on this machine, but "
                         f"it has {gpus} GPU(s); start one for each GPU, or take --device cpu")
@@ -238,8 +239,8 @@ def choose_dtype(name, device, llama):
     for emulation), else fp16; on a CPU fp32 if that takes at most 60 % of the memory, else the dtype of the
     files.
     """
-    if name in ("fp32", "bf16", "fp16"):
-        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+    if name in DTYPES:
+        return DTYPES[name]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
     if name == "int8":
@@ -247,9 +248,8 @@ def choose_dtype(name, device, llama):
     with torch.device("meta"):
         parameters = sum(p.numel() for p in LLaMA(read_config(llama / "config.json")).parameters())
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")           # the limit of a container
-    if limit.exists() and limit.read_text().strip().isdigit():
-        memory = min(memory, int(limit.read_text()))
+    with suppress(OSError, ValueError):                 # the limit of a container, if it has one
+        memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()))
     return torch.float32 if 4 * parameters <= 0.6 * memory else None
 
 
@@ -276,15 +276,12 @@ def choose_threads(config, model, stream=None):
     config.threads = torch.get_num_threads()
 
 
-def build_model(config, sources, device, feature_cache=True):
-    """(EIVEN with fresh adapters, PhotoFeatures or None) as the config says.
-
-    feature_cache  False: the features of photos are kept in memory only
-    """
+def build_model(config, sources, device):
+    """(EIVEN with fresh adapters, PhotoFeatures or None) as the config says."""
     photo_features = None
     if config.image:
         photo_features = PhotoFeatures(sources.vit, sources.data / "images", config.features == "single",
-                                       device, cache=None if feature_cache else False)
+                                       device)
     dtype = choose_dtype(config.dtype, device, sources.llama)
     llama, tokenizer = load_llama(sources.llama, dtype, device, int8=config.dtype == "int8")
     llama.grad_checkpoint = config.grad_checkpoint

@@ -34,16 +34,15 @@ class PhotoFeatures:
     vit         file or folder of the ViT's weights
     images      folder that photo names are relative to
     single      the last layer's [cls] token only, K = 1 (the paper's "- MGVF"), not every third layer's
-    cache       the folder of the files; False: features are kept in memory, until `forget`
     cls_layers  the ViT layers whose [cls] tokens `read` gives
     Any thread may call.  Photos go through the ViT one by one, which on a CPU is as fast as several together.
     So the features of a photo do not depend on other photos, not even in their last bits.
     """
 
-    def __init__(self, vit, images, single=False, device="cpu", cache=None):
+    def __init__(self, vit, images, single=False, device="cpu"):
         self.images = Path(images)
         self.device = device
-        self.folder = None if cache is False else Path(cache or cache_folder() / "features")
+        self.folder = cache_folder() / "features"
         self.vit = load_vit(vit, device)
         config = self.vit.config
         self.width = config.hidden_size                 # V
@@ -51,17 +50,8 @@ class PhotoFeatures:
         self.cls_layers = self.all_layers[-1:] if single else self.all_layers
         weights = fingerprint([weight_file(vit)])
         self.vit_key = f"{weights} {config} {self.all_layers} {PREPROCESSING}".encode()
-        self.forget()
-
-    def forget(self):
-        """Drop what is in memory.  Photos must be prepared again before they are read."""
-        self.keys = {}                                  # {name: key}
-        self.in_memory = {}                             # without a folder: {key: the content of its file}
+        self.keys = {}                                  # {name of a prepared photo: the name of its file}
         self.recent = lru_cache(RECENT)(self._load)
-
-    def key(self, name):
-        """What the features of a prepared photo are found by: a hash of the ViT and of the photo's bytes."""
-        return self.keys[name]
 
     def read(self, names, device):
         """Features (P, K, V) of prepared photos, or None for no photos."""
@@ -111,7 +101,7 @@ class PhotoFeatures:
             key = hashlib.file_digest(file, lambda: hashlib.sha256(self.vit_key)).hexdigest()
         try:
             self._load(key)
-        except (KeyError, OSError, ValueError):
+        except (OSError, ValueError):
             return key, preprocess(open_photo(path), self.vit.config.image_size)
         return key, None
 
@@ -123,9 +113,6 @@ class PhotoFeatures:
                             "Download them again")
         values = tokens.numpy().tobytes()
         content = hashlib.sha256(values).digest() + values
-        if self.folder is None:
-            self.in_memory[key] = content
-            return
         path = self.folder / key[:2] / key
         partial = path.with_name(f".{uuid.uuid4()}")    # a name that no other thread or process has
         try:
@@ -140,9 +127,9 @@ class PhotoFeatures:
     def _load(self, key):
         """The features (all layers, V) of a photo.
 
-        Errors  KeyError or OSError if they are not there, ValueError if their file is damaged
+        Errors  OSError if they are not there, ValueError if their file is damaged
         """
-        content = self.in_memory[key] if self.folder is None else (self.folder / key[:2] / key).read_bytes()
+        content = (self.folder / key[:2] / key).read_bytes()
         values = content[DIGEST:]
         if hashlib.sha256(values).digest() != content[:DIGEST]:
             raise ValueError(f"{self.folder}: the features {key} are damaged; start the command again")

@@ -38,11 +38,6 @@ def size():
     return distributed.get_world_size() if connected() else 1
 
 
-def size_here():
-    """The number of processes on this machine."""
-    return int(os.environ["LOCAL_WORLD_SIZE"]) if connected() else 1
-
-
 def rank():
     """The number of this process, from 0."""
     return distributed.get_rank() if connected() else 0

@@ -21,25 +21,6 @@ CELL = 44                                       # side of a matrix's cell, in pi
 LONGEST = 40                                    # characters of a name in a picture
 
 
-def draw_results(folder, title, products, answers, metrics, images, losses, explain):
-    """Write a confusion matrix for each attribute, and report.html; the arguments are those of
-    report_html.
-    """
-    counts = defaultdict(Counter)               # {attribute: how often each (gold value, answer)}
-    for p, a in zip(products, answers):
-        counts[p.attribute][p.value, a.value] += 1
-    matrices = {}                               # by a part of the file's name, which is not too long
-    for attribute, pairs in counts.items():
-        name = re.sub(r"\W", "-", attribute.lower())[:LONGEST]
-        while name in matrices:
-            name += f"-{len(matrices)}"
-        matrices[name] = confusion_png(f"{attribute[:LONGEST]}: {title}", pairs)
-        with whole_file(folder / f"confusion-{name}.png") as partial:
-            matrices[name].save(partial, "png")
-    page = report_html(title, products, answers, metrics, images, losses, explain, matrices)
-    write_text(folder / "report.html", page)
-
-
 # --------------------------------------------------------------------------------------------------- pictures
 
 
@@ -80,6 +61,23 @@ def confusion_png(title, counts):
             colour = "white" if share > 0.5 else "black"
             draw.text((x + CELL // 2, y + CELL // 2), str(n or ""), colour, font, "mm")
     return image
+
+
+def matrices_html(folder, title, products, answers):
+    """Write a confusion matrix for each attribute; all of them as HTML."""
+    counts = defaultdict(Counter)               # {attribute: how often each (gold value, answer)}
+    for p, a in zip(products, answers):
+        counts[p.attribute][p.value, a.value] += 1
+    pictures = {}                               # by a part of the file's name, which is not too long
+    for attribute, pairs in counts.items():
+        name = re.sub(r"\W", "-", attribute.lower())[:LONGEST]
+        while name in pictures:
+            name += f"-{len(pictures)}"
+        matrix = confusion_png(f"{attribute[:LONGEST]}: {title}", pairs)
+        with whole_file(folder / f"confusion-{name}.png") as partial:
+            matrix.save(partial, "png")
+        pictures[name] = f"<div class='wide'>{inline(matrix, 'png', f'confusion matrix {name}')}</div>"
+    return "".join(pictures.values())
 
 
 def inline(picture, kind, words):
@@ -234,21 +232,17 @@ bin; on the dashed line both are equal</figcaption>{reliability_diagram(confiden
     return page
 
 
-def report_html(title, products, answers, metrics, images, losses, explain, matrices):
-    """The page of a run's results: the main result in words, scores, the most confident mistakes, how it was
-    measured.
+def draw_results(folder, title, products, answers, metrics, images, losses, explain):
+    """Write the confusion matrices, and report.html: the main result in words, scores, the most confident
+    mistakes, how it was measured.
 
-    images    folder of the photos, or None for a run without
-    losses    of the training steps, for the learning curve
-    explain   the command that explains a product of this run, without the product's id
-    matrices  {name of an attribute: its confusion matrix, an image}
+    images   folder of the photos, or None for a run without
+    losses   of the training steps, for the learning curve
+    explain  the command that explains a product of this run, without the product's id
     """
     surest_first = sorted(zip(products, answers), key=lambda pair: -pair[1].probability)
     rows = metrics["attributes"] | metrics.get("seen_and_held_out", {}) | {"all (micro)": metrics}
-    pictures = ""
-    for name, matrix in matrices.items():
-        pictures += f"<div class='wide'>{inline(matrix, 'png', f'confusion matrix {name}')}</div>"
-    return f"""<!doctype html>
+    page = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>EIVEN: {escape(title)}</title>
@@ -269,7 +263,8 @@ top p: {metrics["top_p"]}, constrained: {metrics["constrained"]}, min confidence
 merged: {metrics["merged"]}; answered in {metrics["seconds"]} s. The interval is over products, and not over
 seeds of the training. One value for all: the score of the attribute's commonest gold value as the answer to
 every product.</p>
-<h2>Which values are confused</h2><div class="row">{pictures}</div>
+<h2>Which values are confused</h2><div class="row">
+{matrices_html(folder, title, products, answers)}</div>
 <h2>The most confident mistakes</h2>
 <p>Behind the id is the command that follows the product from photo to (free) answer.</p>
 {cards(surest_first, False, images, explain)}
@@ -278,3 +273,4 @@ every product.</p>
 {"<h2>Training loss</h2>" + learning_curve(losses) if len(losses) > 1 else ""}
 </body></html>
 """
+    write_text(folder / "report.html", page)

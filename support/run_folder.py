@@ -68,7 +68,8 @@ def read_config(folder):
     path, what = Path(folder) / "config.json", "a run's config.json (train.py writes it)"
     record = read_json(path, what)
     with reading(path, what):
-        settings = {f.name: record[f.name] for f in fields(Config)}
+        # A run of an older version lacks the newer flags: it has what is their default now.
+        settings = {f.name: record.get(f.name, f.default) for f in fields(Config)}
         for f in fields(Config):
             if not fits(f, settings[f.name]):
                 raise ValueError(f"{f.name} is {settings[f.name]!r}, which is not allowed")
@@ -92,11 +93,11 @@ def weights_fingerprint(sources):
     """
     llama = [sources.llama / "config.json", sources.llama / "tokenizer.model"]
     llama += shard_files(sources.llama, "LLaMA's weights")
-    vit = []
+    prints = {"llama": fingerprint(llama), "vit": None}
     if sources.vit:
         weights = weight_file(sources.vit)
-        vit = [path for path in (weights.parent / "config.json", weights) if path.exists()]
-    return {"llama": fingerprint(llama), "vit": fingerprint(vit) if vit else None}
+        prints["vit"] = fingerprint(p for p in (weights.parent / "config.json", weights) if p.exists())
+    return prints
 
 
 def check_weights(folder, record, sources):
@@ -115,7 +116,10 @@ def load_init(config, sources, model):
             raise UserError(f"--init {config.init}: that run has {name} = {getattr(other, name)}, this one "
                             f"{getattr(config, name)}; give it the same flag, or leave --init out")
     check_weights(config.init, record, sources)
-    model.load(Path(config.init) / "adapter.safetensors", record["id"])
+    trained = Path(config.init) / "adapter.safetensors"
+    if not trained.exists():
+        raise UserError(f"--init {config.init}: its training is not finished; --resume it first")
+    model.load(trained, record["id"])
     return record["id"]
 
 
@@ -129,44 +133,45 @@ class TrainingState:
     on the seed and the epoch.  step: how many of the run's `steps` were done before this start.
     """
 
-    def __init__(self, folder, run_id, model, optimizer, scaler, steps):
-        self.path, self.log_path = folder / "state.pt", folder / "log.jsonl"
-        self.run_id, self.model, self.optimizer, self.scaler = run_id, model, optimizer, scaler
-        self.step = self.load(steps) if self.path.exists() else 0
+    def __init__(self, run, optimizer, scaler, steps):
+        self.run, self.optimizer, self.scaler, self.steps = run, optimizer, scaler, steps
+        self.path, self.log_path = run.folder / "state.pt", run.folder / "log.jsonl"
+        self.step = self.load() if self.path.exists() else 0
         self.start = self.saved = time.monotonic()
         if processes.rank() == 0:                       # the steps after the state will be done again
-            kept = [json.dumps(line) + "\n" for line in read_log(folder) if line["step"] <= self.step]
+            kept = [json.dumps(line) + "\n" for line in read_log(run.folder) if line["step"] <= self.step]
             write_text(self.log_path, "".join(kept))
 
-    def record(self, step, last, **line):
+    def record(self, step, **line):
         """Log a finished step; save the state every SAVE_EVERY seconds and after the last step."""
         if processes.rank() > 0:
             return
         line = {"step": step, **line, "seconds": round(time.monotonic() - self.start, 2)}
-        check_still_there(self.path.parent, self.run_id)
+        check_still_there(self.run.folder, self.run.id)
         with open(self.log_path, "a", encoding="utf-8") as log:
             log.write(json.dumps(line) + "\n")
-        if last or time.monotonic() - self.saved > SAVE_EVERY:
+        if step == self.steps or time.monotonic() - self.saved > SAVE_EVERY:
             self.save(step)
 
     def save(self, step):
         if processes.rank() > 0:
             return
-        trained = {name: p.detach() for name, p in self.model.trainable_parameters().items()}
+        trained = {name: p.detach() for name, p in self.run.model.trainable_parameters().items()}
         with whole_file(self.path) as partial:
-            torch.save({"run": self.run_id, "step": step, "trained": trained,
+            torch.save({"run": self.run.id, "step": step, "trained": trained,
                         "optimizer": self.optimizer.state_dict(),
                         "scaler": self.scaler.state_dict()}, partial)
         self.saved = time.monotonic()
 
-    def load(self, steps):
+    def load(self):
         """Restore everything; the number of steps done.  UserError if it is not a state of this run."""
         with reading(self.path, "the state of this run, to resume from"):
             state = torch.load(self.path, map_location="cpu", weights_only=True)
-            check_run(state["run"], self.run_id)
-            if not 0 <= state["step"] <= steps:
-                raise ValueError(f"step is {state['step']}, but the run has {steps} steps; start a new run")
-            restore(self.model.trainable_parameters(), state["trained"], self.path)
+            check_run(state["run"], self.run.id)
+            if not 0 <= state["step"] <= self.steps:
+                raise ValueError(f"step is {state['step']}, but the run has {self.steps} steps; start a new "
+                                 "run")
+            restore(self.run.model.trainable_parameters(), state["trained"], self.path)
             # Settings of the optimizer come from train.py, not from the file.
             groups = self.optimizer.state_dict()["param_groups"]
             self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
@@ -181,11 +186,12 @@ def read_log(folder):
     A line that is cut off ends it, and is named: after a power cut it is the last one.
     """
     path, lines = folder / "log.jsonl", []
-    for number, text in enumerate(path.read_bytes().splitlines() if path.is_file() else [], start=1):
+    for text in path.read_bytes().splitlines() if path.is_file() else []:
         try:
             lines.append(json.loads(text))
         except ValueError:
-            print(f"note: {path}, line {number}: is not a whole line; it ends the log", file=sys.stderr)
+            print(f"note: {path}, line {len(lines) + 1}: is not a whole line; it ends the log",
+                  file=sys.stderr)
             break
     return lines
 
@@ -198,19 +204,9 @@ def read_losses(folder):
 # ---------------------------------------------------------------------------------------- calibration
 
 
-def save_temperature(folder, temperature, n, values):
-    """Write RUN/calibration.json: a temperature fitted on n products of val, which chose from so many
-    values.
-    """
-    run_id = read_config(folder)[1]["id"]
-    calibration = {"run": run_id, "temperature": temperature, "split": "val", "n": n, "values": values}
-    write_json(folder / "calibration.json", calibration)
-    return calibration
-
-
 def read_temperature(folder, run_id):
-    """What save_temperature wrote, or None if nothing was fitted yet.  UserError for a file that does not
-    hold it.
+    """The calibration.json that support.confidence.calibrate wrote, or None if nothing was fitted yet.
+    UserError for a file that does not hold it.
     """
     path, what = folder / "calibration.json", "the temperature of a run's values"
     if not path.exists():

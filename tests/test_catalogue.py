@@ -179,10 +179,11 @@ def test_wide_has_a_line_for_each_product(answer, tmp_path):
 
 def test_own_columns_keep_their_types(answer, tmp_path):
     """Not every line of JSONL has the same ones."""
-    rows = [ROWS[0] | {"price": 9.5, "prediction": None}, ROWS[1] | {"tags": ["a", "é"]}]
+    rows = [ROWS[0] | {"price": 9.5, "prediction": None, "cut": "\ud83d"}, ROWS[1] | {"tags": ["a", "é"]}]
     answer(as_jsonl(rows), "out.jsonl", "--keep-columns")
     first, second = read(tmp_path / "out.jsonl")
     assert (first["price"], first["input prediction"], second["tags"]) == (9.5, None, ["a", "é"])
+    assert first["cut"] == "\ud83d"                     # half of a character
     assert "tags" not in first and isinstance(first["prediction"], str)
     answer(as_jsonl(rows), "out.tsv", "--keep-columns")
     first, second = read(tmp_path / "out.tsv")

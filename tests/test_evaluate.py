@@ -1,6 +1,5 @@
 """Scores against their definition, and what evaluate.py writes where."""
 
-import argparse
 import csv
 import json
 import random
@@ -16,25 +15,17 @@ import evaluate
 import train
 from base.console import UserError
 from data import Product, read_split
-from evaluate import exact_match, interval, micro_f1, score, scores_folder, table
+from evaluate import interval, micro_f1, score, scores_folder, table
 from support import answering
 
 # ---------------------------------------------------------------------------------------- scores
-
-
-@pytest.mark.parametrize("prediction, right", [
-    (" Short Sleeve\n", True), ("short sleeve", False), ("Short  Sleeve", False), ("Short Sleeves", False),
-    ("It is Short Sleeve", False),
-])
-def test_exact_match(prediction, right):
-    assert exact_match(prediction, "Short Sleeve") is right
 
 
 def test_micro_f1_is_its_definition():
     """2 TP / (2 TP + FP + FN): a wrong answer is both a false positive and a false negative."""
     draw = random.Random(0)
     for n in range(20):
-        predictions = draw.choices(["Flat", " Flat", "flat", "Flats", "Heel", "", " "], k=n)
+        predictions = draw.choices(["Flat", " Flat\n", "flat", "It is Flat", "Flats", "Heel", "", " "], k=n)
         pairs = list(zip(predictions, draw.choices(["Flat", "Heel"], k=n)))
         tp = sum(prediction.strip() == gold for prediction, gold in pairs)
         fp = sum(prediction.strip() not in ("", gold) for prediction, gold in pairs)
@@ -107,10 +98,9 @@ def test_no_scoring_writes_over_another(tmp_path, monkeypatch):
     for number, name in enumerate(("a.tsv", "b.tsv", "c/a.tsv")):
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).write_text(f"A\t{number}\n")
-    parser = argparse.ArgumentParser()
+    parser = evaluate.answer_parser("")
     parser.add_argument("--split", default="test")
     parser.add_argument("--without-duplicates", action="store_true")
-    evaluate.add_answering_flags(parser)
     settings = ["", "--split val", "--split train", "--constrain", "--merge", "--without-duplicates",
                 "--dtype bf16", "--min-confidence 1", "--min-confidence 0.5", "--values a.tsv",
                 "--values b.tsv", "--values c/a.tsv", "--temperature 0", "--temperature 1", "--top-p 1",
@@ -172,15 +162,14 @@ def test_scoring_again(own, run, scored, data_root, capsys):
 
 def test_values_to_choose_from(own, scored, tmp_path):
     values = tmp_path / "values.tsv"
-    values.write_text("boot style\tSandal\nHeel Height\tFlat\n")
+    values.write_text("boot style\tSandal\nHeel Height\tFlat\nHeel Height\tFlat\n")      # once is enough
     name = f"values-values-{zlib.crc32(values.read_bytes()):08x}"      # another list may have this name
     rows, metrics = scored(f"scores/test-{name}", "--values", values)
     assert {row["prediction"] for row in rows} == {"Sandal", "Flat"}
     assert metrics["constrained"]
     rows, metrics = scored(f"scores/test-constrain-{name}", "--constrain", "--values", values)
-    assert metrics["values"] == {"Boot Style": 4, "Heel Height": 2}
     values.write_text("Boot Style\tSandal\n")
-    with pytest.raises(UserError, match="--constrain for .*known values of Heel Height; .* of Boot Style"):
+    with pytest.raises(UserError, match="known values of Heel Height, only of Boot Style; .*--constrain"):
         scored("", "--values", values)
     scored("scores/val-constrain", "--constrain", "--split", "val")
     _, metrics = scored("scores/test-constrain", "--constrain")
@@ -202,13 +191,10 @@ def test_without_duplicates_of_train(flags, data_root, tmp_path, scored, capsys)
     assert metrics["split"] == "test (without duplicates of train)"
 
 
-def test_what_is_not_scored(own, scored, data_root, tmp_path):
+def test_what_is_not_scored(scored, data_root, tmp_path):
     with pytest.raises(UserError, match="--merge: .* int8"):
         scored("", "--merge", "--dtype", "int8")
     data = shutil.copytree(data_root, tmp_path / "data")
     shutil.copy(data / "images" / "B0001.jpg", data / "images" / "B0055.jpg")
     with pytest.raises(UserError, match="the products or photos of test are not those of this run"):
         scored("", "--data", data)
-    (own / "adapter.safetensors").unlink()
-    with pytest.raises(UserError, match="its training is not finished; continue it with"):
-        scored("")

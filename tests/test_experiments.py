@@ -2,13 +2,17 @@
 speed comparison on a tiny model.
 """
 
+import math
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
-from conftest import randomize
+from conftest import PROJECT, command, randomize
 
 from base.console import UserError, write_json
-from base.tsv import COLUMNS, write_tsv
+from base.tsv import COLUMNS, read_tsv, write_tsv
 from data import Encoded, Product, read_split
 from eiven import EIVEN
 from experiments import baselines, comparing, figures, memory_7b, paper_tables, peer, speed, table_4
@@ -16,15 +20,17 @@ from experiments.random_weights import LLAMA_7B
 from llama import LLaMA
 
 
+METHODS = ("bag-of-words", "discriminative", "full", "no-lbc")          # columns of the pages' tables
+
+
 def product(i, value, title="", attribute="Pattern"):
     return Product(f"P{i}", f"P{i}.jpg", "Clothing", title, attribute, value)
 
 
-def write_run(folder, *answers, steps=10):
+def write_run(folder, *answers):
     """A run whose products are (attribute, gold value, answer)."""
     rows = [[f"P{i}", "", "", "", *answer] for i, answer in enumerate(answers)]
     write_tsv(folder / "predictions.tsv", rows, [*COLUMNS, "prediction"])
-    (folder / "log.jsonl").write_text('{"loss": 1}\n' * steps)
     f1 = 100 * sum(gold == answer for _, gold, answer in answers) / len(answers)
     write_json(folder / "metrics.json", {"micro_f1": f1, "n": len(answers), "sources": "here"})
 
@@ -35,8 +41,14 @@ def write_run(folder, *answers, steps=10):
 def test_tables_show_means_and_the_papers_figures(tmp_path):
     for seed, answer in enumerate(("Plaid", "Argyle")):
         write_run(tmp_path / f"general-50-full-seed{seed}", ("Pattern", "Plaid", answer))
-    page = paper_tables.tables(tmp_path, "general", ["50", "all"], [0, 1])
+    page = paper_tables.tables(tmp_path, "general", [50, None], [0, 1])
     assert "| EIVEN | 50.0 ± 70.7 (2) | - | 57.31 / 64.98 |" in page and "here n = 1" in page
+
+
+def test_a_wrong_number_of_labels_is_one_line(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        paper_tables.new_parser("").parse_args(["--labels", "10", "ten"])
+    assert "from 1 to 1,000,000,000 or 'all', but is 'ten'" in capsys.readouterr().err
 
 
 def test_runs_with_other_flags_do_not_enter_the_same_tables(tmp_path):
@@ -48,9 +60,9 @@ def test_runs_with_other_flags_do_not_enter_the_same_tables(tmp_path):
 def test_errors_inside_a_family_and_outside(tmp_path):
     write_run(tmp_path, ("Pattern", "Plaid", "Plaid"), ("Pattern", "Plaid", "Argyle"),
               ("Pattern", "Plaid", "Floral"), ("Toe Style", "Round Toe", "Pointed Toe"),
-              ("Heel Height", "Flat", "Low Heel"), steps=7)
-    outcomes, steps = comparing.read_run(tmp_path)
-    assert outcomes.tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 1], [0, 0, 1], [0, 1, 0]] and steps == 7
+              ("Heel Height", "Flat", "Low Heel"))
+    outcomes = [[1, 0, 0], [0, 1, 0], [0, 0, 1], [0, 0, 1], [0, 1, 0]]
+    assert comparing.read_run(tmp_path).tolist() == outcomes
 
 
 def test_the_interval_is_the_normal_one_for_many_products():
@@ -67,8 +79,7 @@ def test_arms_are_compared_by_seed(tmp_path):
         write_run(tmp_path, ("Pattern", "Plaid", answer))
         runs[arm] = {seed: comparing.read_run(tmp_path) for seed in (1, 2)}
     page = comparing.compare("general-10", runs)
-    assert "| no-lbc | 10 | 0.0 ± 0.0 (2) | 100.0 ± 0.0 (2) | 0.0 ± 0.0 (2) |" in page
-    assert "| full - no-lbc | 2 | +100.0 (+100.0 to +100.0) | -100.0" in page
+    assert "| full - no-lbc | +100.0 (+100.0 to +100.0) | -100.0" in page and "| +100.00 +100.00 |" in page
 
 
 def test_the_data_set_without_an_attribute(tmp_path):
@@ -89,25 +100,92 @@ def test_the_extractive_ceiling_counts_whole_words():
     assert baselines.extractive_ceiling(products) == 50
 
 
+def test_tf_idf_by_hand():
+    """`red` stands in both labelled texts, `hat` in one; `blue` in none, so it is left out."""
+    rows, asked = baselines.tf_idf(["Red hat", "red-red"], ["hat, hat: red", "blue"])
+    rare = math.log(3 / 2) + 1                          # the weight of hat; that of red is ln(3 / 3) + 1 = 1
+    length = math.hypot(rare, 1), math.hypot(2 * rare, 1)
+    expected = [[rare / length[0], 1 / length[0]], [0, 1], [2 * rare / length[1], 1 / length[1]], [0, 0]]
+    assert np.allclose(torch.cat([rows, asked]), expected)          # the columns are sorted: hat, red
+
+
+def test_the_logistic_regression_reaches_the_optimum():
+    """There the gradient is 0.  In numpy: C x' (p - y) + weight; the bias has no weight decay."""
+    draw = np.random.default_rng(0)
+    x, target = draw.random((12, 5)), np.arange(12) % 3
+    weight = baselines.logistic_regression(torch.tensor(x), torch.tensor(target)).numpy()
+    p = np.exp(x @ weight[:-1] + weight[-1])
+    error = baselines.C * (p / p.sum(1, keepdims=True) - np.eye(3)[target])
+    assert abs(weight).max() > 0.1
+    assert np.allclose([*x.T @ error + weight[:-1], error.sum(0)], 0, atol=1e-5)
+
+
 def test_the_classifier_learns_from_the_modality_that_tells():
     """The photo tells the value of Shape, the text that of Material; the other modality is noise."""
     draw = torch.Generator().manual_seed(0)
     splits = []
-    for n in (40, 20, 80):
+    for n in (40, 80):
         modalities = [torch.randn(n, 6, generator=draw) for _ in range(2)]
         for i in range(n):
             modalities[i % 2][i, 0] += 6 if i // 2 % 2 else -6
         products = [product(i, "AB"[i // 2 % 2], attribute=("Shape", "Material")[i % 2]) for i in range(n)]
-        splits.append((products, modalities))
-    assert baselines.discriminative(*zip(*splits), seed=0) > 90
+        splits += [products, modalities]
+    answers = baselines.discriminative(*splits, seed=0)
+    assert sum(answer == p.value for p, answer in zip(splits[2], answers)) > 72
+
+
+def test_words_only_needs_neither_model_nor_photos(tmp_path):
+    """The folder has texts alone, and no LLaMA is given.  A word tells two values, each of its attribute."""
+    told = [("Checks", "Pattern", "Plaid"), ("diamonds", "Pattern", "Argyle"),
+            ("diamonds", "Material", "Wool"), ("checks", "Material", "Metal")]
+    for split, n in (("train", 3), ("test", 2)):
+        write_tsv(tmp_path / "shirts" / f"{split}.tsv", [["P", "", "Shirts", *cells] for cells in told * n])
+    arguments = f"--words-only --dataset shirts --data {tmp_path} --labels 2 --seeds 0 --runs {tmp_path}"
+    done = command("-m experiments.baselines", arguments.split(), tmp_path)
+    assert "shirts, 2 labels, seed 0, bag-of-words: micro-F1 100.00, test split, n = 8" in done.out
+    assert "DEMO" not in done.out
+    assert paper_tables.scores(tmp_path, "shirts", "bag-of-words", 2, [0]) == [100]
 
 
 def test_figures_show_points_and_products_that_differ(tmp_path):
+    """100 % is at the top line, 40; the only column is in the middle, 212."""
     write_run(tmp_path / "general-10-full-seed0", ("Pattern", "Plaid", "Plaid"))
-    assert "M50.00 100.00h0" in figures.figure_4(tmp_path, "general", ["10"], [0])
+    assert "<circle cx='212.0' cy='40.0' r='3'/>" in figures.figure_4(tmp_path, "general", [10], [0])
     products = [product(i, "Plaid", f"title {i}") for i in range(2)]
     page = figures.figure_5(products, tmp_path, ["Plaid", "Plaid"], ["Plaid", ""])
     assert "title 0" not in page and "title 1" in page and "without: (no answer) (wrong)" in page
+
+
+def test_figure_6_is_a_difference():
+    """Comparisons turn two of three wrong answers right: the largest changes are shown first."""
+    products = [product(i, "Plaid") for i in range(4)]
+    answers = ["Plaid", "Plaid", "Argyle", "Plaid"], ["Argyle", "Argyle", "Argyle", "Plaid"]
+    page = figures.figure_6(products, *answers)
+    assert re.findall("Plaid → .*?(?=<)", page) == ["Plaid → Plaid: +2", "Plaid → Argyle: -2"]
+
+
+def test_the_pages_have_the_scores_of_the_file():
+    """results.md has each line of the table, and each interval; a line of README's table is one of them."""
+    results, readme = (Path(PROJECT, page).read_text(encoding="utf-8")
+                       for page in ("docs/results.md", "README.md"))
+    table = {}
+    for _, row in read_tsv(PROJECT / "docs" / "scores.tsv", "", figures.SCORES):
+        f1s = np.array(row["micro_f1"].split(), float)
+        if row["interval"]:
+            interval = "{:+.1f} ({:+.1f} to {:+.1f})".format(f1s.mean(), *map(float, row["interval"].split()))
+            assert interval in " ".join(results.split())
+        else:
+            cells = table.setdefault(f"{row['dataset']}, {row['labels']} labels", dict.fromkeys(METHODS, "-"))
+            cells[row["method"]] = f"{f1s.mean():.1f}" + (f" ± {f1s.std(ddof=1):.1f}" if len(f1s) > 1 else "")
+    lines = {f"| {' | '.join([name, *cells.values()])} |" for name, cells in table.items()}
+    assert len(lines) > 7 and lines <= set(results.splitlines())
+    assert {line for line in readme.splitlines() if line.startswith(("| demo", "| Footwear"))} <= lines
+
+
+def test_the_plots_are_those_of_the_file():
+    for name, plot in figures.draw_scores(PROJECT / "docs" / "scores.tsv").items():
+        assert (PROJECT / "docs" / name).read_text(encoding="utf-8") == plot, (
+            "python -m experiments.figures --scores docs/scores.tsv draws it again")
 
 
 # ---------------------------------------------------------------------------------------- speed, memory

@@ -105,11 +105,26 @@ def test_packing_by_hand():
     tokens = pack([[1, 5, 6], [1, 5, 7], [1, 8]], n_needed=[1, 2, 1])
     assert tokens.ids.tolist() == [1, 5, 6, 7, 8]
     assert tokens.position.tolist() == [0, 1, 2, 2, 1]
-    assert tokens.table.tolist() == [[0, 1, 2], [0, 1, 3], [0, 4, 0]]
+    assert tokens.table.tolist() == [0, 1, 2, 0, 1, 3, 0, 4, 0] and tokens.groups == [(3, 3)]
     assert tokens.needed.tolist() == [2, 1, 3, 4]
     x = torch.randn(5, 4, 2)
-    assert tokens.pad(x).equal(x[tokens.table].transpose(1, 2))         # (B, heads, T, d)
+    [padded] = tokens.pad(x)
+    rows = torch.tensor([[0, 1, 2], [0, 1, 3], [0, 4, 0]])
+    assert padded.equal(x[rows].transpose(1, 2))        # (B, heads, T, d)
+    assert tokens.unpad([padded]).equal(x.flatten(1))
+
+
+def test_groups_by_hand():
+    """Two short sequences and a long one; the second begins the third.  One group alone if that has no more
+    padding.
+    """
+    tokens = pack([[7, 8, 9, 10, 11], [1, 2], [7, 8]], device="cpu", grouped=True)
+    assert tokens.groups == [(2, 2), (1, 5)]
+    assert tokens.table.tolist() == [5, 6, 0, 1, 0, 1, 2, 3, 4]
+    x = torch.randn(7, 3, 2)
+    assert [group.shape[:3] for group in tokens.pad(x)] == [(2, 3, 2), (1, 3, 5)]
     assert tokens.unpad(tokens.pad(x)).equal(x.flatten(1))
+    assert pack([[1, 2], [3, 4]], grouped=True).groups == [(2, 2)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -127,7 +142,7 @@ def test_batched_is_single(llama_dir, checkpointed, dtype):
     assert sizes == [N, N, M] + [N, N] * checkpointed
     model.grad_checkpoint = False
     expected = torch.zeros_like(x)
-    for row, path, ours in zip(ROWS, tokens.table, together):
+    for row, path, ours in zip(ROWS, tokens.table.view(len(ROWS), -1), together):
         _, alone, [logits] = read(model, [row])
         close(ours, logits)
         expected.index_add_(0, path[:len(row)], torch.autograd.grad(logits.square().sum(), alone)[0])

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import evaluate
 import train
-from base.console import UserError
+from base.console import UserError, read_json, write_json
 from data import encode_examples, epoch, read_split
 from eiven import EIVEN
 from support import run_folder
@@ -34,7 +34,7 @@ def losses(run):
 
 
 def read(run, name):
-    return json.loads((run / name).read_text())
+    return read_json(run / name, "JSON")
 
 
 def same_run(one, other):
@@ -57,7 +57,6 @@ def test_a_run_leaves_what_the_readme_promises(run):
     assert written == {"config.json", "log.jsonl", "state.pt", "adapter.safetensors",
                        *scores, *(f"val/{name}" for name in scores)}
     config = read(run, "config.json")
-    assert (config["labels"], config["lbc"], config["lr"], config["threads"]) == (4, "judge_last", None, 1)
     assert config["values"]["Heel Height"] == ["Flat", "High Heel"]
     assert [line["step"] for line in log(run)] == list(range(1, 16))
     assert not any(name.startswith(("layers", "embed")) for name in load_file(run / "adapter.safetensors"))
@@ -99,12 +98,6 @@ def test_flags_reach_the_training_and_are_read_back(run, flags, tmp_path, monkey
     monkeypatch.setattr(sys, "argv", ["evaluate.py", str(out)])
     evaluate.main()
     assert (out / "predictions.tsv").read_bytes() == answers
-
-
-def test_training_learns(flags, tmp_path):
-    train.main([*flags, "--epochs", "12", "--lr", "0.01", "--lbc", "none", "--out", str(tmp_path / "run")])
-    curve = losses(tmp_path / "run")
-    assert sum(curve[-3:]) < 0.75 * sum(curve[:3])      # nothing but adapters and projector can have done it
 
 
 def test_batches_rates_and_held_out_values(flags, tmp_path, monkeypatch, capsys):
@@ -205,9 +198,9 @@ def test_learning_rate():
 def test_the_optimizer_has_all_that_is_trained_and_biases_do_not_decay(tiny):
     model = EIVEN(*tiny, 24)
     decayed, biases = train.make_optimizer(model).param_groups
-    trained = model.trainable_parameters()
-    assert all((p.dim() == 1) == any(p is bias for bias in biases["params"]) for p in trained.values())
-    assert len(decayed["params"]) + len(biases["params"]) == len(trained)
+    trained = model.trainable_parameters().values()
+    assert set(biases["params"]) == {p for p in trained if p.dim() == 1}
+    assert {*decayed["params"], *biases["params"]} == {*trained}
     assert [group["weight_decay"] for group in (decayed, biases)] == [0.02, 0.0]
     assert decayed["betas"] == biases["betas"] == (0.9, 0.95)
 
@@ -309,13 +302,11 @@ def test_a_run_that_starts_from_another_goes_on_when_that_is_gone(run, flags, tm
 
 
 @pytest.mark.parametrize("more, said", [
-    (["--adapter-dim", "4"], "adapter_dim = 8, this one 4"), (["--no-image"], "image = True, this one False"),
-    (["--features", "single"], "features = multi, this one single"), ([], "trained with another llama than"),
+    (["--adapter-dim", "4"], "adapter_dim = 8, this one 4"), ([], "trained with another llama than"),
 ])
 def test_a_run_starts_from_one_of_the_same_kind_alone(run, flags, tmp_path, more, said):
     other = shutil.copytree(run, tmp_path / "other")
-    config = read(other, "config.json") | {"weights_fingerprint": {}}
-    (other / "config.json").write_text(json.dumps(config))
+    write_json(other / "config.json", read(other, "config.json") | {"weights_fingerprint": {}})
     with pytest.raises(UserError, match=said):
         train.main([*flags, *more, "--init", str(other), "--out", str(tmp_path / "new")])
     assert not (tmp_path / "new").exists()

@@ -5,26 +5,29 @@
 prints `Boot Style: Chelsea  (probability 0.97)`.  docs/answers.md says what the probability means.
 """
 
-import argparse
 import sys
 
 from base import console
-from base.console import UserError
-from evaluate import add_answering_flags, load_run
+from evaluate import answer_parser, load_run
+from support.answering import check_questions
 from support.confidence import temperature_note
-from tools.common import parse_product
+
+
+def parse_product(parser):
+    """The command line with the flags of one product."""
+    parser.add_argument("--image", metavar="FILE", help="photo of the product")
+    parser.add_argument("--text", metavar="TEXT", help='"title, category"')
+    parser.add_argument("--attribute", metavar="NAME", default="", help="what to answer")
+    return parser.parse_args()
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Answer for one product.", allow_abbrev=False)
-    add_answering_flags(parser)
-    args = parse_product(parser)
+    args = parse_product(answer_parser("Answer for one product."))
     run, values = load_run(args, sys.stderr)            # stdout is for the answer
-    attribute = run.known_attribute(args.attribute)
+    product = run.product(args.image, args.text, args.attribute)
+    attribute = product.attribute
     if values:
-        if attribute not in values:
-            raise UserError(f"there are no known values of {attribute}, only of {', '.join(values)}; "
-                            "--values and --constrain together take the file's and the training's")
+        check_questions(run, [product], values)
         print(temperature_note(run), file=sys.stderr)
     answer = run.answer(args.image, args.text, attribute, values=values and values[attribute],
                         min_confidence=args.min_confidence, temperature=args.temperature, top_p=args.top_p)

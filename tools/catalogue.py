@@ -8,7 +8,6 @@ to its end.  So after an interruption the same command skips the parts that are 
 with others.  At the end the parts are joined.  Of several processes, each answers its own blocks.
 """
 
-import argparse
 import csv
 import gzip
 import hashlib
@@ -27,14 +26,14 @@ from base.console import (Progress, UserError, locked, read_json, reading, reaso
                           whole_file, write_json)
 from base.tsv import COLUMNS, SEPARATORS, read_rows, tsv_line
 from data import product_of
-from evaluate import add_answering_flags, load_run
+from evaluate import answer_parser, load_run
 from support import processes
-from support.answering import PREDICTED, answer_batches, longest_values, prediction, prepare_photos, too_long
+from support.answering import (PREDICTED, answer_batches, longest_values, prediction, prepare_photos,
+                               problem_of)
 from support.confidence import temperature_note
 
 BLOCK = 256                                             # rows: what an interruption costs at most
 GIVEN = COLUMNS[:4]                                     # columns that say which product it is
-NUMBERS = ("probability", "runner_up_probability")
 FAILED = ("line", "id", "attribute", "reason")          # columns of OUTPUT.failed.tsv
 
 # ---------------------------------------------------------------------------------------- input
@@ -58,7 +57,7 @@ def read_blocks(args):
         first = text.readline()
         lines = itertools.chain([first], text)          # `text` itself stays: without it the file is closed
         if first.lstrip().startswith("{"):
-            rows = ((number, json_cells(line, args.keep_columns))
+            rows = ((number, json_cells(line))
                     for number, line in enumerate(lines, start=1) if line.strip())
         else:
             separator = max(SEPARATORS, key=first.count)
@@ -75,28 +74,27 @@ def read_blocks(args):
     except (ValueError, EOFError, OSError, zlib.error, csv.Error) as error:
         kind = content is file and path != "-" and what_is(path)
         problem = f"it is {kind}" if kind else reason(error)
-        raise UserError(f"{path}: cannot be read as products (TSV, CSV, or JSONL with one object a line): "
-                        f"{problem}") from None
+        raise UserError(f"{path}: cannot be read as products (TSV, CSV, or JSONL with one object a line; "
+                        f"python -m dataset table makes one of a spreadsheet): {problem}") from None
 
 
-def json_cells(line, keep_columns):
+def json_cells(line):
     """{column: text} of a line of JSONL, or a ValueError.  An id that is a number stays one; a list of
-    attributes becomes a text with "|" between them; own columns that are kept stay as they are.
+    attributes becomes a text with "|" between them; own columns stay as they are.
     """
     try:
         row = json.loads(line)
         if not isinstance(row, dict):
             raise ValueError(f"it is a {type(row).__name__}")
-        cells = dict(row) if keep_columns else {}
         for name in COLUMNS:
             value = row.get(name)
             if isinstance(value, list) and name.startswith("attribute_"):
                 value = "|".join(map(str, value))
             if isinstance(value, bool | float | list | dict):
                 raise ValueError(f"{name} is {str(value)[:40]}, but must be a text")
-            cells[name] = "" if value is None else value if name == "id" else str(value)
-        json.dumps(cells, ensure_ascii=False).encode()  # JSON can hold halves of characters, UTF-8 cannot
-        return cells
+            row[name] = "" if value is None else value if name == "id" else str(value)
+            f"{row[name]}".encode()                     # JSON can hold halves of characters, UTF-8 cannot
+        return row
     except (ValueError, RecursionError) as error:
         return ValueError(f"is not a product as a JSON object: {reason(error)}")
 
@@ -106,8 +104,7 @@ def products_of(cells, run):
     if isinstance(cells, ValueError):
         raise cells
     product = product_of(cells | {"id": str(cells["id"])}, ("id", "attribute_names"))
-    names = [name.strip() for name in product.attribute.split("|")]
-    names = dict.fromkeys(run.known_attribute(name) for name in names if name)
+    names = dict.fromkeys(run.known_attribute(name) for name in product.attribute.split("|") if name.strip())
     if not names:
         raise ValueError("attribute_names names none")
     return [replace(product, id=cells["id"], attribute=name) for name in names]
@@ -123,7 +120,7 @@ def answer_block(run, args, values, rows):
 
     values  {attribute: values} to choose from; None: free answers
     """
-    questions, asked, failed = [], [], []
+    questions, asked, products, failed = [], [], [], []
     for line, cells in rows:
         try:
             questions += [(line, cells, product) for product in products_of(cells, run)]
@@ -133,32 +130,27 @@ def answer_block(run, args, values, rows):
     bad_photos = prepare_photos(run, [product for _, _, product in questions], skip_bad=True)
     longest = longest_values(run, values)
     for line, cells, product in questions:
-        problem = bad_photos.get(product.image) or too_long(run, product, longest)
-        if values and product.attribute not in values:
-            problem = (f"there are no known values of {product.attribute}; --values and --constrain together "
-                       "take those of the file and those of the training")
-        if problem:
+        if problem := bad_photos.get(product.image) or problem_of(run, product, longest):
             failed.append((line, product.id, product.attribute, problem))
         else:
-            asked.append((cells, product))
+            asked.append(cells)
+            products.append(product)
     failed.sort(key=lambda cells: cells[0])
     if failed and args.strict:
         raise UserError(f"{args.input}, line {failed[0][0]}: {failed[0][-1]}")
-    products = [product for _, product in asked]
     answered = answer_batches(run, products, values, args.temperature, args.top_p)
     if run.photo_features:
-        run.photo_features.forget()
+        run.photo_features.keys.clear()                 # a catalogue may name millions
     answers = []
-    for (cells, product), answer in zip(asked, answered.values()):
+    for cells, product, answer in zip(asked, products, answered.values()):
         answer = dict(zip(PREDICTED, prediction(product, answer.above(args.min_confidence))))
-        answer |= {name: float(answer[name]) if answer[name] else None for name in NUMBERS}
         given = {name: answer.pop(name) for name in GIVEN}
         if args.keep_columns:
             given |= {args.names.get(name, name): cells[name] for name in cells if name not in COLUMNS}
         answers.append((given, answer))
     counts = {"rows": len(rows), "answers": len(answers), "failed": len(failed),
               "empty": sum(not cells["prediction"] for _, cells in answers),
-              "unknown": sum(product.attribute not in (values or run.values) for product in products)}
+              "unknown": sum(product.attribute not in run.values for product in products)}
     return {"answers": answers, "failed": failed, "counts": counts}
 
 
@@ -227,7 +219,7 @@ def write_parts(read_parts, args, out, failed):
             yield from part["answers"]
 
     columns, rows = spread(answers()) if args.wide else (PREDICTED[len(GIVEN):], answers())
-    names = {name: name for name in GIVEN}              # {column of a product: its name in the output}
+    names = dict(zip(GIVEN, GIVEN))                     # {column of a product: its name in the output}
     if args.keep_columns:
         names |= {name: name for part in read_parts() for given, _ in part["answers"] for name in given}
     for name in names:
@@ -239,7 +231,7 @@ def write_parts(read_parts, args, out, failed):
         rows = itertools.chain([dict(zip(header, header))], rows)
     mark = "\ufeff" if args.kind == ".csv" else ""      # Excel reads UTF-8 only behind a byte order mark
     while block := list(itertools.islice(rows, BLOCK)):
-        text = (mark + as_text(args.kind, header, block)).encode()
+        text = (mark + as_text(args.kind, header, block)).encode(errors="backslashreplace")
         out.write(gzip.compress(text, mtime=0) if args.output.suffix.lower() == ".gz" else text)
         out.flush()
         mark = ""
@@ -285,13 +277,11 @@ def parse():
     """The command line as a namespace.
 
     kind    of the output: the ending of its name
-    direct  whether it is written to at once, as /dev/stdout: then nothing can go on later
+    direct  whether it is stdout, which is written to at once: then nothing can go on later
     parts   the folder of its parts
     failed  the list of rows that cannot be answered
     """
-    parser = argparse.ArgumentParser(description="Answer a file of products.  After an interruption the same "
-                                     "command goes on.", allow_abbrev=False)
-    add_answering_flags(parser)
+    parser = answer_parser("Answer a file of products.  After an interruption the same command goes on.")
     parser.add_argument("--input", metavar="FILE", required=True,
                         help="TSV, CSV or JSONL, also gzip; -: stdin")
     parser.add_argument("--output", metavar="FILE", required=True, type=user_path,
@@ -302,12 +292,10 @@ def parse():
     parser.add_argument("--images", metavar="DIR", type=user_path,
                         help="folder of photos (default: ROOT/images)")
     parser.add_argument("--strict", action="store_true", help="stop at the first row that cannot be answered")
-    parser.add_argument("--no-feature-cache", action="store_true",
-                        help="do not keep the features of the photos (12 kB a photo with ViT-B/16)")
     args = parser.parse_args()
     output = args.output
     args.kind = Path(output.name.lower().removesuffix(".gz")).suffix
-    args.direct = str(output).startswith("/dev/") or output.is_fifo()
+    args.direct = str(output) == "/dev/stdout"
     args.parts = output.with_name(f".{output.name}.parts")
     args.failed = output.with_name(f"{output.name}.failed.tsv")
     if args.kind not in ("", ".tsv", ".csv", ".jsonl"):
@@ -329,16 +317,15 @@ def main():
     if first is None:
         raise UserError(f"{args.input}: holds no products")
     blocks = itertools.chain([first], blocks)
-    run, values = load_run(args, status, feature_cache=not args.no_feature_cache)
+    run, values = load_run(args, status)
     if args.images and run.photo_features:
         run.photo_features.images = args.images
     if args.direct:
-        # Stdout is not opened anew: a file that it leads to would be written over from its beginning.
-        out = sys.stdout.buffer if str(args.output) == "/dev/stdout" else open(args.output, "ab")
         parts = (answer_block(run, args, values, rows) for rows in blocks)
         if args.keep_columns:                           # the names of all are known at the end
             parts = list(parts)
-        counts = write_parts(lambda: parts, args, out, sys.stderr)
+        # Stdout is not opened anew: a file that it leads to would be written over from its beginning.
+        counts = write_parts(lambda: parts, args, sys.stdout.buffer, sys.stderr)
     else:
         counts = answer_file(run, args, values, blocks)
     if counts is None:

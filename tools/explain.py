@@ -11,7 +11,7 @@ computed again from its recorded input.
 import math
 import re
 import sys
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 
@@ -20,12 +20,12 @@ from base.console import UserError, write_text
 from base.photo import open_photo
 from data import base_question, read_split
 from eiven import TEMPERATURE, TOP_P
-from evaluate import load_run
+from evaluate import load_run, run_parser
 from llama import apply_rotary, rotary_table
 from support.answering import answer_batch, prepare_photos
 from support.config import describe
 from tools import explain_page
-from tools.common import parse_product, run_parser
+from tools.answer import parse_product
 from vit import crop, normalize
 
 SPLITS = ("test", "val", "train")
@@ -39,12 +39,10 @@ def first_calls(modules):
     def keep(module, inputs, output):
         calls.setdefault(module, (inputs[0], output))
 
-    handles = [module.register_forward_hook(keep) for module in modules]
-    try:
+    with ExitStack() as hooks:                          # which are removed at its end
+        for module in modules:
+            hooks.enter_context(module.register_forward_hook(keep))
         yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def attention_weights(module, x, d, position, rotate=lambda x: x):
@@ -135,21 +133,22 @@ def find_product(products, id, attribute):
     """
     known = {p.attribute: p for p in reversed(products) if p.id == id}
     chosen = [p for name, p in known.items() if attribute.lower() in ("", name.lower())]
+    if not known:
+        raise UserError(f"{id[:60]!r}: is no product of the data set; {products[0].id} is one")
     if len(chosen) != 1:
-        raise UserError(f"{id[:60]!r}: name a product of this split (--split), such as {products[0].id}, and "
-                        f"one of its attributes with --attribute; this one has: {', '.join(known) or 'none'}")
+        raise UserError(f"{id[:60]!r}: name one of its attributes with --attribute: {', '.join(known)}")
     return chosen[0]
 
 
 def main():
     parser = run_parser("Follow one product from its photo to its answer; writes a page to RUN/explain/.")
-    parser.add_argument("id", metavar="ID", nargs="?", help="a product of the split; or give --image, --text")
-    parser.add_argument("--split", choices=SPLITS, help="of the product (default: the first that has it)")
+    parser.add_argument("id", metavar="ID", nargs="?", help="of a product; or give --image and --text")
     args = parse_product(parser)
     run, _ = load_run(args, sys.stderr, data_needed=bool(args.id))
+    if not (args.id or args.image or args.text):
+        raise UserError("name the ID of a product, or give --image and --text")
     if args.id:
-        splits = [args.split] if args.split else SPLITS
-        products = [p for split in splits for p in read_split(run.sources.data, run.config.dataset, split)]
+        products = [p for split in SPLITS for p in read_split(run.sources.data, run.config.dataset, split)]
         product = find_product(products, args.id, args.attribute)
     else:
         product = run.product(args.image, args.text, args.attribute)

@@ -12,11 +12,10 @@ import torch
 
 from base import console
 from base.checkpoint import check_frozen, save_tensors
-from base.console import UserError, read_json, user_path, whole_file, write_json, write_text
+from base.console import UserError, read_json, user_path, write_json, write_text
 from data import Product, base_question, encode_examples
-from evaluate import load_run
+from evaluate import load_run, run_parser
 from llama import official_name
-from tools.common import run_parser
 
 
 def readme(model, layers, text):
@@ -66,13 +65,13 @@ def export(run, folder):
     if model.projector:
         layers = run.photo_features.cls_layers
         save_tensors(folder / "projector.safetensors", dict(model.projector.named_parameters()))
-    with whole_file(folder / "tokenizer.model") as partial:
-        shutil.copyfile(source / "tokenizer.model", partial)
-    pieces, tokenizer = model.tokenizer.pieces, model.tokenizer
+    shutil.copyfile(source / "tokenizer.model", folder / "tokenizer.model")
+    tokenizer = model.tokenizer
     # Without this file Hugging Face's tokenizer would not put the begin token first.
     write_json(folder / "tokenizer_config.json", {
         "tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False, "legacy": False,
-        "bos_token": pieces.id_to_piece(tokenizer.bos_id), "eos_token": pieces.id_to_piece(tokenizer.eos_id)})
+        "bos_token": tokenizer.pieces.id_to_piece(tokenizer.bos_id),
+        "eos_token": tokenizer.pieces.id_to_piece(tokenizer.eos_id)})
     write_text(folder / "README.md", readme(model, layers, run.config.text))
     config = read_json(source / "config.json", "LLaMA's config.json")
     config.pop("dtype", None)
