@@ -106,8 +106,8 @@ def epoch(products, seed, number, strategy="judge_last", ratio=1.0, text=True):
     """The examples of one epoch, shuffled: a list of Example.
 
     Each product gives one base question and `ratio` comparisons, each with another product of the same
-    attribute, drawn uniformly.  Of a fractional ratio the last part goes to a random subset.  All draws
-    depend only on the seed, the number of the epoch and the product, so a resumed run sees the same examples.
+    attribute, drawn uniformly.  With a ratio of 0.5, a random half has one.  All draws depend only on the
+    seed, the number of the epoch and the product, so a resumed run sees the same examples.
     """
     shuffle = np.random.default_rng([seed, number])
     examples = [base_question(product, text) for product in products]

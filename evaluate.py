@@ -45,15 +45,16 @@ def micro_f1(pairs):
     """Scores of (prediction, gold) pairs as a dict, in per cent.
 
     precision = right / non-empty predictions, recall = right / all, micro_f1 = their harmonic mean, all from
-    totals: an empty prediction is no prediction.  implicitave is the scorer of the authors' later data set:
-    the prediction contains the gold value, both in lower case.
+    totals: an empty prediction is no prediction.  Without empty ones, all three are accuracy.
+    implicitave is the scorer of the authors' later data set: the prediction contains the gold value, both in
+    lower case.
     """
     right = sum(exact_match(p, g) for p, g in pairs)
     answered = sum(bool(p.strip()) for p, g in pairs)
     loose = sum(g.strip().lower() in p.lower() for p, g in pairs)
     n = len(pairs)
     precision, recall = 100 * right / max(answered, 1), 100 * right / max(n, 1)
-    f1 = 200 * right / max(answered + n, 1)
+    f1 = 200 * right / max(answered + n, 1)             # 2 P R / (P + R)
     return {"micro_f1": f1, "precision": precision, "recall": recall, "n": n, "right": right,
             "answered": answered, "implicitave": 100 * loose / max(n, 1)}
 
@@ -123,8 +124,8 @@ def evaluate(run, products, split, folder, values=None, merged=False, temperatur
     values          {attribute: values} to choose from instead of writing freely
     merged          whether the adapters were merged (recorded in the results)
     min_confidence  answers below this probability are left empty
-    fit             whether the products are val's: then the temperature of the values and thresholds are
-                    fitted on them
+    fit             whether the products are val's: then T in softmax(log p / T) over an attribute's values,
+                    and the threshold of confidence, are fitted on them
     Of several processes, process 0 writes and returns the metrics, and the others return None.
     """
     config = run.config

@@ -352,6 +352,7 @@ def score_values(model, batch, lists, cls_tokens):
     log_p = []
     for start in range(0, len(pairs), SCORE_VALUES):    # an attribute may have hundreds of values
         examples, answers = zip(*pairs[start:start + SCORE_VALUES])
+        # one candidate for each example
         log_p += [lp for [lp] in model.score(examples, [[R] for R in answers], cls_tokens)]
     log_p = iter(log_p)
     return [[next(log_p) for _ in names] for names in lists]
@@ -363,8 +364,8 @@ def likeliest(values, log_probs, temperature=1.0):
     """
     ranked = sorted(range(len(values)), key=lambda i: -log_probs[i])
     weight = [math.exp((lp - log_probs[ranked[0]]) / temperature) for lp in log_probs]
-    two = [cell for i in ranked[:2] for cell in (values[i], weight[i] / sum(weight))]
-    return Answer(*two, log_probs=tuple(log_probs))
+    best_and_second = [cell for i in ranked[:2] for cell in (values[i], weight[i] / sum(weight))]
+    return Answer(*best_and_second, log_probs=tuple(log_probs))
 
 
 def prediction(p, a):

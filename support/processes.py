@@ -123,11 +123,10 @@ def check_same(what, values):
 
 
 def micro_batches(examples, at_once=None):
-    """This process's part of a batch: yields (examples, weight), the weight being their share in the average
-    over the batch.
+    """This process's part of a batch: yields (examples, their share in the average over the batch).
 
     at_once  examples held in memory at once; None: all of this process's
-    A process that has no part yields one example with weight 0: its gradients are 0, but they are there.
+    A process that has no part yields one example with share 0: its gradients are 0, but they are there.
     """
     mine = examples[rank()::size()]
     if not mine:
