@@ -51,6 +51,8 @@ class LlamaConfig:
     max_position_embeddings: int = 2048
 
 
+LLAMA_7B = LlamaConfig(32000, 4096, 11008, 32, 32, 32, 128, rms_norm_eps=1e-6)
+
 # Settings that would change the forward pass: only these values are supported.
 SUPPORTED = {"hidden_act": "silu", "mlp_bias": False, "pretraining_tp": 1,
              "sliding_window": None, "quantization_config": None, "partial_rotary_factor": 1,

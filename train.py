@@ -46,7 +46,7 @@ def train(run, products):
     scaler = torch.amp.GradScaler(enabled=model.llama.compute_dtype == torch.float16)
     state = TrainingState(run, optimizer, scaler, steps)
     if config.init and state.step == 0:
-        state.save(0)                                   # a resumed run does not need the other one any more
+        state.save(0)                                   # a resumed run reads this state, not the other run
     count = sum(p.numel() for p in model.trainable_parameters().values())
     print(f"training {count:,} parameters on {len(products):,} labelled products: {config.epochs} epochs of "
           f"{steps_per_epoch:,} steps of {config.batch_size} examples; {state.step:,} steps are done")

@@ -10,8 +10,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 STRIP = 512  # rows of a weight that are cast together: they fit the CPU's cache
 # oneDNN's x @ weight.T, as PyTorch calls it in compiled models: at LLaMA-7B's width with a few rows two to
-# five times as fast as `@`.  Its rounding error is 1.5 times as large (docs/speed.md), and it has no backward
-# pass.
+# five times as fast as `@`.  Its rounding error is 1.5 times as large, and it has no backward pass.
 ONEDNN = torch.ops.mkldnn._linear_pointwise.default if torch.backends.mkldnn.is_available() else None
 FEW_ROWS = 128
 LARGE = 1 << 18                                         # weights of a matrix for which it is worth it

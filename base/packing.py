@@ -18,8 +18,7 @@ A comparison is about twice as long as a base question.  So the sequences of a t
 groups, the shorter and the longer; the table of the second follows that of the first.
 
 Padding stands after the last token of its sequence.  In the first pass causal attention hides it.  When
-answers are generated, its keys are in the KV cache; there the mask `key <= position` hides every place after
-the new token.
+answers are generated, its keys are in the KV cache; there the mask hides every place after the new token.
 """
 
 from dataclasses import dataclass
@@ -31,7 +30,8 @@ import torch
 class Tokens:
     """The tokens of a forward pass.
 
-    ids, position, table, back   as in the drawing above; table None: one token for each sequence, T = 1
+    ids, position, table, back   as in the drawing above; table None: one token for each sequence, T = 1, and
+            back is the sequence's row in the KV cache
     groups  (B, T) of each group of sequences in the table
     needed  (M,): indices of the tokens whose logits are used, sequence after sequence; None: all N, in order
     mask    (B, 1, T, S), added to the scores: -infinity where a query may not see a key; None: causal
@@ -85,8 +85,14 @@ def pack(sequences, n_needed=None, device="cpu", grouped=False):
     if n_needed is not None:
         last = [node for path, n in zip(paths, n_needed) for node in path[len(path) - n:]]
         needed = to_device(last, device)                                        # (M,)
+    # A third of the way from the shortest to the longest: a step on the paper's data then has 1.18 to 1.29
+    # places in attention for each token.  In one group it has 1.32 to 1.68.
+    shortest, longest = min(map(len, paths)), max(map(len, paths))
+    limit = shortest + (longest - shortest) / 3 if grouped else longest
+    shorter = [path for path in paths if len(path) <= limit]
+    longer = [path for path in paths if len(path) > limit]
     table, groups, back = [], [], [0] * len(ids)
-    for group in shorter_and_longer(paths) if grouped else [paths]:
+    for group in filter(None, (shorter, longer)):
         T = max(map(len, group))
         groups.append((len(group), T))
         for path in group:
@@ -94,17 +100,6 @@ def pack(sequences, n_needed=None, device="cpu", grouped=False):
                 back[node] = len(table) + t
             table += path + [0] * (T - len(path))
     return Tokens(*(to_device(x, device) for x in (ids, position, table, back)), groups, needed)
-
-
-def shorter_and_longer(paths):
-    """The paths as two groups with the least padding, or as one."""
-    paths = sorted(paths, key=len)
-
-    def places(n):                                      # if the first n are a group
-        return n * len(paths[n - 1]) + (len(paths) - n) * len(paths[-1])
-
-    n = min(range(len(paths), 0, -1), key=places)
-    return [group for group in (paths[:n], paths[n:]) if group]
 
 
 def next_tokens(ids, position, dtype=torch.float32):
@@ -127,7 +122,7 @@ def to_device(numbers, device, dtype=None):
 
     From pinned memory a GPU copies when it comes to this operation; otherwise the CPU would wait for it.
     """
-    tensor = torch.as_tensor(numbers, dtype=dtype)
-    if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
+    tensor, kind = torch.as_tensor(numbers, dtype=dtype), torch.device(device).type
+    if kind == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+    return tensor.to(device, non_blocking=kind != "mps")        # mps would read memory that is free by then

@@ -1,75 +1,91 @@
-"""LLaMA-7B's size on this machine: seconds and gigabytes to load it, to answer, and for a training step.
+"""LLaMA-7B's size on this machine: memory, training steps, answers, and where the time of a step goes.
 
-    python -m experiments.random_weights llama-7b weights-7b --tokenizer FILE
-    python -m experiments.full_size weights-7b                          with the dtype of the files
-    python -m experiments.full_size weights-7b --int8                   quantised as they are read
-    python -m experiments.full_size weights-7b --device cuda            on a GPU; memory is then the GPU's
+    python -m experiments.full_size --device cuda               random weights in bf16, made on the GPU
+    python -m experiments.full_size --device cuda --int8        quantised
+    python -m experiments.full_size --batch 1 --rounds 2 --grad-checkpoint          on a CPU
+    python -m experiments.full_size --llama weights/llama-7b    of a folder, with the dtype of its files
 
-Weights may be random: only the length of an answer depends on what they say.
+Weights may be random: only the length of an answer depends on what they say.  The products are the demo's.
 """
 
 import argparse
 import resource
 import statistics
 import time
-from dataclasses import replace
-from pathlib import Path
 
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import profile
 
 from base import console
-from data import Product, base_question, encode_examples
-from eiven import EIVEN
-from experiments.speed import seconds
-from llama import load_llama
-from support.config import choose_device
+from experiments.speed import make_subject, seconds
+from support.config import choose_device, number
 from train import make_optimizer
 
-PRODUCT = Product("B1", "b1.jpg", "Shoes", "Polar Fox Men's Black Lace Up Cap Toe Military Work Desert Boot",
-                  "Boot Style", "Combat")
 
-
-def report(what, took):
-    """Print seconds (the median), and the greatest memory of this process so far."""
+def report(what, took, work=""):
+    """Print seconds (the median), and the greatest memory so far; on a GPU since the last report."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if torch.cuda.is_initialized():
         peak = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        work += f"; {torch.cuda.memory_stats()['num_device_alloc']:,} cudaMalloc so far"
     print(f"{what}: {statistics.median(took):.3g} s ({min(took):.3g} to {max(took):.3g}; {len(took)}), peak "
-          f"memory {peak / 1e9:.2f} GB", flush=True)
+          f"memory {peak / 1e9:.2f} GB{work}", flush=True)
+
+
+def where_time_goes(step):
+    """Print the parts of a step, in ms, and its ten largest entries.  A GPU's kernels run beside the CPU."""
+    with profile() as recorded:
+        took = seconds(step)
+    events = recorded.key_averages()
+    parts = {name: sum(e.self_cpu_time_total for e in events if name in e.key)
+             for name in ("LaunchKernel", "cudaMalloc", "Synchronize")}
+    parts["other work of the CPU"] = took * 1e6 - sum(parts.values())
+    parts["kernels"] = sum(e.self_device_time_total for e in events if e.device_type != DeviceType.CPU)
+    print(", ".join(f"{name} {microseconds / 1e3:.1f}" for name, microseconds in parts.items()), "ms")
+    key = "self_device_time_total" if parts["kernels"] else "self_cpu_time_total"
+    print(events.table(sort_by=key, row_limit=10, max_name_column_width=60), flush=True)
 
 
 def main():
+    size = number(int, 1, 1000)
     parser = argparse.ArgumentParser(description="Seconds and gigabytes at LLaMA-7B's size.")
-    parser.add_argument("llama", type=Path, help="folder of a LLaMA")
+    parser.add_argument("--llama", help="folder of a LLaMA (default: random weights)")
     parser.add_argument("--int8", action="store_true", help="quantise LLaMA's matrices")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, … (default: %(default)s)")
-    parser.add_argument("--products", type=int, default=32, help="answered together (default: %(default)s)")
+    parser.add_argument("--batch", type=size, default=32, help="examples of a step (default: %(default)s)")
+    parser.add_argument("--products", type=size, default=64, help="answered together (default: %(default)s)")
+    parser.add_argument("--rounds", type=size, default=10, help="of each kind (default: %(default)s)")
+    parser.add_argument("--grad-checkpoint", action="store_true", help="as in train.py")
     args = parser.parse_args()
-    device = choose_device(args.device)
-    start = time.perf_counter()
-    llama, tokenizer = load_llama(args.llama, device=device, int8=args.int8)
-    for p in llama.parameters():                        # weights that are mapped are read when they are used
-        p.view(torch.int8).sum()
+    name, flags, dtype = ("llama", {"llama": args.llama}, None) if args.llama else ("7b", {}, torch.bfloat16)
+    device, start = choose_device(args.device), time.perf_counter()
+    model, examples, questions, cls_tokens = make_subject(name, flags, device, dtype, args.int8)
     report("loading", [time.perf_counter() - start])
-    model = EIVEN(llama, tokenizer, visual_width=768)
-    cls_tokens = torch.randn(1, 4, 768, device=device)
-    # Titles that begin differently share no prefix.
-    products = [replace(PRODUCT, title=f"{n} {PRODUCT.title}") for n in range(args.products)]
-    batch, _ = encode_examples(map(base_question, products), tokenizer)
+    model.llama.grad_checkpoint = args.grad_checkpoint
+    parameters = sum(p.numel() for p in model.llama.parameters())
+    gigabytes = sum(p.nbytes for p in model.llama.parameters()) / 1e9
+    tokens = sum(4 * len(e.photos) + len(e.prompt) + len(e.answer) for e in examples[:args.batch])
     optimizer = make_optimizer(model)
 
-    def answer(examples):
-        model.generate(examples, cls_tokens, limit=5)
-
-    def step():
-        model(batch[:1], cls_tokens).backward()
+    def step(n=args.batch):
+        optimizer.zero_grad()
+        model(examples[:n], cls_tokens).backward()
         optimizer.step()
 
-    answer(batch[:1])                                   # threads start, a GPU chooses its kernels
-    report("one product, 5 tokens", [seconds(lambda: answer(batch[:1])) for _ in range(5)])
-    llama.grad_checkpoint = True
-    report("training steps, micro-batch 1, --grad-checkpoint", [seconds(step) for _ in range(2)])
-    report(f"{args.products} products", [seconds(lambda: answer(batch))])
+    # As in training, the steps have different numbers of tokens: at first a GPU allocates memory for each.
+    for what in "the first training steps", "later training steps":
+        took = [seconds(lambda: step(max(1, args.batch - i % 4))) for i in range(args.rounds)]
+        report(what, took, f"; {4e-12 * parameters * tokens:.2f} TFLOP, weights read: {2 * gigabytes:.1f} GB")
+    where_time_goes(step)
+    for n in (1, args.products):
+        def answer():
+            model.generate(questions[:n], cls_tokens, limit=5)
+
+        answer()
+        report(f"answers together: {n}, 5 tokens each", [seconds(answer) for _ in range(args.rounds)],
+               f"; weights read: {5 * gigabytes:.1f} GB")
 
 
 if __name__ == "__main__":

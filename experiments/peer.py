@@ -29,20 +29,20 @@ class Peer:
         for layer, block in zip(self.llama.model.layers, self.model.llama.layers):
             layer.input_layernorm.register_forward_hook(lambda norm, x, h, adapter=block.adapter: adapter(h))
 
-    def inputs(self, batch, answers, cls_tokens, length=0):
-        """Inputs of transformers' LLaMA: [I', Q, C, R], padded on the left to the longest, or to `length`."""
+    def inputs(self, batch, answers, cls_tokens):
+        """Inputs of transformers' LLaMA: [I', Q, C, R], padded on the left to the longest."""
         visual_tokens = self.model.project(cls_tokens)
         rows = [self.model.input_ids(example, visual_tokens, 0) + R for example, R in zip(batch, answers)]
-        T = max(length, *map(len, rows))
+        T = max(map(len, rows))
         # (B, T) and (B, T, D)
         ids = torch.tensor([[-1] * (T - len(row)) + row for row in rows], device=self.model.device)
         x = self.model.embed(ids.clamp(min=0).flatten(), visual_tokens).unflatten(0, ids.shape)
         return {"inputs_embeds": x, "attention_mask": (ids >= 0).long()}
 
-    def loss(self, batch, cls_tokens, length=0):
-        """The training objective of examples, padded to the longest, or to `length` tokens."""
+    def loss(self, batch, cls_tokens):
+        """The training objective."""
         answers = [example.answer for example in batch]
-        inputs = self.inputs(batch, answers, cls_tokens, length)
+        inputs = self.inputs(batch, answers, cls_tokens)
         T = inputs["attention_mask"].shape[1]
         labels = torch.tensor([[-100] * (T - len(R)) + R for R in answers], device=self.model.device)
         out = self.llama(**inputs, labels=labels, use_cache=False)

@@ -33,7 +33,7 @@ import llama
 import train
 import vit
 from base.console import PROJECT
-from experiments.random_weights import write_llama, write_vit
+from random_weights import write_llama, write_vit
 
 torch.set_num_threads(1)
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import llama
 import vit
-from experiments.random_weights import write_llama, write_vit
+from tests.random_weights import write_llama, write_vit
 
 GOLDEN = Path(__file__).parent / "golden"
 LLAMA = llama.LlamaConfig(150, 32, 56, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,

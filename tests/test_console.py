@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from base import console
 from base.checkpoint import check_frozen, fingerprint, load_strict, read_state_dict, restore, save_tensors
 from base.console import Progress, UserError, duration, whole_file, write_text
-from experiments.random_weights import write_llama
+from random_weights import write_llama
 from llama import load_llama
 
 # ---------------------------------------------------------------------------------------- a command

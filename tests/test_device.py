@@ -10,10 +10,12 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -38,12 +40,18 @@ def build(folder, device, dtype, int8=False):
     return model
 
 
-def train_steps(model, count, monkeypatch):
+def unfused(monkeypatch):
+    """AdamW without fused: that has no kernel for the meta device."""
+    adamw = torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, "AdamW", lambda groups, fused, **settings: adamw(groups, **settings))
+
+
+def train_steps(model, count, monkeypatch, micro_batch_size=2):
     """Losses of `count` steps of train.py on EXAMPLES, which are encoded already."""
     monkeypatch.setattr(train, "encode_examples", lambda examples, *_: (examples, None))
     features = SimpleNamespace(read=lambda names, device: CLS_TOKENS.to(device))
     run = SimpleNamespace(model=model, photo_features=features,
-                          config=SimpleNamespace(micro_batch_size=2, image=True))
+                          config=SimpleNamespace(micro_batch_size=micro_batch_size, image=True))
     optimizer = train.make_optimizer(model)
     scaler = torch.amp.GradScaler("cuda" if model.device.type == "cuda" else "cpu", init_scale=1024,
                                   enabled=model.llama.compute_dtype == torch.float16)
@@ -141,12 +149,24 @@ MATMULS = (aten.mm, aten.bmm, aten.addmm, aten.addmm_, aten.baddbmm)
 
 
 class Strict(TorchDispatchMode):
-    """Run code on the meta device with a GPU's rules.  A value read back is 1; nonzero finds one row."""
+    """Run code on the meta device with a GPU's rules.  A value read back is 1; nonzero finds one row.
+
+    waits  how often the CPU would wait for a GPU: to read a value, to know how many rows there are, or to
+           copy from memory that is not pinned
+    """
+
+    waits = 0
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         name = operation.overloadpacket
+        assert name is not aten.index or tensors[-1].dtype != torch.bool, "it waits for the rows of a mask"
+        if name is aten._to_copy:
+            moved = torch.device(kwargs.get("device") or args[0].device) != args[0].device
+            self.waits += moved and (args[0].is_meta or not kwargs.get("non_blocking"))
+        self.waits += name in (aten._local_scalar_dense, aten.nonzero) and args[0].is_meta
+        assert name not in (aten.masked_select, aten.equal), f"{operation} waits"
         if name is aten._local_scalar_dense and args[0].is_meta:
             return {torch.bool: True, torch.float32: 1.0}.get(args[0].dtype, 1)
         if name is aten._to_copy and kwargs.get("device") == torch.device("cpu"):
@@ -169,13 +189,68 @@ def test_strict_refuses_what_a_gpu_refuses(wrong):
         wrong(torch.empty(2, 3, device="meta"))
 
 
+class FromLists(TorchFunctionMode):
+    """Refuses torch.tensor(list, device=...), whose copy no other mode sees."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        to = torch.device(kwargs.get("device") or "cpu").type
+        assert function not in (torch.tensor, torch.as_tensor) or to == "cpu", "its copy waits"
+        return function(*args, **kwargs)
+
+
+def waits(do):
+    """How often the CPU would wait for a GPU in do()."""
+    with FromLists(), Strict() as strict:
+        do()
+    return strict.waits
+
+
+@pytest.mark.parametrize("wait", [
+    lambda x: x.sum().item(), lambda x: x.tolist(), lambda x: x.nonzero(),
+    lambda x: torch.ones(2).to(x.device)])
+def test_waits_are_seen(wait):
+    assert waits(lambda: wait(torch.empty(2, device="meta"))) == 1
+    x = torch.empty(2, device="meta")
+    for refused in (lambda: torch.tensor([1], device="meta"), lambda: x[x > 0], lambda: x.equal(x)):
+        with pytest.raises(AssertionError):
+            waits(refused)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_cpu_waits_twice_in_a_step_and_once_for_a_token(dtype, llama_dir, monkeypatch):
+    """For the loss and the largest gradient; and for the tokens, of which one ends its sequence early."""
+    unfused(monkeypatch)
+    model, cls_tokens = build(llama_dir, "meta", dtype), CLS_TOKENS.to("meta")
+    for size in (None, 1):
+        assert waits(lambda: train_steps(model, 1, monkeypatch, micro_batch_size=size)) == 2
+    long = [5] * (model.llama.config.max_position_embeddings - 2)
+    batch = [EXAMPLES[0], EXAMPLES[2]._replace(prompt=long)]
+    for temperature in (0, 0.1):
+        assert waits(lambda: model.generate(batch, cls_tokens, temperature=temperature, limit=4)) == 4
+
+
+@pytest.mark.parametrize("device", DEVICES[1:])
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_a_gpu_is_waited_for_as_rarely(dtype, device, llama_dir, monkeypatch):
+    """As PyTorch itself says.  In fp16 the scaler looks at the gradients without a wait."""
+    model, cls_tokens = build(llama_dir, device, dtype), CLS_TOKENS.to(device)
+    train_steps(model, 1, monkeypatch)
+    for limit, do in ((2, lambda: train_steps(model, 1, monkeypatch)),
+                      (4, lambda: model.generate(EXAMPLES, cls_tokens, limit=4))):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            do()
+            torch.cuda.set_sync_debug_mode("default")
+        assert sum("called a synchronizing" in str(warning.message) for warning in caught) <= limit
+
+
 @pytest.mark.parametrize("dtype, int8", [
     (torch.float16, False), (torch.bfloat16, False), (torch.float16, True)])
 def test_all_that_a_model_does_is_fit_for_a_gpu(dtype, int8, llama_dir, monkeypatch):
     """A training step, answers of which one leaves the cache early, scores, and the merge."""
-    adamw = torch.optim.AdamW                           # fused, it has no kernel for the meta device
-    monkeypatch.setattr(torch.optim, "AdamW", lambda groups, fused, **settings: adamw(groups, **settings))
-    monkeypatch.setattr(torch.Tensor, "isnan", lambda x: torch.zeros(x.shape, dtype=torch.bool))
+    unfused(monkeypatch)
     model = build(llama_dir, "meta", dtype, int8)
     cls_tokens = CLS_TOKENS.to("meta")
     long = [5] * (model.llama.config.max_position_embeddings - 2)

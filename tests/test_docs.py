@@ -14,7 +14,7 @@ from base.console import UserError
 from base.tsv import COLUMNS, write_tsv
 from eiven import Projector, cls_layers, nucleus
 from experiments import one_example
-from experiments.random_weights import LLAMA_7B
+from llama import LLAMA_7B
 from vit import ViTConfig
 
 PAGES = {path.name: path for path in (PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md")))}

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from conftest import randomize
+from random_weights import write_llama
 from safetensors.torch import load_file, save_file
 
 from adapters import KINDS
@@ -15,8 +16,7 @@ from base.packing import pack
 from data import Encoded
 from eiven import EIVEN, cls_layers, nucleus
 from experiments.plain import answer_log_probs
-from experiments.random_weights import LLAMA_7B, write_llama
-from llama import LLaMA, load_llama
+from llama import LLAMA_7B, LLaMA, load_llama
 
 V, K = 24, 2
 EOS = 2

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import train_tokenizer
+from random_weights import write_llama
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.autograd.graph import saved_tensors_hooks
@@ -16,8 +17,7 @@ from base import linear
 from base.checkpoint import load_strict
 from base.console import UserError
 from base.packing import next_tokens, pack
-from experiments.random_weights import LLAMA_7B, write_llama
-from llama import LLaMA, LlamaConfig, Tokenizer, load_llama, read_config
+from llama import LLAMA_7B, LLaMA, LlamaConfig, Tokenizer, load_llama, read_config
 
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("llama-*"))
 # Lengths from 1 to 44; the third begins the first, and the last equals it.
@@ -115,9 +115,7 @@ def test_packing_by_hand():
 
 
 def test_groups_by_hand():
-    """Two short sequences and a long one; the second begins the third.  One group alone if that has no more
-    padding.
-    """
+    """Two short sequences, and a long one that begins as one of them.  One length is one group."""
     tokens = pack([[7, 8, 9, 10, 11], [1, 2], [7, 8]], device="cpu", grouped=True)
     assert tokens.groups == [(2, 2), (1, 5)]
     assert tokens.table.tolist() == [5, 6, 0, 1, 0, 1, 2, 3, 4]

@@ -31,7 +31,7 @@ from base.photo import open_photo
 from base.tsv import read_tsv, write_tsv
 from data import read_products
 from dataset.__main__ import main as dataset
-from experiments.random_weights import write_llama
+from random_weights import write_llama
 from llama import LlamaConfig, load_llama
 from support.answering import read_values
 from tools import answer, catalogue, explain, export

@@ -22,7 +22,7 @@ import vit
 from base.packing import pack
 from base.photo import open_photo
 from data import read_products
-from experiments.random_weights import write_vit
+from random_weights import write_vit
 from llama import Tokenizer, greedy_continuation, load_llama
 
 transformers = pytest.importorskip("transformers")

@@ -16,7 +16,7 @@ import vit
 from base.checkpoint import load_strict
 from base.console import UserError
 from base.photo import open_photo
-from experiments.random_weights import write_vit
+from random_weights import write_vit
 from vit import ViT, load_vit, preprocess
 
 

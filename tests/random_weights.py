@@ -1,7 +1,7 @@
 """Write random weights in the official layouts, to try the real sizes where the real files cannot be had:
 
-    python -m experiments.random_weights vit-b-16 OUT                       346 MB, fp32
-    python -m experiments.random_weights llama-7b OUT --tokenizer FILE      13.5 GB, bf16, two shards
+    python -m tests.random_weights vit-b-16 OUT                       346 MB, fp32
+    python -m tests.random_weights llama-7b OUT --tokenizer FILE      13.5 GB, bf16, two shards
 """
 
 import argparse
@@ -15,8 +15,6 @@ import llama
 import vit
 from base import console
 from base.console import write_json
-
-LLAMA_7B = llama.LlamaConfig(32000, 4096, 11008, 32, 32, 32, 128, 1e-6)
 
 
 def write_tensors(path, parameters, dtype, seed, std):
@@ -66,7 +64,7 @@ def main():
     elif args.tokenizer is None:
         parser.error("llama-7b needs --tokenizer")
     else:
-        write_llama(args.out, LLAMA_7B, args.tokenizer, shards=2)
+        write_llama(args.out, llama.LLAMA_7B, args.tokenizer, shards=2)
 
 
 if __name__ == "__main__":
