@@ -83,7 +83,7 @@ def merge(adapter, linear):
     dtype = linear.weight.dtype
     with torch.no_grad():
         W = linear.weight.double()                                      # (out, width)
-        W_up = adapter.scale * W @ adapter.up_matrix().double()         # (out, r)
+        W_up = adapter.scale * W @ adapter.up_matrix().double()         # (out, r)   s W up
         bias = W_up @ adapter.down.bias.double() + adapter.scale * W @ adapter.up_bias.double()       # (out,)
         if linear.bias is not None:
             bias = bias + linear.bias.double()

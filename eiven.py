@@ -34,7 +34,7 @@ from base.console import UserError
 from base.packing import next_tokens, pack, to_device
 
 TEMPERATURE, TOP_P = 0.1, 0.75                          # section 4.1
-CLS_EVERY = 3                                           # section 2.1's M; 3 in section 4.1
+CLS_EVERY = 3                                           # the M of section 2.1 (not ours); 3 in 4.1
 
 
 def cls_layers(vit_layers):
@@ -46,10 +46,10 @@ def cls_layers(vit_layers):
 
 
 class Projector(nn.Module):
-    """I' = (swish(I Wg + bg) * (I Wd + bd)) Wu + bu, section 2.1 with SwiGLU's gate Wg: (P, K, V) -> (P, K,
-    D).
+    """I' = (swish(I Wg + bg) * (I Wd + bd)) Wu + bu, section 2.1 with SwiGLU's gate Wg.
 
-    fp32.  hidden is d_h, the width in the middle (paper: 128).  swish is PyTorch's silu.
+    (P, K, V) -> (P, K, D), in fp32.  hidden is d_h, the width in the middle (paper: 128).  swish is PyTorch's
+    silu.
     """
 
     def __init__(self, visual_width, width, hidden=128):
@@ -89,7 +89,7 @@ def nucleus(logits, temperature, top_p, uniform):
     if len(unsure):
         p, order = p[unsure].sort(dim=-1, descending=True, stable=True)         # (b, pieces)
         cumulative = p.cumsum(-1)
-        size = (cumulative - p < top_p).sum(-1, keepdim=True)  # (b, 1)   tokens in the nucleus
+        size = (cumulative - p < top_p).sum(-1, keepdim=True)  # (b, 1)   tokens with less than top_p before
         mass = cumulative.gather(1, size - 1)                                   # (b, 1)
         point = to_device(uniform, p.device, p.dtype)[unsure, None] * mass
         rank = (cumulative <= point).sum(-1, keepdim=True)                          # (b, 1)
@@ -192,6 +192,7 @@ class EIVEN(nn.Module):
             return self.llama.embed(ids)
         is_visual = ids >= vocab                                                # (N,)
         x = self.llama.embed(ids.masked_fill(is_visual, 0))                     # (N, D)
+        # For a text token this is row 0, which `where` drops.
         visual = visual_tokens.flatten(0, 1).index_select(0, (ids - vocab).clamp(min=0))        # (N, D)
         return torch.where(is_visual[:, None], visual.to(x.dtype), x)
 

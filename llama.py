@@ -176,7 +176,7 @@ class KVCache:
     """Keys and values of one layer during generation, so that no token is computed twice.
 
     The first pass stores those of the prompts.  Each later step stores one token for each sequence.
-    keys, values  (B, G, places, d); a token is stored at its position in its sequence
+    keys (rotated), values  (B, G, places, d); a token is stored at its position in its sequence
     """
 
     def __init__(self, config, B, places, dtype, device):
@@ -194,7 +194,7 @@ class KVCache:
             self.values[:, :, :v.shape[2]] = v
             return k, v
         rows = tokens.back                              # one new token for each sequence: rows 0 to B - 1
-        self.keys[rows, :, tokens.position] = k[:, :, 0]
+        self.keys[rows, :, tokens.position] = k[:, :, 0]                        # (B, G, d)
         self.values[rows, :, tokens.position] = v[:, :, 0]
         S = tokens.mask.shape[-1]
         return self.keys[:, :, :S], self.values[:, :, :S]
@@ -208,8 +208,8 @@ class KVCache:
 def attend(q, k, v, mask):
     """softmax(q k^T / sqrt(d) + mask) v: (B, H, T, d), (B, G, S, d) twice -> (B, H, T, d).
 
-    The score of a key after the query's own position becomes -infinity: in the first pass by is_causal, later
-    by the mask.  Padding stands after all tokens, so this hides it as well.
+    The score of a key after the query's own position becomes -infinity: in training and for prompts by
+    is_causal, in a cached step by the mask.  Padding stands after all tokens, so this hides it as well.
     """
     heads = q.shape[1]
     if heads > k.shape[1] and q.device.type != "cpu":
@@ -229,7 +229,7 @@ class Attention(nn.Module):
         super().__init__()
         D, bias = config.hidden_size, config.attention_bias
         self.head_dim = config.head_dim
-        self.heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
+        self.qkv_heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
         self.q_proj = Linear(D, config.num_attention_heads * config.head_dim, bias)
         self.k_proj = Linear(D, config.num_key_value_heads * config.head_dim, bias)
         self.v_proj = Linear(D, config.num_key_value_heads * config.head_dim, bias)
@@ -243,7 +243,7 @@ class Attention(nn.Module):
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))                   # (N, G, d)
         y = []
         for group in tokens.pad(torch.cat((qk, v), dim=1)):                     # (B, H + 2 G, T, d)
-            q, k, v = group.split(self.heads, dim=1)                            # (B, H, T, d), (B, G, T, d)
+            q, k, v = group.split(self.qkv_heads, dim=1)                        # (B, H, T, d), (B, G, T, d)
             if cache is not None:
                 k, v = cache.update(k, v, tokens)                               # (B, G, S, d)
             y.append(attend(q, k, v, tokens.mask))                              # (B, H, T, d)

@@ -5,9 +5,10 @@ The sequences are put into a prefix tree.  Each node of the tree is one token of
     sequences        tree              ids       1 5 6 7 8   (N,)    the nodes, in the order they were made
     A = [1, 5, 6]    1 - 5 - 6         position  0 1 2 2 1   (N,)    the depth of each node
     B = [1, 5, 7]    |   `-- 7         table     0 1 2       (B T,)  the nodes of each sequence,
-    C = [1, 8]       `-- 8                       0 1 3               padded with 0 at the end
-                                                 0 4 0
-                                       back      6 4 2 5 7   (N,)    a place of each node in the table
+    C = [1, 8]       `-- 8                       0 1 3               padded with node 0, which is
+                                                 0 4 0               never taken back from there
+                                       back      6 4 2 5 7   (N,)    the last place of each node in the
+                                                                     table, row after row
 
 With causal attention the hidden state of a token depends only on the tokens before it, so sequences that
 begin alike can share the nodes of their prefix.  Linear layers and norms run on the (N, D) matrix of the
@@ -17,8 +18,9 @@ each node from the result.
 A comparison is about twice as long as a base question.  So the sequences of a training step are in two
 groups, the shorter and the longer; the table of the second follows that of the first.
 
-Padding stands after the last token of its sequence.  In the first pass causal attention hides it.  When
-answers are generated, its keys are in the KV cache; there the mask hides every place after the new token.
+Padding stands after the last token of its sequence.  In training and for prompts, causal attention hides
+it.  When answers are generated, its keys are in the KV cache; there the mask hides every place after the new
+token.
 """
 
 from dataclasses import dataclass
@@ -110,7 +112,7 @@ def next_tokens(ids, position, dtype=torch.float32):
     S = max(position) + 1
     position = to_device(position, ids.device)                                  # (B,)
     # A GPU's kernel needs rows of a multiple of 8 numbers in memory; else each layer copies the mask.
-    key = torch.arange(-(-S // 8) * 8, device=ids.device)
+    key = torch.arange((S + 7) // 8 * 8, device=ids.device)
     later = key > position[:, None, None, None]
     mask = torch.zeros(later.shape, dtype=dtype, device=ids.device).masked_fill(later, float("-inf"))
     rows = torch.arange(len(ids), device=ids.device)
