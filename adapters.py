@@ -64,7 +64,7 @@ class Adapter(nn.Module):
         z = self.down(h.float())                                        # (N, r)
         if self.kind == "mlp":
             z = F.relu(z)
-        return h.add(F.linear(z, self.up_matrix(), self.up_bias).to(h.dtype), alpha=self.scale)
+        return h + (self.scale * F.linear(z, self.up_matrix(), self.up_bias)).to(h.dtype)
 
 
 def merge(adapter, linear):

@@ -21,11 +21,11 @@ from base.duplicates import not_in
 from data import fingerprint, read_split, without
 from eiven import TEMPERATURE, TOP_P
 from support import processes
-from support.answering import (answers, check_questions, load, prepare_photos, read_values, split_products,
-                               write_predictions)
+from support.answering import answers, check_questions, prepare_photos, split_products, write_predictions
 from support.confidence import calibrate, lines, measure
 from support.config import add_flags, choose_threads, describe, number, parse_flags
 from support.report import draw_results, floor_text
+from support.run import load, read_values
 from support.run_folder import check_still_there, read_config, read_losses
 
 # Flags of a run that need not be those of its training: it may be used on another machine.

@@ -20,9 +20,10 @@ from base.duplicates import note_duplicates
 from data import encode_examples, epoch, fingerprint, hold_out, values_of, without
 from evaluate import evaluate
 from support import processes
-from support.answering import Run, check_questions, prepare_photos, split_products
+from support.answering import check_questions, prepare_photos, split_products
 from support.config import (Config, add_flags, build_model, choose_device, choose_threads, describe,
                             find_sources, parse_flags)
+from support.run import Run
 from support.run_folder import (SAVE_EVERY, TrainingState, check_weights, load_init, new_run_folder,
                                 read_config, weights_fingerprint, write_config)
 
@@ -90,7 +91,7 @@ def train_step(run, optimizer, scaler, examples):
     losses, tokens = [], 0
     for part, share in processes.micro_batches(examples, config.micro_batch_size):
         batch, photos = encode_examples(part, model.tokenizer, config.image)
-        cls_tokens = run.photo_features.read(photos, "cpu") if run.photo_features else None
+        cls_tokens = run.photo_features.read(photos) if run.photo_features else None
         part_loss = model(batch, cls_tokens) * share    # of the average over the full batch
         scaler.scale(part_loss).backward()
         losses.append(part_loss.detach())               # read later: here the CPU would wait for a GPU

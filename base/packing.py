@@ -87,8 +87,8 @@ def pack(sequences, n_needed=None, device="cpu", grouped=False):
     if n_needed is not None:
         last = [node for path, n in zip(paths, n_needed) for node in path[len(path) - n:]]
         needed = to_device(last, device)                                        # (M,)
-    # A third of the way from the shortest to the longest: a step on the paper's data then has 1.18 to 1.29
-    # places in attention for each token.  In one group it has 1.32 to 1.68.
+    # A third of the way from the shortest to the longest: between base questions and comparisons.
+    # experiments/speed.py prints how much padding is left.
     shortest, longest = min(map(len, paths)), max(map(len, paths))
     limit = shortest + (longest - shortest) / 3 if grouped else longest
     shorter = [path for path in paths if len(path) <= limit]

@@ -31,8 +31,9 @@ from base.packing import pack
 from data import read_split, sample_labels, values_of
 from evaluate import score
 from experiments.paper_tables import new_parser, run_folder
-from support.answering import Run, prepare_photos
+from support.answering import prepare_photos
 from support.config import DATA, Config, add_flags, build_model, choose_device, describe, find_sources
+from support.run import Run
 
 EPOCHS, RATE, WIDTH, DROPOUT = 60, 3e-3, 64, 0.3        # of the classifier
 C = 1                                                   # weight of the cross-entropy in a bag of words
@@ -147,7 +148,7 @@ def embed(products, run):
     modalities = []
     prepare_photos(run, products)
     if run.photo_features:
-        modalities.append(run.photo_features.read([p.image for p in products], "cpu").flatten(1))
+        modalities.append(run.photo_features.read([p.image for p in products]).flatten(1))
     if run.config.text:
         llama, tokenizer = run.model.llama, run.model.tokenizer
         rows = []

@@ -53,12 +53,12 @@ class PhotoFeatures:
         self.keys = {}                                  # {name of a prepared photo: the name of its file}
         self.recent = lru_cache(RECENT)(self._load)
 
-    def read(self, names, device):
-        """Features (P, K, V) of prepared photos, or None for no photos."""
+    def read(self, names):
+        """Features (P, K, V) of prepared photos, on the CPU, or None for no photos."""
         if not names:
             return None
         tokens = [self.recent(self.keys[name]) for name in names]
-        return torch.stack(tokens)[:, -len(self.cls_layers):].to(device)
+        return torch.stack(tokens)[:, -len(self.cls_layers):]
 
     def prepare(self, names, skip_bad=False):
         """Make sure that the features of all these photos are there; progress on the way.

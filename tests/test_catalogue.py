@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 
 import pytest
 from conftest import command, ends_at, held, together
@@ -119,7 +120,7 @@ def test_stdin_and_stdout(answer, expected, tmp_path):
         os.write(theirs, as_jsonl([*ROWS, {"id": 3}]))
         os.close(theirs)
         os.dup2(ours, 0)
-        answering.sys.stdin = open(0, closefd=False)
+        sys.stdin = open(0, closefd=False)
 
     said = answer(b"", "/dev/stdout", "--input", "-", before=piped)
     (tmp_path / "out.tsv").write_text(said.out)

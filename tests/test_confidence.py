@@ -12,7 +12,8 @@ from data import Product, base_question, encode_answer, encode_examples
 from eiven import EIVEN
 from experiments.plain import answer_log_probs
 from support import answering, confidence
-from support.answering import Answer, Run, likeliest, read_values, score_values
+from support.answering import Answer, likeliest, score_values
+from support.run import Run, read_values
 
 
 def test_calibration_error_by_hand():

@@ -49,7 +49,7 @@ def unfused(monkeypatch):
 def train_steps(model, count, monkeypatch, micro_batch_size=2):
     """Losses of `count` steps of train.py on EXAMPLES, which are encoded already."""
     monkeypatch.setattr(train, "encode_examples", lambda examples, *_: (examples, None))
-    features = SimpleNamespace(read=lambda names, device: CLS_TOKENS.to(device))
+    features = SimpleNamespace(read=lambda names: CLS_TOKENS)
     run = SimpleNamespace(model=model, photo_features=features,
                           config=SimpleNamespace(micro_batch_size=micro_batch_size, image=True))
     optimizer = train.make_optimizer(model)

@@ -17,6 +17,7 @@ from base.console import UserError
 from data import Product, read_split
 from evaluate import interval, micro_f1, score, scores_folder, table
 from support import answering
+from support.run import Run
 
 # ---------------------------------------------------------------------------------------- scores
 
@@ -77,7 +78,7 @@ def test_an_answer_does_not_depend_on_its_batch(run, data_root, monkeypatch):
     loaded.calibration = {"temperature": 2.0}
     products = read_split(data_root, "shoes", "test")
     answering.prepare_photos(loaded, products)
-    monkeypatch.setattr(answering.Run, "answer_limit", 3)       # each more is a chance for rounding to decide
+    monkeypatch.setattr(Run, "answer_limit", 3)       # each more is a chance for rounding to decide
     monkeypatch.setattr(answering, "ANSWER_BATCH", 4)
     monkeypatch.setattr(answering, "SCORE_BATCH", 2)
     for values in (None, loaded.values):

@@ -45,28 +45,28 @@ def prepared(vit, images, names=NAMES, single=False):
 
 def test_features_are_the_vits(vit_dir, images):
     photos = prepared(vit_dir, images)
-    tokens = photos.read(NAMES, "cpu")
+    tokens = photos.read(NAMES)
     pixels = torch.stack([preprocess(open_photo(images / name), 32) for name in NAMES])
     torch.testing.assert_close(tokens, load_vit(vit_dir)(pixels, (3, 6)))
     single = prepared(vit_dir, images, NAMES[1:], single=True)      # the last layer alone
-    assert torch.equal(single.read(NAMES[1:], "cpu"), tokens[1:, -1:])
+    assert torch.equal(single.read(NAMES[1:]), tokens[1:, -1:])
     assert (photos.width, photos.cls_layers, single.cls_layers) == (24, (3, 6), (6,))
-    assert photos.read([], "cpu") is None
+    assert photos.read([]) is None
 
 
 def test_features_belong_to_the_bytes_of_a_photo_and_to_the_vit(vit_dir, images, decoded, tmp_path):
     photos = prepared(vit_dir, images)
-    before = photos.read(NAMES, "cpu")
+    before = photos.read(NAMES)
     (images / "B0001.jpg").rename(images / "moved.jpg")         # known wherever it lies
     again = prepared(vit_dir, images, ["moved.jpg", NAMES[2]])
-    assert torch.equal(again.read(["moved.jpg"], "cpu"), before[1:2]) and sorted(decoded) == sorted(NAMES)
+    assert torch.equal(again.read(["moved.jpg"]), before[1:2]) and sorted(decoded) == sorted(NAMES)
     shutil.copy(images / "B0002.jpg", images / "B0001.jpg")
     photos.prepare(NAMES)                               # the same name again, as in a web service
-    after = photos.read(NAMES, "cpu")
+    after = photos.read(NAMES)
     assert torch.equal(after[1], after[0]) and not torch.equal(after[1], before[1])
     vit = shutil.copytree(vit_dir, tmp_path / "vit") / "model.safetensors"
     save_file({name: tensor * 1.1 for name, tensor in load_file(vit).items()}, vit)
-    assert not torch.isclose(prepared(vit, images).read(NAMES, "cpu"), after).any()
+    assert not torch.isclose(prepared(vit, images).read(NAMES), after).any()
 
 
 def test_photos_that_cannot_be_used(vit_dir, images):
@@ -82,16 +82,16 @@ def test_photos_that_cannot_be_used(vit_dir, images):
     problems = photos.prepare([*bad, str(outside), "B0002.jpg"], skip_bad=True)
     assert list(problems) == bad
     assert all("leads out of" in problems[name] for name in bad[-2:])
-    assert photos.read(["B0002.jpg", str(outside)], "cpu").shape == (2, 2, 24)
+    assert photos.read(["B0002.jpg", str(outside)]).shape == (2, 2, 24)
 
 
 @pytest.mark.parametrize("damage", [lambda content: content[:-4], lambda content: content[:-1] + b"\7"])
 def test_a_damaged_file_counts_as_missing(vit_dir, images, decoded, damage):
     photos = prepared(vit_dir, images)
-    expected = photos.read(NAMES, "cpu")
+    expected = photos.read(NAMES)
     [path] = images.parent.rglob(photos.keys["B0002.jpg"])
     path.write_bytes(damage(path.read_bytes()))
-    assert torch.equal(prepared(vit_dir, images).read(NAMES, "cpu"), expected)
+    assert torch.equal(prepared(vit_dir, images).read(NAMES), expected)
     assert decoded[3:] == ["B0002.jpg"]
 
 
@@ -100,7 +100,7 @@ def test_threads_share_features_and_folder(vit_dir, images):
 
     def prepare_and_read(n):
         photos[n % 2].prepare(NAMES)
-        return photos[n % 2].read(NAMES, "cpu")
+        return photos[n % 2].read(NAMES)
 
     with ThreadPoolExecutor(8) as threads:
         tokens = list(threads.map(prepare_and_read, range(16)))

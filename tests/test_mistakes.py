@@ -33,7 +33,7 @@ from data import read_products
 from dataset.__main__ import main as dataset
 from random_weights import write_llama
 from llama import LlamaConfig, load_llama
-from support.answering import read_values
+from support.run import read_values
 from tools import answer, catalogue, explain, export
 from vit import load_vit
 

@@ -16,7 +16,6 @@ from base.console import UserError
 from base.tsv import read_tsv
 from data import base_question, encode_examples, read_split
 from llama import load_llama
-from support import answering
 from support.answering import prepare_photos
 from tools import export
 
@@ -90,7 +89,7 @@ def test_python_has_the_same_choices(run, photo):
 
 def test_answers_come_in_order_from_any_iterable(run, data_root, monkeypatch, capsys):
     """Batches, NaN for what is absent, keys of no meaning, photos as relative paths or PIL images."""
-    monkeypatch.setattr(answering, "ANSWER_BATCH", 3)
+    monkeypatch.setattr("support.run.ANSWER_BATCH", 3)
     monkeypatch.chdir(data_root / "images")             # photos may be named from any folder
     loaded = evaluate.load(run)
     asked = [(f"B{i:04}.jpg", "black " + "shoe " * (i % 4), loaded.known_attribute("HEEL height"))
@@ -126,7 +125,7 @@ def test_an_export_is_an_ordinary_llama(run, says, data_root, tmp_path, monkeypa
     products = read_split(data_root, "shoes", "test")[:5]
     prepare_photos(loaded, products)
     examples, names = encode_examples([base_question(p) for p in products], loaded.model.tokenizer)
-    cls_tokens = loaded.photo_features.read(names, "cpu")
+    cls_tokens = loaded.photo_features.read(names)
     with torch.no_grad():
         expected = loaded.model.merge_adapters().answer_logits(examples, cls_tokens)
     expected = expected.split([len(e.answer) for e in examples])

@@ -144,7 +144,7 @@ def test_a_step_by_hand(step, micro_batch_size):
     total, tokens = 0, 0
     for example in examples:
         [encoded], photos = encode_examples([example], run.model.tokenizer)
-        total = total + run.model([encoded], run.photo_features.read(photos, "cpu"))
+        total = total + run.model([encoded], run.photo_features.read(photos))
         tokens += len(encoded.prompt) + len(encoded.answer)
     parameters = run.model.trainable_parameters()
     expected = torch.autograd.grad(total / 9, parameters.values())

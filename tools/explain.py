@@ -74,7 +74,7 @@ def explain(run, product):
     tokens = [("<s>", "begin")]
     if photos:
         photo, attention = look(photos, product)
-        cls_tokens = photos.read([product.image], model.device)                 # (1, K, V)
+        cls_tokens = photos.read([product.image])                               # (1, K, V)
         tokens += [(f"I′{k}", f"I′{k}") for k in range(1, len(attention) + 1)]
         steps = [*explain_page.photo_steps(photo, attention),
                  explain_page.embedding_step(photos.cls_layers, cls_tokens[0], model.project(cls_tokens)[0])]
