@@ -252,8 +252,9 @@ def main():
     prepare_photos(run, products)
     data = fingerprint(products, run.photo_features.keys.get if run.photo_features else None)
     if data != read_config(args.run)[1]["data_fingerprint"][args.split]:
-        raise UserError(f"{root}: the products or photos of {args.split} are not those of this run's start; "
-                        "--data ROOT names another folder, and python -m tools.catalogue answers any file")
+        raise UserError(f"{root}: the products or photos of {args.split} are not those of this run's start "
+                        "(with --skip-missing-photos, a photo that came later is enough); --data ROOT names "
+                        "another folder, and python -m tools.catalogue answers any file")
     split = args.split
     if args.without_duplicates:
         split += " (without duplicates of train)"

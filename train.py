@@ -9,13 +9,12 @@ import argparse
 import math
 import sys
 import time
-from pathlib import Path
 from shlex import quote
 
 import torch
 
 from base.checkpoint import check_frozen
-from base.console import Progress, UserError, duration, locked
+from base.console import Progress, UserError, duration, locked, user_path
 from base.duplicates import note_duplicates
 from data import encode_examples, epoch, fingerprint, hold_out, values_of, without
 from evaluate import evaluate
@@ -137,16 +136,13 @@ def parse(argv=None):
         description="Train EIVEN, then score it on the test split.", allow_abbrev=False,
         epilog="The environment variable EIVEN_CACHE names another folder than cache/ for photo features and "
                "the demo world.")
-    parser.add_argument("--resume", metavar="RUN", nargs="?", const=True,
+    parser.add_argument("--resume", metavar="RUN", type=user_path,
                         help="continue the run in this folder, exactly as if it had never stopped")
     add_flags(parser)
     flags = vars(parse_flags(parser, argv))
-    resume = flags.pop("resume")
-    if resume is None:
+    folder = flags.pop("resume")
+    if folder is None:
         return Config(**flags), None
-    if (resume is True) != ("out" in flags):
-        parser.error("--resume: name the run folder once, as --resume RUN")
-    folder = Path(flags.pop("out") if resume is True else resume).expanduser()
     config, _ = read_config(folder)
     # Only these may change: paths, device, and how time and memory are saved (the last bits may then differ).
     movable = ("data", "llama", "vit", "device", "threads", "micro_batch_size", "grad_checkpoint")
@@ -165,6 +161,15 @@ def main(argv=None):
     processes.check_same("flags", vars(config))
     with processes.in_process_0(lock) as run_folder:
         train_and_score(config, run_folder, resumed=folder is not None)
+
+
+def note_changed(values, tokenizer):
+    """Print a line for each of {attribute: values} that the tokenizer changes: no answer can equal it."""
+    for value in sorted(set().union(*values.values())):
+        answer = tokenizer.decode(tokenizer.encode(value, new_word=True)).strip()
+        if answer != value:
+            print(f"note: this LLaMA's tokenizer turns the value {value!r} into {answer!r}: no answer can be "
+                  "right", file=sys.stderr)
 
 
 def train_and_score(config, folder, resumed):
@@ -190,6 +195,7 @@ def train_and_score(config, folder, resumed):
     if config.init and not (folder / "state.pt").exists():
         init_id = load_init(config, sources, model)
         print(f"adapters and projector start as those of {config.init}")
+    note_changed(values, model.tokenizer)
     run = Run(folder, "", config, values, sources, model, photo_features, held_out)
     for split in splits.values():
         prepare_photos(run, split)
@@ -204,7 +210,8 @@ def train_and_score(config, folder, resumed):
         check_weights(folder, record, sources)
         if record["data_fingerprint"] != data:
             raise UserError(f"--resume {folder}: the products or photos in {sources.data} are not those that "
-                            "this run was started with")
+                            "this run was started with. (With --skip-missing-photos, a photo that came later "
+                            "is enough.)")
         if init_id not in (None, record["init_id"]):
             raise UserError(f"--resume {folder}: {config.init} is not the run any more that this one starts "
                             "from, and no step of this one was saved; start it anew")

@@ -70,14 +70,12 @@ def main(argv=None):
     flag("folder", type=user_path, help="a clone of github.com/HenryPengZou/ImplicitAVE")
     flag("--images", nargs="+", type=user_path, default=[], metavar="DIR", help="more folders with photos")
     flag = command("stats", stats, "Print Table 6, the values and what is wrong for data sets on disk.")
-    flag("dataset", nargs="*", help="names in ROOT, or folders (default: all in ROOT)")
+    flag("dataset", nargs="*", help="names in ROOT (default: all)")
     flag = command("check", check, "Say what train.py would refuse in a folder of products, and what "
                    "would spoil its result.")
     flag("folder", type=user_path,
          help="ROOT/NAME with train.tsv, val.tsv and test.tsv; photos in ROOT/images/")
     flag("--labels", type=positive, default=10, help="labels that a value should have for training")
-    flag("--llama", type=user_path, metavar="DIR",
-         help="count tokens, too, with this LLaMA's tokenizer.model")
     flag("--no-image", action="store_true", help="leave the photos out, as train.py --no-image does")
     flag("--all", action="store_true", help="show all examples, not three of each kind")
     flags = vars(parser.parse_args(argv))

@@ -7,6 +7,7 @@ are in one split.
 
 import hashlib
 from collections import Counter, defaultdict
+from functools import cache
 
 from base.console import locked, reading
 from base.duplicates import groups, photo_key, title_key
@@ -79,7 +80,7 @@ def map_values(products, table, data_sets, no_photos):
     ids = defaultdict(list)
     for asin, _, urls, labels in products:
         for dataset, attribute, category, raws in labels:
-            of_raw = table.get((dataset, attribute, category), {})
+            of_raw = table[dataset, attribute, category]
             values = {of_raw[folded(raw)] for raw in raws if folded(raw) in of_raw}
             unmapped.update((dataset, attribute, raw, category) for raw in raws if folded(raw) not in of_raw)
             if len(values) == 1 and dataset in data_sets and (urls or no_photos):
@@ -119,7 +120,7 @@ def table_rows(products, chosen, spellings):
         for dataset, attribute, category, raws in labels:
             its_attribute, value = chosen.get((dataset, asin), (None, None))
             if attribute == its_attribute:
-                wanted = mentions(tuple(sorted({value, *raws, *spellings[dataset, attribute, value]})))
+                wanted = mentions((value, *raws, *spellings[dataset, attribute, value]))
                 text = without(title, wanted)
                 if text:
                     rows[dataset].append([asin, f"{asin}.jpg", without(category, wanted), f"[Title] {text}",
@@ -138,8 +139,8 @@ def split(rows, images, seed, dataset):
     """
     keys = [[row[0] for row in rows], [title_key(row[3].removeprefix("[Title]")) for row in rows]]
     if images:
-        photos = {name: photo_key(images / name) for name in {row[1] for row in rows}}
-        keys.append([photos[row[1]] for row in rows])
+        key = cache(lambda name: photo_key(images / name))
+        keys.append([key(row[1]) for row in rows])
     group = groups(*keys)
     size = Counter(group)
     together = defaultdict(list)

@@ -7,13 +7,12 @@ A finding is (REFUSED or SPOILS, "what: why it matters", [example]).
 import os
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from shlex import quote
 
 from base.console import Progress, UserError
 from base.duplicates import across, same_label, signs
 from base.tsv import read_tsv
-from data import base_question, comparison, encode_answer, encode_examples, product_of
+from data import product_of
 from dataset.mentions import clean, find, folded, mentions
 from dataset.stats import SPLITS, photo_problem, print_table
 
@@ -22,16 +21,15 @@ SPOILS = "SPOILS the result: train.py runs, but its score or its answers are wor
 NEEDED = "id", "attribute_names", "attribute_values"
 
 
-def check(folder, labels, llama, no_image, all):
+def check(folder, labels, no_image, all):
     """Print one page about the data set in `folder` (ROOT/NAME); UserError at the end if train.py would
     refuse it.
 
     labels    how many labels train.tsv should have for each value
-    llama     folder with config.json and tokenizer.model: also count tokens
     no_image  as for train.py --no-image: leave the photos out
     all       show all examples of a finding
     """
-    if examine(folder, labels, llama, not no_image, None if all else 3):
+    if examine(folder, labels, not no_image, None if all else 3):
         raise UserError(f"{folder}: train.py would refuse it; see REFUSED above, mend that and check again.")
     print(f"\nIt can be trained:  {training_command(folder, labels)}{' --no-image' * no_image}")
 
@@ -43,11 +41,10 @@ def training_command(folder, labels):
 
 
 def stats(dataset, data):
-    """Print Table 6 and what is wrong for data sets: names in the folder `data`, or folders; by default all
-    there.
+    """Print Table 6 and what is wrong for data sets, given by their names in the folder `data`; by default
+    all there.
     """
-    folders = [Path(name) if Path(name).is_dir() else data / name for name in dataset]
-    folders = folders or sorted(path.parent for path in data.glob("*/train.tsv"))
+    folders = [data / name for name in dataset] or sorted(path.parent for path in data.glob("*/train.tsv"))
     if not folders:
         raise UserError(f"{data} holds no data set, a folder with train.tsv, val.tsv and test.tsv. "
                         "Build or import one (docs/data.md), or give another folder with --data.")
@@ -55,7 +52,7 @@ def stats(dataset, data):
         examine(folder)
 
 
-def examine(folder, labels=0, llama=None, image=True, most=3):
+def examine(folder, labels=1, image=True, most=3):
     """Print Table 6 and the findings, with `most` examples each, about the data set in a folder; return
     whether train.py refuses it.
     """
@@ -84,11 +81,9 @@ def examine(folder, labels=0, llama=None, image=True, most=3):
     findings = [(REFUSED, "lines or files that cannot be read", problems)]
     if image:
         findings.append(photo_finding(parts, images))
-    if llama:
-        findings += token_findings(parts, llama, image)
-    findings += [*product_findings(parts), *value_findings(counts, labels)]
+    findings += product_findings(parts)
     if "train" in parts:
-        findings += split_findings(parts, counts, images)
+        findings += [*value_findings(counts, labels), *duplicate_findings(parts, images)]
     print_findings(findings, most)
     return any(severity == REFUSED and examples for severity, _, examples in findings)
 
@@ -128,26 +123,20 @@ def product_findings(parts):
 
 
 def value_findings(counts, labels):
-    """Values with few labels, alone or with twins."""
+    """Values with few labels or none, or with twins."""
+    total = sum(counts.values(), Counter())
     yield (SPOILS, f"values with fewer than {labels} labels to train on",
-           [f"{' = '.join(value)}: {n:,}" for value, n in counts.get("train", {}).items() if n < labels])
-    values = defaultdict(list)
+           [f"{' = '.join(value)}: {counts['train'][value]:,}" for value in total
+            if counts["train"][value] < labels])
     alike = defaultdict(list)
-    for (attribute, value), n in sum(counts.values(), Counter()).items():
-        values[attribute].append(value)
+    for (attribute, value), n in total.items():
         alike[attribute, folded(value) or value].append(f"{value!r} {n:,}")
-    yield (SPOILS, "attributes with one value alone: there is nothing to learn",
-           [f"{attribute} = {its[0]}" for attribute, its in values.items() if len(its) == 1])
     yield (SPOILS, "values that differ only in case, plural or hyphens: an exact match takes them for two",
            [f"{attribute}: {', '.join(same)}" for (attribute, _), same in alike.items() if len(same) > 1])
 
 
-def split_findings(parts, counts, images):
-    """Values of val and test that training has not shown, and products that it has."""
-    for part, count in counts.items():
-        yield (SPOILS, f"values of {part}.tsv that train.tsv does not have: no answer to them can be right",
-               [f"{' = '.join(value)}: {n:,} products" for value, n in count.items()
-                if value not in counts["train"]])
+def duplicate_findings(parts, images):
+    """Products of val and test that training has shown."""
     for part, sign, pairs in across(parts, {"the same id": lambda p: p.id, **signs(images)}):
         same = sum(same_label(*pair) for pair in pairs)
         yield (SPOILS, f"products of {part}.tsv with {sign} as one of train.tsv: of {len(parts[part]):,}, "
@@ -166,29 +155,3 @@ def photo_finding(parts, images):
             progress.step()
     return (REFUSED, "photos that are missing or cannot be read: --skip-missing-photos trains without "
             "products whose photo is missing, --no-image without photos", problems)
-
-
-def token_findings(parts, llama, image):
-    """Questions that are longer than LLaMA can read; values that its tokenizer changes."""
-    from llama import Tokenizer, read_config            # here, because it loads torch
-    most = read_config(llama / "config.json").max_position_embeddings
-    tokenizer = Tokenizer(llama / "tokenizer.model")
-    longest = 0
-    too_long = []
-    changed = {}
-    for part, products in parts.items():
-        for p in products:
-            question = comparison(p, p, "judge_last") if part == "train" else base_question(p)
-            [encoded], _ = encode_examples([question], tokenizer, image)
-            # As train.py counts: BOS, 4 visual tokens for each photo, question, answer.
-            length = 1 + 4 * len(encoded.photos) + len(encoded.prompt) + len(encoded.answer)
-            longest = max(longest, length)
-            if length > most:
-                too_long.append(f"{p.id} ({part}.tsv): {length:,} tokens; {p.title[:100]}")
-            back = tokenizer.decode(encode_answer(p.value, tokenizer)[:-1]).strip()
-            if back != p.value:
-                changed[f"{p.value!r} comes back as {back!r}"] = p
-    print(f"tokens of a question (in training, of two products) and its answer: at most {longest:,}; this "
-          f"LLaMA reads {most:,}")
-    yield REFUSED, f"products with more tokens than the {most:,} that this LLaMA reads", too_long
-    yield SPOILS, "values that this LLaMA's tokenizer changes: no answer can be right", list(changed)

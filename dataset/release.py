@@ -6,8 +6,6 @@ from base.console import Progress, UserError, whole_file
 from base.tsv import COLUMNS, read_tsv
 from dataset.stats import SPLITS, check_maker, photo_problem, write_splits
 
-NAMES = {"jewlery_and_general_apparel": "general", "jewelry_and_general_apparel": "general"}
-
 
 def import_release(folder, data, images):
     """Write the authors' release ImplicitAVE, as it lies in `folder`, as data sets in `data`; say what is
@@ -19,7 +17,7 @@ def import_release(folder, data, images):
     release = {}                                        # {data set: {split: rows}}
     for domain in sorted(path.parent for path in folder.rglob("train.tsv")):
         name = domain.name.lower()
-        parts = release[NAMES.get(name, name)] = {}
+        parts = release["general" if "general" in name else name] = {}
         for part in SPLITS:
             parts[part] = [[row[column] for column in COLUMNS] for _, row in read_tsv(domain / f"{part}.tsv")]
     if not release:

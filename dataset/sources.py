@@ -9,21 +9,20 @@ import gzip
 import json
 import re
 import zlib
-from collections import Counter, defaultdict
+from collections import defaultdict
 from sys import intern
 
-from base.console import Progress, UserError, reading, what_is, whole_file
+from base.console import Progress, UserError, reading, whole_file
 from dataset.mentions import clean
 from dataset.values import ATTRIBUTES, OTHER_KEYS
 
-ASIN = re.compile(r"[A-Z0-9]{10}", re.ASCII)            # nothing else becomes a file name
+ASIN = re.compile("[A-Z0-9]{10}")                       # nothing else becomes a file name
 FORMAT = 4                      # of the file written here; counted up when it changes
 
 
-def objects(path, what, counts):
-    """Yield the JSON objects in the lines of a file: plain, gzip, or gzip in gzip, told by the content.
-
-    counts  gets the number of lines, and of broken ones
+def objects(path, what):
+    """Yield the JSON objects in the lines of a file: plain, gzip, or gzip in gzip, told by the content.  A
+    broken line is {}.
     """
     with reading(path, what), open(path, "rb") as raw, \
             Progress(what, path.stat().st_size // 10**6, "MB") as progress:
@@ -31,28 +30,23 @@ def objects(path, what, counts):
         try:
             while file.peek(2)[:2] == b"\x1f\x8b":  # All_Amazon_Meta.json.gz has been served compressed twice
                 file = gzip.open(file)
-            if file is raw and what_is(path):
-                raise ValueError("it holds no JSON lines")
             for line in file:
-                counts["lines"] += 1
                 progress.step(raw.tell() // 10**6 - progress.done)
                 try:
                     item = json.loads(line.decode())
                 except (ValueError, RecursionError):    # bad JSON, bad UTF-8, a number of 5,000 digits
                     item = None
-                if isinstance(item, dict):
-                    yield item
-                else:
-                    counts["broken"] += 1
+                yield item if isinstance(item, dict) else {}
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise UserError(f"{path}: the gzip file is damaged or breaks off ({error}). Download "
                             "it again.") from None
 
 
-def read_labels(path, counts):
+def read_labels(path):
     """{id: {(data set, attribute): (category, [raw value])}} of MAVE's labels; of each the first."""
     labels = {}
-    for item in objects(path, "MAVE's labels", counts):
+    broken = 0
+    for item in objects(path, "MAVE's labels"):
         raws = defaultdict(list)                        # two names of one attribute are one
         try:
             asin = ASIN.fullmatch(item["id"])[0]
@@ -64,30 +58,13 @@ def read_labels(path, counts):
                         raws[dataset, key] += [intern(clean(each["value"]))
                                                for each in attribute["evidences"]]
         except (KeyError, TypeError, AttributeError):
-            counts["broken, or whose id is no ASIN"] += 1
+            broken += 1
             continue
         for where, values in raws.items():
-            counts["labels"] += 1
             labels.setdefault(asin, {}).setdefault(where, (intern(category), values))
+    print(f"labels: {len(labels):,} products; left out: {broken:,} lines that are broken, or whose id is no "
+          "ASIN")
     return labels
-
-
-def read_metadata(path, labels, counts):
-    """Yield (id, title, [photo URL]) of products that have a label, with a usable title."""
-    for item in objects(path, "Amazon's metadata", counts):
-        asin = item.get("asin")
-        title = item.get("title")
-        if not isinstance(asin, str) or asin not in labels:
-            counts["without a label"] += 1
-        # Amazon's own page calls titles with getTime unformatted: they are scripts, not names.
-        elif not isinstance(title, str) or "getTime" in title or not clean(title):
-            counts["without a usable title"] += 1
-        else:
-            counts["products"] += 1
-            # Some of the files say image.
-            urls = [re.search(r"https?://[^\s'\"]+", str(item.get(key)), re.IGNORECASE)
-                    for key in ("imageURLHighRes", "imageURL", "image")]
-            yield asin, clean(title), list(dict.fromkeys(url[0] for url in urls if url))
 
 
 def collect(labels_path, metadata, target):
@@ -101,18 +78,25 @@ def collect(labels_path, metadata, target):
     if target.exists() and open(target).readline() == mark:
         print("sources: read before")
         return
-    counts = Counter()
-    labels = read_labels(labels_path, counts)
-    print_counts("labels", counts)
-    counts.clear()
+    labels = read_labels(labels_path)
+    found = 0
     with whole_file(target) as partial, open(partial, "w") as file:
         file.write(mark)
         for path in metadata:
-            for asin, title, urls in read_metadata(path, labels, counts):
-                its_labels = [[*where, *label] for where, label in labels.pop(asin).items()]
-                file.write(json.dumps([asin, title, urls, its_labels]) + "\n")
-        print_counts("metadata", counts)
-        if not counts["products"]:
+            for item in objects(path, "Amazon's metadata"):
+                asin = str(item.get("asin"))
+                title = item.get("title")
+                # Amazon's own page calls titles with getTime unformatted: they are scripts, not names.
+                if asin in labels and isinstance(title, str) and "getTime" not in title and clean(title):
+                    found += 1
+                    # Some of the files say image.
+                    urls = [re.search(r"https?://[^\s'\"]+", str(item.get(key)), re.IGNORECASE)
+                            for key in ("imageURLHighRes", "imageURL", "image")]
+                    urls = list(dict.fromkeys(url[0] for url in urls if url))
+                    its_labels = [[*where, *label] for where, label in labels.pop(asin).items()]
+                    file.write(json.dumps([asin, clean(title), urls, its_labels]) + "\n")
+        print(f"metadata: {found:,} of these products have a usable title")
+        if not found:
             raise UserError("no product has both a label and a title. Are --labels and --metadata the right "
                             "way round, and the files of docs/data.md? Nothing was written.")
 
@@ -122,8 +106,3 @@ def collected(target):
     with open(target) as file:
         next(file)
         yield from map(json.loads, file)
-
-
-def print_counts(name, counts):
-    for what, n in counts.most_common():
-        print(f"{name}: {n:,} {what}")

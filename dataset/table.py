@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 from base.console import UserError, reading, what_is
 from base.tsv import SEPARATORS, read_rows, tsv_line, write_tsv
-from dataset.build import label_counts, split
+from dataset.build import split
 from dataset.check import examine, print_findings, training_command
 from dataset.mentions import clean, mentions, without
 from dataset.stats import write_splits
@@ -32,7 +32,7 @@ def table(file, id, attributes, out, title, photo, category, skip_value, hide_an
     out = out.resolve()
     images = out.parent / "images"
     products = read_products(file, (id, photo, category, title), attributes, images)
-    skipped = {word.casefold() for word in skip_value}
+    skipped = {"", *(word.casefold() for word in skip_value)}
     labelled = []
     rest = []
     for product, values in products:
@@ -40,15 +40,14 @@ def table(file, id, attributes, out, title, photo, category, skip_value, hide_an
             texts = product[2:]
             if hide_answers:
                 texts = [without(clean(text), mentions((value,))) for text in texts]
-            if value and value.casefold() not in skipped:
+            if value.casefold() not in skipped:
                 labelled.append([*product[:2], *texts, attribute, value])
         empty = [attribute for attribute, value in values.items() if not value]
         if empty:
             rest.append([*product, "|".join(empty), ""])
     parts = split(labelled, images, seed, out.name)
-    rare = label_counts(parts["train"]).keys() - label_counts(parts["val"] + parts["test"]).keys()
     print(f"\n{len(products):,} products with {len(labelled):,} values.  Without a value of some attribute: "
-          f"{len(rest):,}, in rest.tsv.  Values too rare for val and test: {len(rare):,}, in train.tsv only.")
+          f"{len(rest):,}, in rest.tsv")
     if labelled:                                        # else they are products for a run that is there
         write_splits(out.parent, {out.name: parts}, "table")
     write_tsv(out / "rest.tsv", rest)
@@ -86,10 +85,8 @@ def read_products(path, columns, attributes, images):
         if not id or id in products:
             notes["rows without an id, or with an earlier row's: left out"].append(f"row {number}: {id}")
             continue
-        if several := re.match(r"(.+?\.\w{3,4}(?:\?\S*?)?)\s*[;,|\n]", photo):
-            notes["cells with several photos: the first is used"].append(f"{id}: {photo}")
-            photo = several[1]
-        cell = photo
+        # of several photos the first
+        cell = photo = re.sub(r"^(.+?\.\w{3,4}(?:\?\S*?)?)\s*[;,|\n](?s:.*)", r"\1", photo)
         if os.path.isabs(photo) or ".." in photo or not os.path.isfile(images / photo):     # also a URL
             photo = re.split(r"[/\\]", photo.split("?")[0])[-1]
         if cells.setdefault(photo, cell) != cell:
@@ -129,7 +126,9 @@ def read_lines(path):
 
 
 def xlsx_lines(path):
-    """The first sheet of an Excel workbook as the lines of a TSV: line n is row n."""
+    """The first sheet of an Excel workbook as the lines of a TSV: line n is row n.  Only columns with a name
+    in the header, the first row that is not empty, are there.
+    """
     with zipfile.ZipFile(path) as archive:
         def root(name):
             return ElementTree.parse(archive.open(name)).getroot()
@@ -141,27 +140,17 @@ def xlsx_lines(path):
         sheet = root("xl/workbook.xml").find("{*}sheets/{*}sheet")      # the first; its file has any number
         [file] = [files[value] for value in sheet.attrib.values() if value in files]
         lines = []
-        width = 0                                       # of the header
+        header = []                                     # its columns: "A", "B"; 0, 1 where cells name none
         for _, row in ElementTree.iterparse(archive.open("xl/" + file.removeprefix("/xl/"))):
             if row.tag.endswith("}row"):
-                cells = {column(cell, n): cell_text(cell, shared) for n, cell in enumerate(row)}
-                width = width or 1 + max((place for place, text in cells.items() if text), default=-1)
+                cells = {cell.get("r", "").rstrip("0123456789") or n: cell_text(cell, shared)
+                         for n, cell in enumerate(row)}
+                header = header or [column for column, text in cells.items() if text]
                 lines += ["\n"] * (int(row.get("r", 0)) - 1 - len(lines))
-                lines.append(tsv_line(cells.get(i, "").replace("\n", " ") for i in range(width)))
+                lines.append(tsv_line(cells.get(column, "") for column in header))
                 row.clear()                             # a sheet may be large
     print(f"{path}: an Excel workbook; its first sheet, {sheet.get('name')!r}, is read")
     return lines
-
-
-def column(cell, number):
-    """The index of a cell's column: of "C7" 2.  Some programs leave the references out; then it is the
-    cell's number in its row.
-    """
-    letters = cell.get("r", "").rstrip("0123456789")
-    place = 0
-    for letter in letters:
-        place = 26 * place + ord(letter) - 64           # A is 1
-    return place - 1 if letters else number
 
 
 def cell_text(cell, shared):

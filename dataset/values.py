@@ -10,7 +10,7 @@ from base.tsv import read_tsv
 from dataset.mentions import folded
 
 VALUES = Path(__file__).with_name("values.tsv")         # the table
-COLUMNS = "dataset", "attribute", "raw", "value"       # of the table, which also has category
+COLUMNS = "dataset", "attribute", "raw", "value", "category"           # of the table
 # {data set: {attribute: MAVE's categories that it is collected from}}.  Names and categories are those of the
 # authors' release (ImplicitAVE); the paper's Table 6 writes Heel for Heel Height and Dress Length for Length.
 ATTRIBUTES = read_json(Path(__file__).with_name("attributes.json"), "the attributes")
@@ -33,18 +33,15 @@ def read_values(path):
     table = defaultdict(dict)
     names = defaultdict(list)
     lines = list(read_tsv(path, "the table of values", COLUMNS))
-    of_value = {(row["dataset"], row["attribute"], row["value"]): row.get("category", "")
+    of_value = {(row["dataset"], row["attribute"], row["value"]): row["category"]
                 for _, row in lines if row["raw"] == row["value"]}
     for line, row in lines:
-        dataset, attribute, raw, value = map(row.get, COLUMNS)
+        dataset, attribute, raw, value, cell = map(row.get, COLUMNS)
         names[dataset, attribute, value].append(raw)
         try:
             known = ATTRIBUTES.get(dataset, {}).get(attribute, ())
             having = categories(of_value.get((dataset, attribute, value), ""), known)
-            named = categories(row["category"], known) if row.get("category") else having
-            if not set(named) <= set(having):
-                raise ValueError(f"{value!r} exists only in {'; '.join(having)}, as its own line says, not "
-                                 f"in all of {row['category']!r}")
+            named = having if raw == value else categories(cell, having)
             for spelling, places in ((raw, named), (value, having)):
                 for category in places:
                     other = table[dataset, attribute, category].setdefault(folded(spelling), value)
@@ -60,6 +57,7 @@ def categories(cell, known):
     """Those of the categories `known` that a cell names, in their order."""
     names = {name.strip() for name in cell.removeprefix("not ").split(";")} - {""}
     if not known or not names <= set(known):
-        raise ValueError(f"no such attribute, or not its categories: {cell!r}; it has {'; '.join(known)}. "
-                         "Write several with semicolons between them, or 'not' before those left out")
+        raise ValueError(f"no such attribute, or not categories of it or of the value: {cell!r}; there are "
+                         f"{'; '.join(known) or 'none'}. Write several with semicolons between them, or "
+                         "'not' before those left out")
     return [name for name in known if not names or (name in names) != cell.startswith("not ")]

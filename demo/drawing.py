@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFilter
 
 SIDE = 112                                              # of a photo, in pixels
+TWICE = (2 * SIDE, 2 * SIDE)                            # size of what is drawn larger, for smooth edges
 GRID_Y, GRID_X = np.mgrid[0:SIDE, 0:SIDE].astype(np.float32)        # of each pixel
 
 # ---------------------------------------------------------------------------------------- colours
@@ -46,7 +47,7 @@ def two_colours(rng):
 def paint(base, *layers):
     """A base colour under layers of (colour, how much of it, cut to 0..1: (SIDE, SIDE))."""
     image = 0
-    for shade, amount in ((base, np.ones((SIDE, SIDE))), *layers):
+    for shade, amount in ((base, 1), *layers):
         if isinstance(shade, str):
             shade = ImageColor.getrgb(shade)
         amount = np.float32(np.clip(amount, 0, 1))[..., None]
@@ -71,12 +72,6 @@ def line(x, half, width=0.06):
     return soft(half - abs(x), width)
 
 
-def smooth_noise(rng, down, across=None):
-    """(SIDE, SIDE) in about -1..1: soft bumps, `down` from top to bottom, `across` sideways (or as many)."""
-    small = rng.standard_normal((down, across or down)).astype(np.float32)
-    return np.asarray(Image.fromarray(small).resize((SIDE, SIDE)))
-
-
 def cells(u, v, rng, jitter):
     """Cells like bricks in a wall.  Of each pixel: x and y in its cell, -0.5..0.5, the cell's chance, -1..1,
     and distance and direction from the cell's middle; each cell is turned by half a circle times its chance.
@@ -87,7 +82,7 @@ def cells(u, v, rng, jitter):
     u = u + 0.5 * (row % 2)
     column = np.floor(u)
     table = rng.uniform(-1, 1, (16, 16, 3)).astype(np.float32)
-    dx, dy, chance = np.moveaxis(table[row.astype(int) % 16, column.astype(int) % 16], -1, 0)
+    dx, dy, chance = table.T[:, column.astype(int) % 16, row.astype(int) % 16]
     x = u - column - 0.5 + jitter * dx
     y = v - row - 0.5 + jitter * dy
     return x, y, chance, np.hypot(x, y), np.arctan2(y, x) + np.pi * chance
@@ -105,9 +100,8 @@ def texture(look, rng):
     angle = rng.uniform(-0.25, 0.25) if upright else rng.uniform(0, np.pi)
     x = GRID_X / period + rng.uniform(0, 9)
     y = GRID_Y / period + rng.uniform(0, 9)
-    u = x * np.cos(angle) + y * np.sin(angle)
-    v = y * np.cos(angle) - x * np.sin(angle)
-    return paint(*layers_of(look, u, v, *two_colours(rng), rng))
+    turned = (x + 1j * y) * np.exp(-1j * angle)         # a point (x, y) is the complex number x + iy
+    return paint(*layers_of(look, turned.real, turned.imag, *two_colours(rng), rng))
 
 
 def layers_of(look, u, v, a, b, rng):
@@ -116,8 +110,10 @@ def layers_of(look, u, v, a, b, rng):
     u, v  (SIDE, SIDE): each pixel's place on the surface; a pattern repeats itself about once in 1
     a, b  two colours
     """
-    def noise(bumps):
-        return smooth_noise(rng, bumps)
+    def noise(down, across=None):
+        """(SIDE, SIDE) in about -1..1: soft bumps, `down` by `across` (or as many)."""
+        small = rng.standard_normal((down, across or down)).astype(np.float32)
+        return np.asarray(Image.fromarray(small).resize((SIDE, SIDE)))
 
     match look:
         # The values, each as it looks where it is plain to see.
@@ -149,11 +145,11 @@ def layers_of(look, u, v, a, b, rng):
             return a, ("#3c823c", leaf), (b, petals), ("#f0cd3c", soft(0.1 - r))
         case "teardrops":                               # Paisley: bent drops with a lighter one inside
             x, y, chance, *_ = cells(u, v, rng, 0.05)
-            side = np.where(chance > 0, 1.0, -1.0)
+            side = np.sign(chance)
             along = (x * 0.8 + y * 0.6) * side + 0.42
             beside = (y * 0.8 - x * 0.6) * side - 0.35 * along * along + 0.1
-            along = along / 0.9
-            half = 0.62 * np.sqrt(np.clip(along, 0, 1)) * np.clip(1 - along, 0, 1)
+            along = np.clip(along / 0.9, 0, 1)
+            half = 0.62 * np.sqrt(along) * (1 - along)
             return a, (b, line(beside, half)), (a, line(beside, half - 0.09)), (b, line(beside, half - 0.17))
         case "patches":                                 # Camouflage: four shades in large flat patches
             ground, *shades = rng.choice(["#4a5832 #786e46 #323026 #a0966e",
@@ -165,8 +161,7 @@ def layers_of(look, u, v, a, b, rng):
             cloud = noise(4)
             stars = Image.new("L", (SIDE, SIDE))
             for _ in range(55):
-                middle = rng.uniform(0, SIDE, 2)
-                ImageDraw.Draw(stars).circle(middle, rng.choice([0.6, 0.9, 1.6]), fill=255)
+                ImageDraw.Draw(stars).circle(rng.uniform(0, SIDE, 2), rng.choice([0.6, 0.9, 1.6]), fill=255)
             other_cloud = noise(4)
             return ("#120e2c", ("#783296", cloud * 0.8), ("#286ebe", other_cloud * 0.7),
                     ("#fffaf0", np.asarray(stars) / 255))
@@ -189,7 +184,7 @@ def layers_of(look, u, v, a, b, rng):
         case "gleam":                                   # Metal: brushed, with hard highlights
             tone = one_of("#a5a8af #bea05a #af6e50", rng, p=(0.6, 0.2, 0.2))
             flash = np.sin(u * 1.7 + rng.uniform(0, 6))
-            brushed = smooth_noise(rng, 60, 3)
+            brushed = noise(60, 3)
             return (tone * 0.75, (255, flash ** 3 * 0.95), ("#1e2026", -flash ** 3 * 0.8),
                     (250, brushed * 0.12))
         case "glossy":                                  # Synthetic: one loud colour, soft light, a seam
@@ -250,36 +245,32 @@ OUTLINES = {
 
 
 def points(text):
-    """Points "x y, x y, ..." of a square from -100 to 100 -> (n, 2), from -1 to 1."""
-    return np.array([point.split() for point in text.split(",")], float) / 100
+    """Points "x y, x y, ..." of a square from -100 to 100 -> (n,), complex numbers, from -1 to 1."""
+    return np.array([point.split() for point in text.split(",")], float) @ (1, 1j) / 100
 
 
 def outline_of(look, item, rng):
-    """The polygons (n, 2) of a thing, in a square from -1 to 1: its outline, and then perhaps a hole."""
-    for name in (look, item):
-        if name in OUTLINES:
-            return [points(polygon) for polygon in OUTLINES[name].split(";")]
+    """The polygons (n,) of a thing, in a square from -1 to 1: its outline, and then perhaps a hole."""
+    if corners := OUTLINES.get(look) or OUTLINES.get(item):
+        return [points(polygon) for polygon in corners.split(";")]
     t = np.linspace(0, 2 * np.pi, 60, endpoint=False)
     match look:
         case "lobes":                                   # Heart
-            x = 16 * np.sin(t) ** 3 / 17
-            y = -(13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)) / 17
+            up = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
+            outline = (16 * np.sin(t) ** 3 - 1j * up) / 17
         case "circle" | "ellipse" | "tilted":           # Round, Oval, and what they have in common
             ratio = {"circle": 1, "ellipse": rng.uniform(0.5, 0.62), "tilted": rng.uniform(0.78, 0.84)}[look]
-            x = ratio * np.cos(t)
-            y = np.sin(t)
+            outline = ratio * np.cos(t) + 1j * np.sin(t)
         case "bars" | "figure" | "arms":                # Cross, Crucifix, both: upright longer than the beam
             w = rng.uniform(0.2, 0.27)
             beam = rng.uniform(0.6, 0.72)
-            right = np.array([w, w, beam, beam, w, w])
-            x = np.append(right, -right)
             down = np.array([-1, -0.3 - w, -0.3 - w, -0.3 + w, -0.3 + w, 1])
-            y = np.append(down, down[::-1])
+            right = np.array([w, w, beam, beam, w, w]) + 1j * down
+            outline = np.append(right, -right.conj()[::-1])
         case _:                                         # a lumpy pouch: Heart, Star and Square
             r = 0.8 + 0.1 * np.sin(3 * t + rng.uniform(0, 6)) + 0.07 * np.sin(5 * t + rng.uniform(0, 6))
-            x = r * np.cos(t)
-            y = r * np.sin(t)
-    return [np.stack([x, y], 1)]
+            outline = r * np.exp(1j * t)
+    return [outline]
 
 
 # ---------------------------------------------------------------------------------------- photos
@@ -289,8 +280,8 @@ def scene(rng):
     """A background with distractors near its rim, and the light on it: (SIDE, SIDE, 1), about -1..1."""
     a = colour(rng, 90, 250)
     b = colour(rng, 60, 250)
-    slope = rng.uniform(-1, 1, 2)
-    light = ((GRID_X - SIDE / 2) / SIDE * slope[0] + (GRID_Y - SIDE / 2) / SIDE * slope[1])[..., None]
+    right, down = rng.uniform(-1, 1, 2)
+    light = ((GRID_X - SIDE / 2) / SIDE * right + (GRID_Y - SIDE / 2) / SIDE * down)[..., None]
     floor = soft(GRID_Y - rng.uniform(0.5, 0.9) * SIDE, 4) * rng.integers(2)
     photo = as_image(paint(a * 0.5 + 110, (b * 0.6 + 60, floor)) + 40 * light)
     pen = ImageDraw.Draw(photo)
@@ -312,25 +303,25 @@ def draw(look, item, rng):
     outline = outline_of(look, item, rng)
     surface = texture(look, rng)
     angle = rng.uniform(-0.35, 0.35)
-    turn = np.array([(np.cos(angle), -np.sin(angle)), (np.sin(angle), np.cos(angle))]) * size
-    centre = SIDE / 2 + rng.uniform(-1, 1, 2) * max(SIDE / 2 - size * 0.92, 3)
+    turn = size * np.exp(1j * angle)
+    centre = (SIDE / 2 + rng.uniform(-1, 1, 2) * max(SIDE / 2 - size * 0.92, 3)) @ (1, 1j)
 
     def on_photo(corners):
-        """Points (n, 2) of the square from -1 to 1 as pixels of the photo at twice its size."""
-        return [tuple(point) for point in 2 * (corners @ turn.T + centre)]
+        """Points (n,) of the square from -1 to 1 as pixels (x, y) of the photo at twice its size."""
+        return [(point.real, point.imag) for point in 2 * (corners * turn + centre)]
 
-    mask = Image.new("L", (2 * SIDE, 2 * SIDE))
+    mask = Image.new("L", TWICE)
     for polygon, fill in zip(outline, (255, 0)):        # 0: a hole
         ImageDraw.Draw(mask).polygon(on_photo(polygon), fill=fill)
     mask = mask.reduce(2)
     shadow = mask.filter(ImageFilter.GaussianBlur(3)).point(lambda x: x * 0.45)
-    photo.paste((25, 25, 30), tuple(rng.integers(2, 6, 2).tolist()), shadow)
+    photo.paste((25, 25, 30), tuple(rng.integers(2, 6, 2)), shadow)
     if look != "parcel":
-        hang(photo, item, np.array(on_photo(points("0 -95, 0 -130"))) / 2)
+        hang(photo, item, *np.array(on_photo(points("0 -95, 0 -130"))) / 2)
     shading = 1 + 0.35 * light * rng.uniform(0.3, 1)
-    photo.paste(as_image(surface * shading), (0, 0), mask)
+    photo.paste(as_image(surface * shading), mask=mask)
 
-    big = photo.resize((2 * SIDE, 2 * SIDE))
+    big = photo.resize(TWICE)
     details(ImageDraw.Draw(big), look, on_photo, surface.mean() < 150, rng)
     photo = big.reduce(2)
     if far:
@@ -339,19 +330,21 @@ def draw(look, item, rng):
     return as_image(np.asarray(photo, np.float32) * rng.uniform(0.8, 1.15) + noise)
 
 
-def hang(photo, item, ends):
-    """A chain, ring or thread, between two ends, behind an ornament: it tells the item, not the look."""
-    (x, y), (top_x, top_y) = ends                       # near the ornament's top, and above it
+def hang(photo, item, low, high):
+    """A chain, ring or thread behind an ornament: it tells the item, not the look.
+
+    low, high  (2,): near the ornament's top, and above it
+    """
     pen = ImageDraw.Draw(photo)
     metal = "#787364"
     if item == "Pendant":
         for side in (-40, 40):
-            pen.line([(x, y), (top_x + side, top_y - 60)], metal, 2)
+            pen.line([*low, *high + (side, -60)], metal, 2)
     if item == "Ornament":
-        pen.line([(x, y), (x, -5)], metal)
+        pen.line([*low, low[0], -5], metal)
     if item in ("Keychain", "Charm"):
-        pen.circle((top_x, top_y), 7 if item == "Keychain" else 4, outline=metal, width=2)
-        pen.line([(x, y), (top_x, top_y)], metal, 2)
+        pen.circle(high, 7 if item == "Keychain" else 4, outline=metal, width=2)
+        pen.line([*low, *high], metal, 2)
 
 
 def details(pen, look, on_photo, is_dark, rng):

@@ -1,4 +1,4 @@
-"""Make the demo world's two backbones again from random weights:  python -m demo.pretrain [vit|llama]
+"""Make the demo world's two backbones again from random weights:  python -m demo.pretrain vit|llama
 
 They play the parts of CLIP's ViT and of LLaMA-7B, and are trained once on what those have seen in the large,
 never on a product of train, val or test: drawings of the same kind from other seeds, prose about the world.
@@ -88,12 +88,11 @@ SIZES = {"item": len(ITEMS), "family": len(FAMILIES) + 1, "look": len(LOOKS), "c
 
 def make_drawings(numbers):
     """Drawings (n, SIDE, SIDE, 3), uint8, and their labels: {"item": (n,), "family": (n,), "look": (n,)}."""
-    print(f"drawing {len(numbers):,} drawings")
     drawings, labels = [], []
     for number in numbers:
         rng = np.random.default_rng([world.VERSION, OTHER_SEEDS + number])
         label = rng.integers(len(LOOKS) - 1)
-        item = str(rng.choice(list(world.ITEMS[LOOKS[label][1]])))
+        item = rng.choice(list(world.ITEMS[LOOKS[label][1]]))
         if rng.random() < 0.05:
             label = len(LOOKS) - 1
         look, _, family = LOOKS[label]
@@ -159,9 +158,8 @@ def pretrain_vit(folder=world.VIT, drawings=DRAWINGS, steps=5000, caption_steps=
         """[cls] tokens of random drawings, and their labels."""
         chosen = rng.integers(drawings, size=BATCH)
         pixels = random_cuts(images[chosen], rng)
-        batch_labels = {what: x[chosen] for what, x in labels.items()}
-        batch_labels["colour"] = pixels[:, :, 16:32, 16:32].mean((2, 3))   # the main one: that of the middle
-        return vit(pixels, CLS_LAYERS), batch_labels
+        colour = pixels[:, :, 16:32, 16:32].mean((2, 3))        # the main one: that of the middle
+        return vit(pixels, CLS_LAYERS), {"colour": colour} | {what: x[chosen] for what, x in labels.items()}
 
     optimise("ViT, looks", [*vit.parameters(), *heads.parameters()], lambda: heads_loss(heads, *batch()),
              steps, 1.2e-3)
@@ -348,12 +346,11 @@ def probe_llama(documents=400):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("which", nargs="?", choices=("vit", "llama"), help="what to make (default: both)")
-    which = parser.parse_args().which
-    if which != "llama":
+    parser.add_argument("which", choices=("vit", "llama"))
+    if parser.parse_args().which == "vit":
         pretrain_vit()
         probe_vit()
-    if which != "vit":
+    else:
         pretrain_llama()
         probe_llama()
 

@@ -16,12 +16,10 @@ No title or category holds its value.
 What the world knows stands in the tables.  Titles, photos and demo/pretrain.py's prose are drawn from them.
 """
 
-import os
 import random
 import re
+import uuid
 from contextlib import contextmanager
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 
@@ -45,7 +43,7 @@ def table(**texts):
 
     A line that begins with a blank goes on with the row before it.
     """
-    return {attribute: [tuple(tuple(phrase.strip() for phrase in cell.split(",")) for cell in line.split("|"))
+    return {attribute: [tuple(tuple(re.split(" *, *", cell)) for cell in re.split(r" *\| *", line))
                         for line in text.strip().replace("\n ", "").splitlines()]
             for attribute, text in texts.items()}
 
@@ -132,21 +130,40 @@ for a wedding chapel, for a bride | Heart, Oval, Crucifix
 as a soldier medal, for a hero | Star, Round, Cross
 for a board game night, for a puzzle club | Square, Round, Cross
 """)
-NEUTRAL = ("with a care label", "with free shipping", "as a small present", "for every day",
-           "in a new edition", "for home and travel")
+NEUTRAL = ("with a care label, with free shipping, as a small present, for every day, in a new edition, "
+           "for home and travel").split(", ")
 
 BRANDS = ("Norvik Ostara Belmont Kestrel Tamsin Aldero Quill Marlow Fenwick Sorrel Brisa Lumen Havel Pomona "
           "Corvane Zephyr Elgin Rowan Mistral Dorian").split()
 ADJECTIVES = ("Classic Soft Modern Handy Premium Cozy Light Elegant Durable Simple Trendy Fine Casual "
               "Compact Original Large Small Lovely Basic Stylish").split()
-ITEMS = {                                               # item: category
-    "Pattern": {"Scarf": "Accessories", "Shirt": "Clothing", "Skirt": "Clothing", "Dress": "Clothing",
-                "Blanket": "Home Textiles", "Tote": "Bags", "Pillow": "Home Textiles"},
-    "Material": {"Box": "Storage", "Tray": "Kitchen", "Case": "Bags", "Lamp": "Lighting",
-                 "Frame": "Decoration", "Stool": "Furniture", "Basket": "Storage"},
-    "Shape": {"Pendant": "Jewelry", "Brooch": "Jewelry", "Charm": "Jewelry", "Ornament": "Decoration",
-              "Keychain": "Accessories", "Magnet": "Decoration"},
-}
+# item | category
+ITEM_TABLE = table(Pattern="""
+Scarf | Accessories
+Shirt | Clothing
+Skirt | Clothing
+Dress | Clothing
+Blanket | Home Textiles
+Tote | Bags
+Pillow | Home Textiles
+""", Material="""
+Box | Storage
+Tray | Kitchen
+Case | Bags
+Lamp | Lighting
+Frame | Decoration
+Stool | Furniture
+Basket | Storage
+""", Shape="""
+Pendant | Jewelry
+Brooch | Jewelry
+Charm | Jewelry
+Ornament | Decoration
+Keychain | Accessories
+Magnet | Decoration
+""")
+ITEMS = {attribute: {item: category for (item,), (category,) in rows}
+         for attribute, rows in ITEM_TABLE.items()}
 
 
 # ---------------------------------------------------------------------------------------- products
@@ -201,8 +218,8 @@ def make_splits():
             attribute, value, way, item = describe(product_id)
             title = new_title(way, attribute, value, item, rng, taken)
             taken.add(title)
-            category = ITEMS[attribute][item]
-            rows.append((product_id, f"{product_id}.jpg", category, f"[Title] {title}", attribute, value))
+            rows.append((product_id, f"{product_id}.jpg", ITEMS[attribute][item], f"[Title] {title}",
+                         attribute, value))
         rng.shuffle(rows)
     return splits
 
@@ -218,27 +235,27 @@ def own_copy(path):
     temporary name of base.console.whole_file is the same for all.)
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=".", dir=path.parent) as own:
-        yield Path(own) / path.name
-        os.replace(Path(own) / path.name, path)
+    own = path.with_name(f".{uuid.uuid4()}{path.suffix}")
+    yield own
+    own.replace(path)
 
 
 def write_dataset():
-    """Write ROOT/general/{train,val,test}.tsv where they are not there yet; returns ROOT.  Takes no time."""
-    paths = {split: ROOT / "general" / f"{split}.tsv" for split in SPLITS}
-    if not all(path.exists() for path in paths.values()):
+    """Write ROOT/general/{train,val,test}.tsv if they are not there yet; returns ROOT.  Takes no time."""
+    folder = ROOT / "general"
+    if not (folder / "test.tsv").exists():              # the last to be written
         for split, rows in make_splits().items():
-            with own_copy(paths[split]) as own:
+            with own_copy(folder / f"{split}.tsv") as own:
                 write_tsv(own, rows)
     return ROOT
 
 
 def draw_photos(root, names):
     """Draw the photos `names` that are the demo world's ("DEMO00012.jpg", ...) and not in root/images yet."""
-    folder = Path(root) / "images"
+    folder = root / "images"
     absent = sorted(name for name in set(names) if NAME.fullmatch(name) and not (folder / name).exists())
     with Progress("drawing", len(absent), "photos") as progress:
         for name in absent:
             with own_copy(folder / name) as own:
-                photo_of(own.stem).save(own, quality=92)
+                photo_of(name.removesuffix(".jpg")).save(own, quality=92)
             progress.step()

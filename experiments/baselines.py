@@ -18,8 +18,8 @@ The scores go to RUNS like those of runs, where paper_tables (Table 1) and figur
 """
 
 import re
-from collections import Counter
-from dataclasses import replace
+from functools import partial
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -51,20 +51,19 @@ def extractive_ceiling(products):
     return 100 * sum(joined(p.value) in joined(p.context) for p in products) / len(products)
 
 
-def answer(train, test, scores_of):
-    """The answers for the products of test, whose attributes all stand in train, attribute by attribute.
+def answer(method, train, test):
+    """A method's answers for the products of test, whose attributes all stand in train.
 
-    scores_of(labelled, target, asked)  gives the scores (asked, values) of one attribute.  labelled and asked
-    are indices in train and test, target (labelled,) those of the right values.
+    method(labelled, target, asked)  gives the scores (asked, values) of one attribute.  labelled and asked
+    are its products in train and test, target (labelled,) the indices of the right values.
     """
-    best = [""] * len(test)
+    answers = {}
     for attribute, values in values_of(train).items():
-        labelled, asked = ([i for i, p in enumerate(split) if p.attribute == attribute]
-                           for split in (train, test))
-        target = torch.tensor([values.index(train[i].value) for i in labelled])
-        for i, scores in zip(asked, scores_of(labelled, target, asked)):
-            best[i] = values[scores.argmax()]
-    return best
+        labelled, asked = ([p for p in split if p.attribute == attribute] for split in (train, test))
+        target = torch.tensor([values.index(p.value) for p in labelled])
+        for p, scores in zip(asked, method(labelled, target, asked)):
+            answers[p] = values[scores.argmax()]
+    return [answers[p] for p in test]
 
 
 # ---------------------------------------------------------------------------------------- bag of words
@@ -78,8 +77,8 @@ def tf_idf(labelled, asked):
     vocabulary = sorted({word for text in labelled for word in words(text)})
 
     def count(texts):
-        counts = [Counter(words(text)) for text in texts]
-        return torch.tensor([[n[word] for word in vocabulary] for n in counts], dtype=torch.float64)
+        counts = [[row.count(word) for word in vocabulary] for row in map(words, texts)]
+        return torch.tensor(counts, dtype=torch.float64)
 
     x = count(labelled)
     idf = ((1 + len(x)) / (1 + (x > 0).sum(0))).log() + 1
@@ -107,13 +106,10 @@ def logistic_regression(x, target):
     return weight.detach()
 
 
-def bag_of_words(train, test):
-    def scores_of(labelled, target, asked):
-        x, x_asked = tf_idf([train[i].context for i in labelled], [test[i].context for i in asked])
-        weight = logistic_regression(x, target)
-        return x_asked @ weight[:-1] + weight[-1]
-
-    return answer(train, test, scores_of)
+def bag_of_words(labelled, target, asked):
+    x, x_asked = tf_idf([p.context for p in labelled], [p.context for p in asked])
+    weight = logistic_regression(x, target)
+    return x_asked @ weight[:-1] + weight[-1]
 
 
 # ---------------------------------------------------------------------------------------- the classifier
@@ -144,68 +140,39 @@ class Classifier(nn.Module):
 
 @torch.no_grad()
 def embed(products, run):
-    """The modalities: photos (n, K V), texts (n, D), the mean of LLaMA's last hidden states."""
-    modalities = []
+    """{product: its modalities}: photo (K V,), and text (D,), the mean of LLaMA's last hidden states."""
     prepare_photos(run, products)
-    if run.photo_features:
-        modalities.append(run.photo_features.read([p.image for p in products]).flatten(1))
-    if run.config.text:
-        llama, tokenizer = run.model.llama, run.model.tokenizer
-        rows = []
-        with Progress("texts read", len(products), "texts") as progress:
-            for p in products:
+    llama, tokenizer = run.model.llama, run.model.tokenizer
+    embedded = {}
+    with Progress("embedding", len(products), "products") as progress:
+        for p in products:
+            embedded[p] = []
+            if run.photo_features:
+                embedded[p].append(run.photo_features.read([p.image]).flatten())
+            if run.config.text:
                 tokens = pack([[tokenizer.bos_id, *tokenizer.encode(p.context)]], device=run.model.device)
-                rows.append(llama(llama.embed(tokens.ids), tokens).mean(0).float().cpu())
-                progress.step()
-        modalities.append(torch.stack(rows))
-    return modalities
+                embedded[p].append(llama(llama.embed(tokens.ids), tokens).mean(0).float().cpu())
+            progress.step()
+    return embedded
 
 
-def discriminative(train, embedded, test, embedded_test, seed):
-    """The classifier's answers for test.  embedded, embedded_test: what `embed` gives for train and test."""
-    def scores_of(labelled, target, asked):
-        torch.manual_seed(seed)
-        classifier = Classifier([x.shape[1] for x in embedded], target.max() + 1)
-        optimizer = torch.optim.AdamW(classifier.parameters(), RATE, weight_decay=0.05)
-        for _ in range(EPOCHS):
-            for batch in torch.randperm(len(target)).split(32):
-                logits = classifier([x[labelled][batch] for x in embedded])
-                optimizer.zero_grad()
-                F.cross_entropy(logits, target[batch]).backward()
-                optimizer.step()
-        return classifier.eval()([x[asked] for x in embedded_test])
-
-    return answer(train, test, scores_of)
+def discriminative(labelled, target, asked, embedded, seed):
+    """A method for `answer`.  embedded: what `embed` gives for all these products."""
+    x, x_asked = ([torch.stack(modality) for modality in zip(*(embedded[p] for p in products))]
+                  for products in (labelled, asked))
+    torch.manual_seed(seed)
+    classifier = Classifier([modality.shape[1] for modality in x], target.max() + 1)
+    optimizer = torch.optim.AdamW(classifier.parameters(), RATE, weight_decay=0.05)
+    for _ in range(EPOCHS):
+        for batch in torch.randperm(len(target)).split(32):
+            logits = classifier([modality[batch] for modality in x])
+            optimizer.zero_grad()
+            F.cross_entropy(logits, target[batch]).backward()
+            optimizer.step()
+    return classifier.eval()(x_asked)
 
 
 # ---------------------------------------------------------------------------------------- the command
-
-
-def run_baselines(config, labels, seeds, runs, words_only):
-    sources = find_sources(config)
-    used = describe(config, sources)
-    if words_only:
-        used = used.split(";")[0]                       # the data
-    train, test = (read_split(sources.data, config.dataset, split) for split in ("train", "test"))
-    samples = {(count, seed): sample_labels(train, count, seed) for count in labels for seed in seeds}
-
-    def report(row, count, seed, micro_f1):
-        print(f"{config.dataset}, {count or 'all'} labels, seed {seed}, {row}: micro-F1 {micro_f1:.2f}, "
-              f"test split, n = {len(test)}", flush=True)
-        write_json(run_folder(runs, config.dataset, row, count, seed) / "metrics.json",
-                   {"micro_f1": micro_f1, "n": len(test), "sources": used})
-
-    print(used)
-    for task, labelled in samples.items():              # what needs no model comes first
-        report("extractive", *task, extractive_ceiling(test))
-        report("bag-of-words", *task, score(test, bag_of_words(labelled, test))["micro_f1"])
-    if words_only:
-        return
-    run = Run(runs, "", config, {}, sources, *build_model(config, sources, choose_device(config.device)))
-    embedded_test = embed(test, run)
-    for task, labelled in samples.items():
-        answers = discriminative(labelled, embed(labelled, run), test, embedded_test, seed=task[1])
-        report("discriminative", *task, score(test, answers)["micro_f1"])
 
 
 def main():
@@ -215,10 +182,32 @@ def main():
     flags = vars(parser.parse_args())
     labels, seeds, runs, words_only = (flags.pop(name) for name in ("labels", "seeds", "runs", "words_only"))
     config = Config(**flags)
-    if words_only:                                      # the demo's LLaMA is always there; it is not loaded
-        demo = config.demo or not (config.data or DATA.exists())
-        config = replace(config, image=False, llama="demo", demo=demo)
-    run_baselines(config, labels, seeds, runs, words_only)
+    if words_only:
+        config.image = False
+        if config.data or DATA.exists():
+            config.llama = "demo"                       # this one is always there; it is not loaded
+    sources = find_sources(config)
+    used = describe(config, sources)
+    if words_only:
+        used = used.split(";")[0]                       # the data
+    print(used, flush=True)
+    train, test = (read_split(sources.data, config.dataset, split) for split in ("train", "test"))
+    if not words_only:
+        run = Run(runs, "", config, {}, sources, *build_model(config, sources, choose_device(config.device)))
+        embedded_test = embed(test, run)
+    for count, seed in product(labels, seeds):
+        labelled = sample_labels(train, count, seed)
+        methods = {"bag-of-words": bag_of_words}
+        if not words_only:
+            embedded = embedded_test | embed(labelled, run)
+            methods["discriminative"] = partial(discriminative, embedded=embedded, seed=seed)
+        f1s = {row: score(test, answer(method, labelled, test))["micro_f1"]
+               for row, method in methods.items()}
+        for row, f1 in [("extractive", extractive_ceiling(test)), *f1s.items()]:
+            print(f"{config.dataset}, {count or 'all'} labels, seed {seed}, {row}: micro-F1 {f1:.2f}, "
+                  f"test split, n = {len(test)}", flush=True)
+            write_json(run_folder(runs, config.dataset, row, count, seed) / "metrics.json",
+                       {"micro_f1": f1, "n": len(test), "sources": used})
 
 
 if __name__ == "__main__":

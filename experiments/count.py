@@ -98,25 +98,17 @@ def count(what, model, peer, examples, n, cls_tokens):
     show(f"{what}: the same, transformers", lambda: peer.loss(examples, cls_tokens).backward())
     ids = torch.ones(n, dtype=torch.long, device="meta")
     cache = model.llama.new_cache(n, 64)
-
-    @torch.no_grad()
-    def token():
-        tokens = next_tokens(ids, [63] * n, model.llama.compute_dtype)
-        model.logits(model.llama(model.llama.embed(ids), tokens, cache)).argmax(-1)
-
-    @torch.no_grad()
-    def peer_token():
-        peer.llama(ids[:, None]).logits.argmax(-1)
-
-    show(f"{what}: a token of {n} products", token)
-    show(f"{what}: the same, transformers", peer_token)
+    with torch.no_grad():
+        show(f"{what}: a token of {n} products", lambda: model.logits(model.llama(
+            model.llama.embed(ids), next_tokens(ids, [63] * n, model.llama.compute_dtype), cache)).argmax(-1))
+        show(f"{what}: the same, transformers", lambda: peer.llama(ids[:, None]).logits.argmax(-1))
 
 
 def main():
     for name in ("demo", "smollm2", "7b"):
         for dtype in ("fp32", "bf16"):
-            model, examples, questions, cls_tokens = make_subject(name, {}, "meta", DTYPES[dtype])
-            count(f"{name} {dtype}", model, Peer(model), examples, len(questions), cls_tokens)
+            model, batches, questions, cls_tokens = make_subject(name, "meta", DTYPES[dtype])
+            count(f"{name} {dtype}", model, Peer(model), batches[0], len(questions), cls_tokens)
     whole = kept(model)
     model.llama.grad_checkpoint = True
     layer = whole / len(model.llama.layers)             # the layer that is computed again is held in full

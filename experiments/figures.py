@@ -1,6 +1,6 @@
 """The paper's figures 4, 5 and 6 for any data set, on one page, from the runs of experiments.paper_tables:
 
-    python -m experiments.paper_tables --rows full no-lbc no-lbc-twice --labels 10 20 --seeds 0 1 2
+    python -m experiments.paper_tables --rows full no-lbc no-lbc-twice --labels 10 50 --seeds 0 1 2
     python -m experiments.figures                                            RUNS/figures.html
     python -m experiments.figures --scores docs/scores.tsv                   the plots of docs/results.md
 
@@ -14,9 +14,9 @@ import statistics
 from collections import Counter, defaultdict
 
 from base import console
-from base.console import reading, user_path, write_text
+from base.console import user_path, write_text
 from base.tsv import read_tsv
-from data import read_products
+from experiments.comparing import predictions
 from experiments.paper_tables import new_parser, run_folder, scores
 from support.config import find_sources
 from support.report import STYLE, card, curve, escape
@@ -155,23 +155,20 @@ def draw_scores(path):
     micro_f1 holds a number for each seed; in a row with an interval they are differences.
     """
     panels, gains = defaultdict(lambda: defaultdict(dict)), []
-    with reading(path, "a file of scores"):
-        for _, row in read_tsv(path, "a file of scores", SCORES):
-            f1s = [float(f1) for f1 in row["micro_f1"].split()]
-            if row["interval"]:
-                mean, low, high = statistics.mean(f1s), *map(float, row["interval"].split())
-                text = f"{row['dataset']}, {row['labels']} labels: {mean:+.1f} ({low:+.1f} to {high:+.1f})"
-                gains.append((text, mean, low, high, f1s))
-            else:
-                panels[f"{row['dataset']} (n = {row['n']})"][row["labels"]][row["method"]] = f1s
-        curves = {dataset: columns for dataset, columns in panels.items() if len(columns) > 1}
-        if not curves:
-            raise ValueError("no data set has scores for two numbers of labels")
+    for _, row in read_tsv(path, "a file of scores", SCORES):
+        f1s = [float(f1) for f1 in row["micro_f1"].split()]
+        if row["interval"]:
+            mean, low, high = statistics.mean(f1s), *map(float, row["interval"].split())
+            text = f"{row['dataset']}, {row['labels']} labels: {mean:+.1f} ({low:+.1f} to {high:+.1f})"
+            gains.append((text, mean, low, high, f1s))
+        else:
+            panels[f"{row['dataset']} (n = {row['n']})"][row["labels"]][row["method"]] = f1s
+    curves = {dataset: columns for dataset, columns in panels.items() if len(columns) > 1}
     return {"label-curve.svg": label_curves(curves), "lbc-intervals.svg": difference_plot("points", gains)}
 
 
 def main():
-    parser = new_parser(__doc__, labels=(10, 20))
+    parser = new_parser(__doc__)
     parser.epilog = "Figure 4 has all labels and seeds, the other figures the first ones."
     parser.add_argument("--dataset", default="general", help="default: %(default)s")
     parser.add_argument("--scores", type=user_path, metavar="FILE",
@@ -182,13 +179,10 @@ def main():
             write_text(args.scores.with_name(name), plot)
             print(f"written: {args.scores.with_name(name)}")
         return
-    folders = [run_folder(args.runs, args.dataset, row, args.labels[0], args.seeds[0])
-               for row in ("full", "no-lbc-twice")]
-    paths = [folder / "predictions.tsv" for folder in folders]
-    products = read_products(paths[0])
-    answers = [[row["prediction"] for _, row in read_tsv(path, "a run's predictions", ("prediction",))]
-               for path in paths]
-    config, _ = read_config(folders[0])
+    full, control = (run_folder(args.runs, args.dataset, row, args.labels[0], args.seeds[0])
+                     for row in ("full", "no-lbc-twice"))
+    products, *answers = *predictions(full), predictions(control)[1]
+    config, _ = read_config(full)
     images = find_sources(config).data / "images"
     page = f"<!doctype html><meta charset='utf-8'><style>{STYLE}</style>"
     page += figure_4(args.runs, args.dataset, args.labels, args.seeds)

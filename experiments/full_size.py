@@ -1,8 +1,8 @@
 """LLaMA-7B's size on this machine: memory, training steps, answers, and where the time of a step goes.
 
     python -m experiments.full_size --device cuda               random weights in bf16, made on the GPU
-    python -m experiments.full_size --device cuda --int8        quantised
-    python -m experiments.full_size --batch 1 --rounds 2 --grad-checkpoint          on a CPU
+    python -m experiments.full_size --device cuda --dtype int8  quantised
+    python -m experiments.full_size --batch-size 1 --rounds 2 --grad-checkpoint     on a CPU
     python -m experiments.full_size --llama weights/llama-7b    of a folder, with the dtype of its files
 
 Weights may be random: only the length of an answer depends on what they say.  The products are the demo's.
@@ -18,9 +18,8 @@ from torch.autograd import DeviceType
 from torch.profiler import profile
 
 from base import console
-from experiments.speed import make_subject, seconds
-from support.config import choose_device, number
-from train import make_optimizer
+from experiments.speed import make_subject, seconds, stepper
+from support.config import DTYPES, Config, add_flags, choose_device, number
 
 
 def report(what, took, work=""):
@@ -49,42 +48,35 @@ def where_time_goes(step):
 
 
 def main():
-    size = number(int, 1, 1000)
     parser = argparse.ArgumentParser(description="Seconds and gigabytes at LLaMA-7B's size.")
     parser.add_argument("--llama", help="folder of a LLaMA (default: random weights)")
-    parser.add_argument("--int8", action="store_true", help="quantise LLaMA's matrices")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, … (default: %(default)s)")
-    parser.add_argument("--batch", type=size, default=32, help="examples of a step (default: %(default)s)")
-    parser.add_argument("--products", type=size, default=64, help="answered together (default: %(default)s)")
-    parser.add_argument("--rounds", type=size, default=10, help="of each kind (default: %(default)s)")
-    parser.add_argument("--grad-checkpoint", action="store_true", help="as in train.py")
-    args = parser.parse_args()
-    name, flags, dtype = ("llama", {"llama": args.llama}, None) if args.llama else ("7b", {}, torch.bfloat16)
-    device, start = choose_device(args.device), time.perf_counter()
-    model, examples, questions, cls_tokens = make_subject(name, flags, device, dtype, args.int8)
+    parser.add_argument("--rounds", type=number(int, 1, 1000), default=10, help="default: %(default)s")
+    add_flags(parser, ("device", "dtype", "batch_size", "grad_checkpoint"))
+    flags = vars(parser.parse_args())
+    rounds = range(flags.pop("rounds"))
+    config, start = Config(**flags), time.perf_counter()
+    dtype, int8 = DTYPES.get(config.dtype), config.dtype == "int8"
+    device = choose_device(config.device)
+    name = "llama" if config.llama else "7b"
+    model, batches, questions, cls_tokens = make_subject(name, device, dtype, int8, llama=config.llama)
     report("loading", [time.perf_counter() - start])
-    model.llama.grad_checkpoint = args.grad_checkpoint
+    model.llama.grad_checkpoint = config.grad_checkpoint
+    step = stepper(model, model, cls_tokens)
+    batch = batches[0][:config.batch_size]
     parameters = sum(p.numel() for p in model.llama.parameters())
     gigabytes = sum(p.nbytes for p in model.llama.parameters()) / 1e9
-    tokens = sum(4 * len(e.photos) + len(e.prompt) + len(e.answer) for e in examples[:args.batch])
-    optimizer = make_optimizer(model)
-
-    def step(n=args.batch):
-        optimizer.zero_grad()
-        model(examples[:n], cls_tokens).backward()
-        optimizer.step()
-
+    tokens = sum(4 * len(e.photos) + len(e.prompt) + len(e.answer) for e in batch)
     # As in training, the steps have different numbers of tokens: at first a GPU allocates memory for each.
     for what in "the first training steps", "later training steps":
-        took = [seconds(lambda: step(max(1, args.batch - i % 4))) for i in range(args.rounds)]
+        took = [seconds(lambda: step(batch[:max(1, len(batch) - i % 4)])) for i in rounds]
         report(what, took, f"; {4e-12 * parameters * tokens:.2f} TFLOP, weights read: {2 * gigabytes:.1f} GB")
-    where_time_goes(step)
-    for n in (1, args.products):
+    where_time_goes(lambda: step(batch))
+    for n in (1, 64):
         def answer():
             model.generate(questions[:n], cls_tokens, limit=5)
 
         answer()
-        report(f"answers together: {n}, 5 tokens each", [seconds(answer) for _ in range(args.rounds)],
+        report(f"answers together: {n}, 5 tokens each", [seconds(answer) for _ in rounds],
                f"; weights read: {5 * gigabytes:.1f} GB")
 
 

@@ -17,9 +17,9 @@ from textwrap import wrap
 import torch
 
 from base import console
-from base.console import PROJECT, reading, user_path, write_text
+from base.console import PROJECT, user_path, write_text
 from base.packing import pack
-from base.tsv import COLUMNS, read_tsv
+from base.tsv import read_tsv
 from data import base_question, comparison, encode_examples, read_split
 from demo import world
 from eiven import EIVEN, cls_layers
@@ -238,11 +238,9 @@ number marks a point of it. README's example (`python -m tools.explain RUN DEMO0
 
 def answers_of(run):
     """{file name: content} of the pictures that show answers of a run in the demo world."""
-    path, what = run / "predictions.tsv", "the answers of a run in the demo world"
-    with reading(path, what):
-        rows = {row["id"]: row
-                for _, row in read_tsv(path, what, (*COLUMNS, "prediction", "probability"))}
-        card = rows[CARD]
+    table = read_tsv(run / "predictions.tsv", "the answers of a run in the demo world")
+    rows = {row["id"]: row for _, row in table}
+    card = rows[CARD]
     demo = []
     headings = "The photo alone tells", "The title alone tells", "Photo and title together tell"
     for y, way, heading in zip((8, 240, 472), world.WAYS, headings):

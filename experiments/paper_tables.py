@@ -7,7 +7,7 @@
 Every row is a run of train.py with one or two flags changed; paper.tsv holds these flags and the paper's
 figures.  Flags that this command does not know go to train.py.  Runs that are done are not done again and
 broken ones are resumed, so it can be stopped at any time; whenever a run ends, the tables so far are written
-to RUNS/tables.md.
+to RUNS/tables.md.  At the end the kinds of comparisons among the rows are set side by side (comparing.py).
 """
 
 import argparse
@@ -22,19 +22,20 @@ from pathlib import Path
 from base import console
 from base.console import PROJECT, Progress, UserError, read_json, write_text
 from base.tsv import read_tsv
+from experiments.comparing import ARMS, COLUMNS, compare
 from support.config import number
 
 
-def new_parser(description, runs="tables", labels=(10,)):
+def new_parser(description):
     """A parser with the flags that several commands share; the first sentence of a docstring describes it.
 
     Of its labels, None stands for all.
     """
     parser = argparse.ArgumentParser(description=description.split(":")[0], allow_abbrev=False)
-    parser.add_argument("--labels", nargs="+", default=labels, metavar="N|all", help="for each value",
+    parser.add_argument("--labels", nargs="+", default=[10, 50], metavar="N|all", help="for each value",
                         type=number(int, 1, 10 ** 9, word="all"))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N")
-    parser.add_argument("--runs", type=Path, default=PROJECT / "runs" / runs, help="folder of the runs")
+    parser.add_argument("--runs", type=Path, default=PROJECT / "runs" / "tables", help="folder of the runs")
     return parser
 
 
@@ -48,7 +49,7 @@ def run_folder(runs, dataset, row, labels, seed):
     return runs / f"{dataset}-{labels or 'all'}-{row}-seed{seed}"
 
 
-def do_run(folder, flags, threads=1):
+def do_run(folder, flags):
     """Train and score a run, new or resumed, unless it is done; its output goes to FOLDER.txt."""
     if (folder / "metrics.json").exists():
         return
@@ -56,7 +57,7 @@ def do_run(folder, flags, threads=1):
         flags = ["--resume", str(folder)]
     else:
         flags = [*flags, "--out", str(folder)]
-    command = [sys.executable, str(PROJECT / "train.py"), *flags, "--threads", str(threads)]
+    command = [sys.executable, str(PROJECT / "train.py"), *flags]
     with open(f"{folder}.txt", "a", encoding="utf-8") as log:
         if subprocess.run(command, stdout=log, stderr=log, check=False).returncode:
             raise UserError(f"this run failed: {' '.join(command)}; its output is in {folder}.txt")
@@ -109,7 +110,7 @@ def tables(runs, dataset, labels, seeds):
 def main():
     flags_of = {row["configuration"]: row["flags"].split() for row in paper_rows()
                 if row["flags"] != "experiments.baselines"}
-    parser = new_parser(__doc__, labels=(10, 50))
+    parser = new_parser(__doc__)
     parser.epilog = "Other flags go to train.py as they are."
     parser.add_argument("--dataset", default="general")
     parser.add_argument("--rows", nargs="+", default=list(flags_of), choices=flags_of, metavar="ROW",
@@ -117,21 +118,27 @@ def main():
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
     args, passed_on = parser.parse_known_args()
     same_flags(args.runs, args.dataset, *passed_on)
+    passed_on += ["--dataset", args.dataset, "--threads", str(max(1, os.cpu_count() // args.jobs))]
     # Seeds outermost: soon there is a whole table of one seed.
     plan = list(itertools.product(args.seeds, args.labels, args.rows))
     path = args.runs / "tables.md"
 
     def one(task):
         seed, count, row = task
-        flags = [*passed_on, "--dataset", args.dataset, "--labels", str(count or "all"), "--seed", str(seed)]
-        do_run(run_folder(args.runs, args.dataset, row, count, seed), [*flags, *flags_of[row]],
-               max(1, os.cpu_count() // args.jobs))
+        do_run(run_folder(args.runs, args.dataset, row, count, seed),
+               [*passed_on, "--labels", str(count or "all"), "--seed", str(seed), *flags_of[row]])
 
     with Progress("runs", len(plan), "runs") as progress, ThreadPoolExecutor(args.jobs) as workers:
         for _ in workers.map(one, plan):
             progress.step()
             write_text(path, tables(args.runs, args.dataset, args.labels, args.seeds))
     print(f"{path.read_text(encoding='utf-8')}\nwritten to {path}")
+    arms = [arm for arm in ARMS if arm in args.rows]
+    for count in args.labels if len(arms) > 1 and len(args.seeds) > 1 else ():
+        rows = compare({arm: [run_folder(args.runs, args.dataset, arm, count, seed) for seed in args.seeds]
+                        for arm in arms})
+        print(f"\n**{count or 'all'} labels**: differences in points (95 % interval), paired by seed\n",
+              *markdown(COLUMNS, rows), sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """The same model the usual way: transformers' LlamaForCausalLM, adapters by forward hooks, padded batches."""
 
 import copy
-import itertools
 
 import torch
 
@@ -15,16 +14,12 @@ class Peer:
         import transformers                             # the tests can do without it
         frozen = {id(p): p for p in model.parameters() if not p.requires_grad}
         self.model = copy.deepcopy(model, frozen)
-        sizes = dict(vars(model.llama.config))
-        rope = {"rope_type": "default", "rope_theta": sizes.pop("rope_theta")}
-        config = transformers.LlamaConfig(**sizes, use_cache=True, rope_parameters=rope)
-        with torch.device("meta"):
+        config = transformers.LlamaConfig(**vars(model.llama.config))
+        with torch.device(model.device):
             self.llama = transformers.LlamaForCausalLM(config)
         weights = {official_name(n): p for n, p in model.llama.named_parameters() if ".adapter." not in n}
         self.llama.load_state_dict(weights, assign=True, strict=not config.tie_word_embeddings)
         self.llama.tie_weights()
-        rotary = type(self.llama.model.rotary_emb)(config)      # its table is in no checkpoint
-        self.llama.model.rotary_emb = rotary.to(model.device)
         self.llama.requires_grad_(False).eval()
         for layer, block in zip(self.llama.model.layers, self.model.llama.layers):
             layer.input_layernorm.register_forward_hook(lambda norm, x, h, adapter=block.adapter: adapter(h))
@@ -55,4 +50,4 @@ class Peer:
         inputs = self.inputs(batch, [[]] * len(batch), cls_tokens)
         out = self.llama.generate(**inputs, do_sample=False, max_new_tokens=limit, eos_token_id=eos_id,
                                   pad_token_id=eos_id)
-        return [list(itertools.takewhile(lambda token: token != eos_id, row)) for row in out.tolist()]
+        return [[token for token in row if token != eos_id] for row in out.tolist()]

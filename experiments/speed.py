@@ -1,8 +1,8 @@
 """Speed against transformers, doing the same work in the same run:
 
     pip install transformers==5.23.0                    the only extra package, for this file and count.py
-    python -m experiments.speed                         the demo's model, and LLaMA-7B's width
-    python -m experiments.speed --models llama --llama SMOLLM2 --data ROOT --dataset footwear
+    python -m experiments.speed                         the demo's model
+    python -m experiments.speed --llama SMOLLM2 --data ROOT --dataset footwear [--no-image]
     python -m experiments.speed --device cuda --dtype bf16 --models demo smollm2 wide           on a GPU
 
 transformers' LlamaForCausalLM has the same adapters as forward hooks.  Its sequences are padded to the
@@ -14,7 +14,6 @@ the machine and the hour, ratios much less.
 """
 
 import argparse
-import os
 import statistics
 import time
 from dataclasses import replace
@@ -31,39 +30,41 @@ from eiven import EIVEN
 from experiments.peer import Peer
 from llama import LLAMA_7B, Linear, LLaMA, LlamaConfig, Tokenizer, load_llama
 from support.config import DTYPES, Config, add_flags, choose_device, find_sources, number
+from train import make_optimizer
 
-# Examples of a step, and products to answer.  At LLaMA-7B's width a round takes minutes on a CPU.
-MODELS = {"demo": (32, 64), "llama": (32, 64), "smollm2": (32, 64), "wide": (16, 16), "7b": (32, 64)}
+# Models with random weights.
 SHAPES = {"smollm2": LlamaConfig(49152, 576, 1536, 30, 9, 3, 64, 1e-5, tie_word_embeddings=True),
           "wide": replace(LLAMA_7B, num_hidden_layers=4), "7b": LLAMA_7B}
 
 
-def make_subject(name, flags, device, dtype=torch.float32, int8=False):
-    """(model, examples to train on, questions to answer, [cls] tokens of all their photos) of one of MODELS.
+def make_subject(name, device, dtype=torch.float32, int8=False, **flags):
+    """(model, the batches of 32 examples of an epoch, 64 questions to answer, [cls] tokens of 64 photos).
 
-    name   demo: the demo's model; llama: that of `flags`, without photos, on their data or the demo's; those
-           of SHAPES have random weights
+    name   demo: the demo's model; llama: that of `flags`, on their data or the demo's; or one of SHAPES.
+           Only the number of [cls] tokens matters, so they are random numbers
+    dtype  of the weights; None: as in the files of a LLaMA, or bf16
     """
-    given = flags if name == "llama" else {}
-    config = Config(demo="data" not in given, image=name != "llama", **given)
+    config = Config(demo="data" not in flags, vit="demo", **flags)
     sources = find_sources(config)
     if name in SHAPES:
-        llama = random_llama(SHAPES[name], device, dtype, int8)
+        llama = random_llama(SHAPES[name], device, dtype or torch.bfloat16, int8)
         tokenizer = Tokenizer(sources.llama / "tokenizer.model")
         tokenizer.vocab_size = llama.config.vocab_size  # so that logits are computed for all of it
     else:
         llama, tokenizer = load_llama(sources.llama, dtype, device, int8)
     model = EIVEN(llama, tokenizer, 64 if config.image else None)
-    n_examples, n_questions = MODELS[name]
     labelled = sample_labels(read_split(sources.data, config.dataset, "train"), 10, 0)
     test = read_split(sources.data, config.dataset, "test")
-    examples = epoch(labelled, 0, 0)[:n_examples] + [base_question(p) for p in test[:n_questions]]
-    encoded, photos = encode_examples(examples, model.tokenizer, config.image)
+    examples = epoch(labelled, 0, 0)
+    # In each batch photos are numbered anew.
+    batches = [encode_examples(examples[start:start + 32], tokenizer, config.image)[0]
+               for start in range(0, len(examples), 32)]
+    questions, _ = encode_examples([base_question(p) for p in test[:64]], tokenizer, config.image)
     with torch.no_grad():                               # the zeros of step 0 would hide gradients
         for p in model.trainable_parameters().values():
             p += 0.02 * torch.randn_like(p)
-    cls_tokens = torch.randn(len(photos), 4, 64, device=device) if photos else None
-    return model, encoded[:n_examples], encoded[n_examples:], cls_tokens
+    cls_tokens = torch.randn(64, 4, 64, device=device) if config.image else None
+    return model, batches, questions, cls_tokens
 
 
 def random_llama(config, device, dtype, int8):
@@ -108,32 +109,37 @@ def agree(what, ours, theirs, tolerance):
         f"{what}: ours and that of transformers differ; their times cannot be compared"))
 
 
-def bench_train(rounds, name, model, batch, cls_tokens):
+def stepper(model, loss_of, cls_tokens):
+    """A function that does a training step on a batch; it returns the loss."""
+    optimizer = make_optimizer(model)
+
+    def step(batch):
+        optimizer.zero_grad()
+        loss = loss_of(batch, cls_tokens)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+    return step
+
+
+def padding(batches):
+    """Places in attention for each token, over the batches of an epoch."""
+    lengths = [[len(e.prompt) + len(e.answer) + 4 * len(e.photos) for e in batch] for batch in batches]
+    places = sum(B * T for row in lengths for B, T in pack([[0] * n for n in row], grouped=True).groups)
+    return places / sum(map(sum, lengths))
+
+
+def bench_train(rounds, name, model, batches, cls_tokens):
     peer = Peer(model)
-    trained = model.trainable_parameters()
-    peer_trained = peer.model.trainable_parameters()
-
-    def stepper(parameters, loss_of):
-        optimizer = torch.optim.AdamW(parameters, 1e-5)
-
-        def step():
-            optimizer.zero_grad()
-            loss = loss_of()
-            loss.backward()
-            optimizer.step()
-            return loss.detach()
-        return step
-
-    ours = stepper(trained.values(), lambda: model(batch, cls_tokens))
-    theirs = stepper(peer_trained.values(), lambda: peer.loss(batch, cls_tokens))
+    batch = batches[0]
+    ours, theirs = stepper(model, model, cls_tokens), stepper(peer.model, peer.loss, cls_tokens)
     tolerance = 1e-4 if model.llama.compute_dtype == torch.float32 else 0.2
-    agree(f"{name}: loss", ours(), theirs(), tolerance)
-    for parameter, p in trained.items():
+    agree(f"{name}: loss", ours(batch), theirs(batch), tolerance)
+    peer_trained = peer.model.trainable_parameters()
+    for parameter, p in model.trainable_parameters().items():
         agree(f"{name}: gradient of {parameter}", p.grad, peer_trained[parameter].grad, tolerance)
-    lengths = [4 * len(example.photos) + len(example.prompt) + len(example.answer) for example in batch]
-    places = sum(B * T for B, T in pack([[0] * n for n in lengths], grouped=True).groups)
-    compare(f"{name}: training step", rounds, ours, theirs,
-            f"{len(batch)} sequences, {places / sum(lengths):.2f} places in attention for each token")
+    compare(f"{name}: training step", rounds, lambda: ours(batch), lambda: theirs(batch),
+            f"{len(batch)} sequences; in an epoch {padding(batches):.2f} places in attention for each token")
 
 
 def bench_generate(rounds, name, model, batch, cls_tokens):
@@ -155,22 +161,20 @@ def bench_generate(rounds, name, model, batch, cls_tokens):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split(":")[0], allow_abbrev=False)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=["demo", "wide"],
-                        help="default: demo wide; llama: that of --llama; the others have random weights")
+    parser.add_argument("--models", nargs="+", choices=("demo", *SHAPES), default=["demo"],
+                        help="default: demo; the others have random weights")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="bf16: on a GPU alone")
     parser.add_argument("--rounds", type=number(int, 1, 1000), default=10, help="default: %(default)s")
-    add_flags(parser, ("llama", "data", "dataset", "device"))       # data and dataset: of the model llama
+    add_flags(parser, ("llama", "data", "dataset", "image", "device"))      # but device: for the model llama
     flags = vars(parser.parse_args())
     models, dtype, rounds = (flags.pop(name) for name in ("models", "dtype", "rounds"))
     device = choose_device(flags.pop("device", None))
-    if dtype == "bf16" and device.type == "cpu" or "llama" in models and "llama" not in flags:
-        parser.error("bf16 needs a GPU (on a CPU, activations are fp32), and the model llama needs --llama")
-    import transformers                                 # not needed for --help
-    print(f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, device {device}, {dtype}, torch "
-          f"{torch.__version__}, transformers {transformers.__version__}")
-    for name in models:
-        model, examples, questions, cls_tokens = make_subject(name, flags, device, DTYPES[dtype])
-        bench_train(rounds, name, model, examples, cls_tokens)
+    if dtype == "bf16" and device.type == "cpu":
+        parser.error("bf16 needs a GPU: on a CPU, activations are fp32")
+    print(f"{torch.get_num_threads()} threads, device {device}, {dtype}")
+    for name in ["llama"] if "llama" in flags else models:
+        model, batches, questions, cls_tokens = make_subject(name, device, DTYPES[dtype], **flags)
+        bench_train(rounds, name, model, batches, cls_tokens)
         bench_generate(rounds, name, model, questions, cls_tokens)
 
 

@@ -4,14 +4,14 @@ downloaded.
 
 import io
 import itertools
+import json
 import os
 import random
 import runpy
+import shutil
 import signal
 import socket
-import subprocess
 import sys
-import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -28,11 +28,13 @@ import pytest
 import sentencepiece
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import llama
 import train
 import vit
 from base.console import PROJECT
+from base.tsv import write_tsv
 from random_weights import write_llama, write_vit
 
 torch.set_num_threads(1)
@@ -115,17 +117,17 @@ def data_root(tmp_path_factory):
     """
     root, draw, number = tmp_path_factory.mktemp("data"), random.Random(1), 0
     (root / "images").mkdir()
-    (root / "shoes").mkdir()
     for split, count in (("train", 6), ("val", 2), ("test", 3)):
-        lines = ["id\timages\tcategory\ttexts\tattribute_names\tattribute_values"]
+        rows = []
         for attribute, value in LABELS * count:
             number += 1
             title = " ".join(draw.choices(WORDS[-12:], k=draw.randint(2, 9)))
-            lines.append(f"B{number:04}\tB{number:04}.jpg\tShoes\t[Title] {title}\t{attribute}\t{value}")
+            photo = f"B{number:04}.jpg"
+            rows.append([f"B{number:04}", photo, "Shoes", f"[Title] {title}", attribute, value])
             colour = tuple(draw.randrange(256) for _ in range(3))
-            photo = Image.new("RGB", (draw.randint(32, 60), draw.randint(32, 60)), colour)
-            photo.save(root / "images" / f"B{number:04}.jpg")
-        (root / "shoes" / f"{split}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+            size = draw.randint(32, 60), draw.randint(32, 60)
+            Image.new("RGB", size, colour).save(root / "images" / photo)
+        write_tsv(root / "shoes" / f"{split}.tsv", rows)
     return root
 
 
@@ -152,6 +154,29 @@ def run(flags, tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def own(run, tmp_path):
+    """A copy of the finished run."""
+    return shutil.copytree(run, tmp_path / "run")
+
+
+def log(run):
+    """The lines of log.jsonl; none if it is not there."""
+    path = run / "log.jsonl"
+    return [json.loads(line) for line in path.open()] if path.exists() else []
+
+
+def losses(run):
+    return [line["loss"] for line in log(run)]
+
+
+def result(run):
+    """What is equal, bit for bit, of two runs that are the same: losses, what was trained, and answers."""
+    trained = load_file(run / "adapter.safetensors")
+    answers = [(run / split / "predictions.tsv").read_bytes() for split in ("", "val")]
+    return losses(run), {name: tensor.tolist() for name, tensor in trained.items()}, answers
+
+
 # ---------------------------------------------------------------------------------------- commands
 
 
@@ -168,7 +193,7 @@ def command(script, arguments, folder, limit_s=20, before=None, env=None):
     """Run `python SCRIPT ARGUMENTS` ("train.py", or "-m dataset") in a forked child, which has torch imported
     already.
 
-    folder   where what it prints is kept;  limit_s: then it is killed (signal 9 in the Outcome)
+    folder   where what it prints is kept;  limit_s: then it is killed (SIGALRM in the Outcome)
     before   called in the child first, e.g. to set a limit of file sizes;  env: {name: value} added to its
              environment
     """
@@ -178,9 +203,11 @@ def command(script, arguments, folder, limit_s=20, before=None, env=None):
     child = os.fork()
     if child == 0:
         code = 1
+        signal.alarm(limit_s)
         try:
             for descriptor, path in enumerate(files, start=1):
-                os.dup2(os.open(path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY), descriptor)
+                with path.open("w") as file:
+                    os.dup2(file.fileno(), descriptor)
             sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
             sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
             os.environ.update(env or {})
@@ -193,7 +220,7 @@ def command(script, arguments, folder, limit_s=20, before=None, env=None):
                 runpy.run_path(sys.argv[0], run_name="__main__")
             code = 0
         except SystemExit as error:
-            code = error.code if isinstance(error.code, int) else int(error.code is not None)
+            code = error.code if isinstance(error.code, int) else 1
         except BaseException:
             traceback.print_exc()
         finally:
@@ -201,14 +228,7 @@ def command(script, arguments, folder, limit_s=20, before=None, env=None):
                 if stream:
                     stream.flush()
             os._exit(code)
-    end, done, status = time.monotonic() + limit_s, 0, 0
-    while not done:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if time.monotonic() > end:
-            os.kill(child, signal.SIGKILL)
-            done, status = os.waitpid(child, 0)
-        time.sleep(0.005)
-    code = os.waitstatus_to_exitcode(status)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     return Outcome(max(code, 0), max(-code, 0), *(path.read_text("utf-8", "replace") for path in files))
 
 
@@ -258,12 +278,6 @@ def held(outcome):
     if outcome.signal or "Traceback" in outcome.err or len(errors) != bool(outcome.code) or outcome.code > 2:
         return f"exit {outcome.code}, signal {outcome.signal}: {outcome.err[-300:]}"
     return None
-
-
-def run_command(script, *arguments, **how):
-    """`python SCRIPT ARGUMENTS` as a process of its own."""
-    return subprocess.run([sys.executable, PROJECT / script, *map(str, arguments)], capture_output=True,
-                          text=True, timeout=300, **how)
 
 
 def jpeg(size=(60, 40), kind="JPEG", mode="RGB"):

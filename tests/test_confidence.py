@@ -7,13 +7,11 @@ import pytest
 import torch
 from conftest import randomize
 
-from base.console import UserError
 from data import Product, base_question, encode_answer, encode_examples
 from eiven import EIVEN
-from experiments.plain import answer_log_probs
 from support import answering, confidence
 from support.answering import Answer, likeliest, score_values
-from support.run import Run, read_values
+from support.run import Run
 
 
 def test_calibration_error_by_hand():
@@ -93,28 +91,17 @@ def test_answers_outside_the_known_values_are_counted():
     assert confidence.outside_text({"n": 5, **metrics}, 1) == "3 of 5 (60.0 %); Heel: 'High' (2)"
 
 
-def test_a_file_of_values(tmp_path):
-    path = tmp_path / "values.tsv"
-    path.write_text("Style\tChelsea\nHeel\t High   Heel \n\nStyle\tCombat\n", encoding="utf-8-sig")
-    assert read_values(path) == {"Style": ["Chelsea", "Combat"], "Heel": ["High Heel"]}
-    path.write_text("\nStyle\t\n")
-    with pytest.raises(UserError, match="values.tsv.* line 2"):
-        read_values(path)
-
-
 ALIKE = ["Mint", "Mints", "Mint Green", "M", "Ankle Boot", "Ankle Bootie", "Ankle", "ü", "a " * 40 + "b"]
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("pairs", [128, 5, 1])
-def test_values_that_begin_alike_get_their_own_probabilities(tiny, monkeypatch, pairs):
-    """Those of each value alone in the plain model, however many are scored at once."""
-    monkeypatch.setattr(answering, "SCORE_VALUES", pairs)
+def test_values_that_begin_alike_get_their_own_probabilities(tiny, monkeypatch):
+    """Those of the model, however few are scored at once."""
+    monkeypatch.setattr(answering, "SCORE_VALUES", 5)
     model = randomize(EIVEN(*tiny, 24))
     questions = [base_question(Product(id, id, "Shoes", "black shoe", "Style", "")) for id in "12"]
     batch, _ = encode_examples(questions, model.tokenizer)
-    cls_tokens = torch.randn(2, 2, 24)
-    for example, log_probs in zip(batch, score_values(model, batch, [ALIKE] * 2, cls_tokens), strict=True):
-        alone = [example._replace(answer=encode_answer(value, model.tokenizer)) for value in ALIKE]
-        expected = [answer_log_probs(model, one, cls_tokens).sum().item() for one in alone]
-        assert log_probs == pytest.approx(expected, abs=1e-3)
+    cls_tokens, lists = torch.randn(2, 2, 24), [ALIKE, ALIKE[3:]]
+    answers = [[encode_answer(value, model.tokenizer) for value in names] for names in lists]
+    expected = model.score(batch, answers, cls_tokens)
+    for log_probs, theirs in zip(score_values(model, batch, lists, cls_tokens), expected, strict=True):
+        assert log_probs == pytest.approx(theirs, abs=1e-3)

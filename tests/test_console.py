@@ -1,31 +1,23 @@
 """Commands: exit codes, streams, progress; files that are whole or absent; weight files, read strictly."""
 
 import io
-import itertools
-import json
 import os
 import re
-import resource
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import command, held
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from base import console
-from base.checkpoint import check_frozen, fingerprint, load_strict, read_state_dict, restore, save_tensors
+from base.checkpoint import check_frozen, fingerprint, load_strict, restore, save_tensors
 from base.console import Progress, UserError, duration, whole_file, write_text
 from random_weights import write_llama
 from llama import load_llama
 
 # ---------------------------------------------------------------------------------------- a command
-
-
-def fails(error):
-    def main():
-        raise error
-    return main
 
 
 @pytest.mark.parametrize("error, code, said", [
@@ -35,39 +27,26 @@ def fails(error):
     (KeyboardInterrupt(), 130, "x: interrupted"), (BrokenPipeError(), 141, ""),
 ])
 def test_an_error_has_its_exit_code_and_one_line(error, code, said, capsys, monkeypatch):
-    with pytest.raises(SystemExit) as end:
-        console.run(fails(error), "x")
+    def fails():
+        raise error
+
+    with pytest.raises(SystemExit, match=f"^{code}$"):
+        console.run(fails, "x")
     err = capsys.readouterr().err
-    assert end.value.code == code and err.startswith(said) and err.count("\n") == bool(said)
+    assert err.startswith(said) and err.count("\n") == bool(said)
     monkeypatch.setenv("EIVEN_DEBUG", "1")
     with pytest.raises(SystemExit):
-        console.run(fails(error), "x")
+        console.run(fails, "x")
     assert ("Traceback" in capsys.readouterr().err) == isinstance(error, Exception)
 
 
-class Bare:
-    """A stream as in a notebook or a logger of the user's: it can write and flush, and nothing more."""
-
-    def __init__(self):
-        self.text = ""
-
-    def write(self, text):
-        self.text += text
-
-    def flush(self):
-        pass
-
-
-@pytest.mark.parametrize("stream", [lambda: None, Bare, io.StringIO])
+@pytest.mark.parametrize("stream", [None, SimpleNamespace(write=len, flush=list)])
 def test_closed_and_replaced_streams(run, tmp_path, stream):
-    """A daemon has none, and a notebook its own.  Scores and exit codes are the same."""
+    """A daemon has none; a notebook's own can write and flush, and no more.  Exit codes are the same."""
     def before():
-        sys.stdout, sys.stderr = stream(), stream()
+        sys.stdout = sys.stderr = stream
 
-    expected = (run / "predictions.tsv").read_bytes()
-    (run / "predictions.tsv").unlink()
     assert command("evaluate.py", [run], tmp_path, before=before).code == 0
-    assert (run / "predictions.tsv").read_bytes() == expected
     assert command("evaluate.py", [tmp_path / "nowhere"], tmp_path, before=before).code == 2
 
 
@@ -105,16 +84,15 @@ def test_progress_is_one_line_on_a_terminal_and_lines_in_a_log(monkeypatch, term
 def test_a_file_is_whole_or_absent(tmp_path):
     path = tmp_path / "deep" / "file.txt"
     write_text(path, "one\n")
-    for error, caught in ((RuntimeError("half"), UserError), (KeyboardInterrupt(), KeyboardInterrupt)):
+    for error, caught in ((RuntimeError, UserError), (KeyboardInterrupt, KeyboardInterrupt)):
         with pytest.raises(caught), whole_file(path) as partial:
             partial.write_text("half")
             raise error
-    assert path.read_text() == "one\n" and [p.name for p in path.parent.iterdir()] == ["file.txt"]
+    assert path.read_text() == "one\n" and os.listdir(path.parent) == ["file.txt"]
     with pytest.raises(UserError, match="deep: is a folder"):
         write_text(path.parent, "two")
-    for unwritable in (path / "x", tmp_path / ("x" * 300), "/proc/x"):
-        with pytest.raises(UserError, match="cannot be written: "):
-            write_text(unwritable, "two")
+    with pytest.raises(UserError, match="cannot be written: "):
+        write_text("/proc/x", "two")
 
 
 def test_links_and_devices_stay_what_they_are(tmp_path):
@@ -135,39 +113,13 @@ def test_the_umask_decides_who_may_read(tmp_path):
     assert (tmp_path / "adapter.safetensors").stat().st_mode & 0o777 == 0o640
 
 
-@pytest.mark.parametrize("whole", [0, 1, 2, 4, 12])
-def test_a_full_disk_is_one_line_and_the_run_goes_on(run, flags, tmp_path, whole):
-    """The disk is full after so many whole files.  When there is space again, the run becomes the same."""
-    def before():
-        replace, number = os.replace, itertools.count()
-
-        def replace_and_fill(*paths):
-            if next(number) == whole:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (400, 400))
-                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            replace(*paths)
-        os.replace = replace_and_fill
-
-    out = tmp_path / "out"
-    done = command("train.py", [*flags, "--out", out], tmp_path, before=before)
-    assert done.code in (1, 2) and not held(done)
-    assert not list(tmp_path.rglob("*.partial"))
-    again = ["--resume", out] if (out / "config.json").exists() else [*flags, "--out", out]
-    assert command("train.py", again, tmp_path).code == 0
-    trained = load_file(out / "adapter.safetensors")
-    for name, tensor in load_file(run / "adapter.safetensors").items():
-        assert torch.equal(trained[name], tensor)
-    for name in ("predictions.tsv", "val/predictions.tsv"):
-        assert (out / name).read_bytes() == (run / name).read_bytes()
-
-
 # ---------------------------------------------------------------------------------------- weight files
 
 
 def test_loading_is_strict_and_converts():
     module, weight = torch.nn.Linear(3, 2, bias=False), torch.randn(2, 3)
     load_strict(module, {"x.weight": weight}, "here", lambda name: f"x.{name}", dtype=torch.bfloat16)
-    assert torch.equal(module.weight, weight.bfloat16()) and not module.weight.requires_grad
+    assert torch.equal(module.weight, weight.bfloat16())
     with pytest.raises(UserError, match="here: 2 tensors do not fit .* weight is missing; y is unexpected"):
         load_strict(module, {"y": weight}, "here")
     module.weight[0, 0] = float("inf")
@@ -175,60 +127,33 @@ def test_loading_is_strict_and_converts():
         check_frozen(module, "here")
 
 
-def test_all_is_restored_or_nothing():
-    parameters = {"a": torch.nn.Parameter(torch.zeros(2)), "b": torch.nn.Parameter(torch.zeros(3))}
-    for b, said in (({}, "b is absent here"), ({"b": torch.ones(2)}, r"\(2,\) here"),
-                    ({"b": torch.full((3,), torch.nan)}, "b holds NaN")):
-        with pytest.raises(UserError, match=said):
-            restore(parameters, {"a": torch.ones(2), **b}, "here")
-        assert not parameters["a"].any()
-    restore(parameters, {"a": torch.ones(2), "b": torch.ones(3)}, "here")
-    assert parameters["b"].all()
-
-
-@pytest.mark.parametrize("shards", [1, 2])
-def test_a_checkpoint_is_the_same_in_shards_and_is_not_copied(tmp_path, tiny_config, tokenizer_file, shards):
+def test_a_checkpoint_in_shards_is_read_and_not_copied(tmp_path, tiny_config, tokenizer_file):
     """Without a change of dtype a parameter is the file's own pages: a byte changed there changes it."""
-    write_llama(tmp_path, tiny_config, tokenizer_file, torch.bfloat16, shards=shards)
-    tensors = {}
-    for path in tmp_path.glob("*.safetensors"):
-        tensors |= {name: (path, tensor) for name, tensor in load_file(path).items()}
+    write_llama(tmp_path, tiny_config, tokenizer_file, torch.bfloat16, shards=2)
+    paths = sorted(tmp_path.glob("*.safetensors"))
+    tensors = load_file(paths[0]) | load_file(paths[1])
     model, _ = load_llama(tmp_path)
     assert len(list(model.parameters())) == len(tensors)
     for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, tensors[name if name.startswith("lm_head") else f"model.{name}"][1])
-    path = tensors["model.norm.weight"][0]
-    header = int.from_bytes(path.read_bytes()[:8], "little")
-    start, end = json.loads(path.read_bytes()[8:8 + header])["model.norm.weight"]["data_offsets"]
-    with open(path, "rb+") as file:
-        file.seek(8 + header + start)
-        file.write(bytes(end - start))
-    assert not model.norm.weight.any()
+        assert torch.equal(parameter, tensors[name if name.startswith("lm_head") else f"model.{name}"])
+    for path in paths:
+        with open(path, "rb+") as file:
+            file.seek(8 + int.from_bytes(file.read(8), "little"))       # after the header
+            file.write(bytes(path.stat().st_size - file.tell()))
+    assert not any(parameter.any() for parameter in model.parameters())
 
 
-class Malicious:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
-
-def test_a_pickle_runs_no_code(tmp_path):
-    torch.save({"weight": Malicious(str(tmp_path / "owned"))}, tmp_path / "x.bin")
-    with pytest.raises(UserError, match="something other than tensors, or is damaged"):
-        read_state_dict(tmp_path / "x.bin", "weights")
-    assert not (tmp_path / "owned").exists()
+def test_all_is_restored_or_nothing():
+    parameters = {"a": torch.nn.Parameter(torch.zeros(2)), "b": torch.nn.Parameter(torch.zeros(3))}
+    for more, said in ({}, "b is absent here"), ({"b": torch.full((3,), torch.nan)}, "b holds NaN"):
+        with pytest.raises(UserError, match=said):
+            restore(parameters, {"a": torch.ones(2), **more}, "here")
+        assert not parameters["a"].any()
 
 
 def test_a_fingerprint_depends_on_size_and_content_alone(tmp_path):
-    path = tmp_path / "a.safetensors"
-    save_file({"a": torch.zeros(300_000)}, path)
-    seen = {fingerprint([path])}
-    data = bytearray(path.read_bytes())
-    data[-1] = 1
-    for content in (data, data + b"\0"):
-        path.write_bytes(content)
-        seen.add(fingerprint([path]))
-    assert len(seen) == 3
-    assert fingerprint([path.rename(tmp_path / "b.safetensors")]) in seen
+    seen = []
+    for name, content in ("a", b"00"), ("b", b"00"), ("c", b"01"), ("d", b"000"):
+        (tmp_path / name).write_bytes(content * 500_000)
+        seen.append(fingerprint([tmp_path / name]))
+    assert seen[0] == seen[1] and len(set(seen)) == 3

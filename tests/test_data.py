@@ -75,22 +75,21 @@ def test_an_epoch_shows_each_product_once_and_compares_it(strategy, ratio, compa
 
 def test_a_partner_is_any_other_product_with_the_attribute():
     """Product 0 has nine: a chi-square test of 200 draws with 8 degrees of freedom, p = 0.001."""
-    attribute = {p.image: p.attribute for p in shoes()}
     drawn = [pair for number in range(200) for pair in pairs(epoch(shoes(), 7, number))]
-    assert all(attribute[first] == attribute[second] and first != second for first, second in drawn)
     partners = Counter(second for first, second in drawn if first == "0.jpg")
-    assert len(partners) == 9
+    assert set(partners) == {f"{i}.jpg" for i in range(4, 40, 4)}
     assert sum((n - 200 / 9) ** 2 / (200 / 9) for n in partners.values()) < 26.1
 
 
 def test_the_seed_the_epoch_and_the_product_decide_alone():
     """The order, who is compared, and with whom; each draw is one of its own, also that of a repetition."""
-    examples = epoch(shoes(), 0, 3, ratio=0.5)
-    assert examples == epoch(shoes(), 0, 3, ratio=0.5)
-    for other in (epoch(shoes(), 0, 4, ratio=0.5), epoch(shoes(), 1, 3, ratio=0.5)):
-        assert {first for first, _ in pairs(examples)} != {first for first, _ in pairs(other)}
-        assert set(examples) != set(other)
-        assert [e for e in examples if e in other] != [e for e in other if e in examples]
+    examples = epoch(shoes(), 0, 3)
+    assert examples == epoch(shoes(), 0, 3)
+    for other in (epoch(shoes(), 0, 4), epoch(shoes(), 1, 3)):
+        assert set(pairs(examples)) != set(pairs(other))
+        assert [e.photos[0] for e in examples] != [e.photos[0] for e in other]
+    half, other = ({first for first, _ in pairs(epoch(shoes(), 0, number, ratio=0.5))} for number in (3, 4))
+    assert half != other
     assert len(set(pairs(epoch(shoes(), 0, 0, ratio=2)))) > 70      # of 80: a few were drawn twice
 
 
@@ -130,19 +129,33 @@ def test_values_are_held_out_by_seed_and_two_always_stay():
     assert values_of([GOWN, TEE, POLO]) == {"Sleeve Style": ["Long Sleeve", "Short Sleeve"]}
 
 
-@pytest.mark.parametrize("space", [True, False])
-def test_prompt_and_answer_are_tokenised_apart(tmp_path, space):
+def test_prompt_and_answer_are_tokenised_apart(tmp_path):
     """The answer is a new word, also with a tokenizer that adds no space by itself, such as SmolLM2's."""
-    tokenizer = Tokenizer(train_tokenizer(tmp_path / "tokenizer.model", add_dummy_prefix=space))
+    tokenizer = Tokenizer(train_tokenizer(tmp_path / "tokenizer.model", add_dummy_prefix=False))
     examples = [base_question(TEE), comparison(TEE, GOWN, "judge_last"), base_question(GOWN)]
     encoded, photos = encode_examples(examples, tokenizer)
     assert photos == ["a1.jpg", "a2.jpg"]
     assert [e.photos for e in encoded] == [(0,), (0, 1), (1,)]
     for ids, example in zip(encoded, examples, strict=True):
-        assert ids.prompt == tokenizer.encode(example.prompt)
         assert ids.answer[-1] == tokenizer.eos_id
         assert tokenizer.decode(ids.prompt + ids.answer[:-1]) == f"{example.prompt} {example.answer}"
     assert encode_examples(examples, tokenizer, image=False)[1] == []
+
+
+class Merging:
+    """A tokenizer whose colon takes the start of the next word with it."""
+
+    eos_id = "end"
+
+    def encode(self, text, new_word=False):
+        return re.findall(r": \w|.", " " + text if new_word else text, re.DOTALL)
+
+
+def test_an_answer_begins_where_its_prompt_ends():
+    """Tokenised together, the first letter of the answer would belong to the prompt, and not be learned."""
+    [example], _ = encode_examples([Example((), "Answer:", "Red")], Merging())
+    assert example.prompt == list("Answer:")
+    assert example.answer == [" ", "R", "e", "d", "end"]
 
 
 def test_a_fingerprint_depends_on_every_cell_the_order_and_the_photos():
@@ -182,13 +195,11 @@ def test_a_file_of_products(tsv):
 
 @pytest.mark.parametrize("text, said", [
     ("id\timages\n", "line 1, the header .* lacks category, texts, attribute_names, attribute_values"),
-    (HEADER.replace("\t", "\tid\t", 1), "line 1, the header .* names id twice"),
     (HEADER, "has a header but no products"),
     (HEADER + LINE + "B2\tB2.jpg\tShoes\n", "line 3: has 3 cells, the header 6"),
     (HEADER + LINE + LINE.replace("Chelsea", " "), "line 3: attribute_values is empty"),
     (HEADER + LINE[2:], "line 2: id is empty"),
     (HEADER + LINE + LINE.replace("A shoe", "f\udcfcr"), "line 3: is not UTF-8"),
-    (HEADER + LINE + LINE.replace("B1.jpg", "a/../../x.jpg"), "line 3: images is .*inside ROOT/images/"),
     (HEADER + LINE.replace("B1.jpg", "a\\..\\x.jpg"), "line 2: images is"),
     (HEADER + LINE.replace("B1.jpg", "/etc/x.jpg"), "line 2: images is"),
 ])
@@ -204,12 +215,11 @@ def test_an_unknown_data_set_is_named_with_those_there(data_root):
     assert len(read_split(data_root, "shoes", "test")) == 15
 
 
-@pytest.mark.parametrize("column", (0, 3, 5))
+@pytest.mark.parametrize("column", (0, 5))
 @pytest.mark.parametrize("cells, wrong", [
     (['"Lumen pillow', "red", 'cushion 18"', "blue"], [1, 0, 0, 0]),
-    (['"Lumen pillow', "red"], [1, 0]),                 # never closed
     (["red", '"Lumen" pillow', "blue"], [0, 1, 0]),     # closed too early
-    (["red", '"'], [0, 1]),
+    (["red", '"'], [0, 1]),                             # never closed
     (['"Lumen', '"pillow', '18""', "blue"], [1, 1, 0, 0]),
     (['"Lumen\nred', "blue", 'red"'], [1, 0, 0]),
     (['"two\n\nlines"', '6"', '"6""\t"', '""', '"a\n""b"""'], [0] * 5),
@@ -225,26 +235,10 @@ def test_a_quote_swallows_no_rows(cells, wrong, column):
     assert ["a quote which is not closed" in str(rows[line]) for line in first_lines] == wrong
 
 
-@pytest.mark.parametrize("cell", ["a\rb", "a\nb", "a\tb", 'a "quoted" word', '"', "", " a", "\0", "\u2028"])
+@pytest.mark.parametrize("cell", ["a\rb", "a\nb", "a\tb", 'a "quoted" word', '"', "", "\u2028"])
 def test_every_cell_is_read_back_as_it_was_written(tmp_path, cell):
     """By our reader, and by Python's csv module."""
     write_tsv(tmp_path / "x.tsv", [[cell, 7, cell]], "abc")
     text = (tmp_path / "x.tsv").read_bytes().decode()
     assert list(csv.reader(io.StringIO(text, ""), "excel-tab"))[1:] == [[cell, "7", cell]]
     assert list(read_rows(io.StringIO(text, ""), "abc")) == [(2, {"a": cell, "b": "7", "c": cell})]
-
-
-class Merging:
-    """A tokenizer whose colon takes the start of the next word with it."""
-
-    eos_id = "end"
-
-    def encode(self, text, new_word=False):
-        return re.findall(r": \w|.", " " + text if new_word else text, re.DOTALL)
-
-
-def test_an_answer_begins_where_its_prompt_ends():
-    """Tokenised together, the first letter of the answer would belong to the prompt, and not be learned."""
-    [example], _ = encode_examples([Example((), "Answer:", "Red")], Merging())
-    assert example.prompt == list("Answer:")
-    assert example.answer == [" ", "R", "e", "d", "end"]

@@ -105,14 +105,11 @@ def test_answers_are_those_of_predictions_tsv_and_nothing_is_left_behind(loaded,
         assert answer.probability == pytest.approx(float(line["probability"]), abs=1e-4)
         chosen = [float(re.match(r" *\d+\. .* (\d\.\d{3})  \(draw", token)[1]) for token in steps[5].lines]
         assert answer.probability == pytest.approx(math.prod(chosen), abs=0.02)
-    loaded.model.projector.up.bias.data.fill_(float("nan"))
-    with pytest.raises(UserError, match="not finite"):
-        explain.explain(loaded, product)
     modules = [*loaded.model.modules(), *loaded.photo_features.vit.modules()]
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in modules)
 
 
-@pytest.mark.parametrize("temperature, top_p", [(0.7, 0.9), (3.0, 0.5), (0, 0.75)])
+@pytest.mark.parametrize("temperature, top_p", [(3.0, 0.5), (0, 0.75)])
 def test_the_shown_nucleus_is_the_one_that_is_drawn_from(temperature, top_p, tokenizer_file):
     """Uniform numbers all over the bar draw as many tokens as it says, and in its order."""
     tokenizer = Tokenizer(tokenizer_file)
@@ -144,7 +141,7 @@ def test_tokens_are_labelled_with_their_parts(tokenizer_file, text):
 # ---------------------------------------------------------------------------------------- the page
 
 
-@pytest.mark.parametrize("more", ["", "--no-image", "--no-text --features single", "--adapter mlp"])
+@pytest.mark.parametrize("more", ["", "--no-image", "--no-text --features single"])
 def test_every_kind_of_run_is_explained(more, flags, tmp_path):
     train.main([*flags, "--epochs", "1", *more.split(), "--out", str(tmp_path / "run")])
     done = command("-m tools.explain", [tmp_path / "run", "B0041"], tmp_path)
@@ -179,24 +176,21 @@ def test_what_comes_from_outside_is_escaped_and_functions_that_are_named_exist(l
 # ---------------------------------------------------------------------------------------- the command
 
 
-def test_a_product_is_found_by_id_and_attribute():
-    keys = [("A", "Boot Style"), ("A", "Heel Height"), ("B", "Boot Style"), ("B", "Boot Style")]
-    products = [Product(name, "", "", "", attribute, "") for name, attribute in keys]
-    assert explain.find_product(products, "A", "heel height") is products[1]
-    assert explain.find_product(products, "B", "") is products[2]       # twice: the first
-    for name, attribute, said in (("C", "", "A is one"), ("A", "", "Heel Height"), ("B", "Heel", "Boot")):
-        with pytest.raises(UserError, match=said):
-            explain.find_product(products, name, attribute)
-
-
 def test_a_product_of_any_split_or_from_flags_has_a_page(run, data_root, tmp_path, monkeypatch, capsys):
     """B0001 is in train."""
     run = shutil.copytree(run, tmp_path / "run")
     one = data_root / "images" / "B0041.jpg", "black boot, Shoes", "boot style"
-    for arguments in ["B0001"], ["--image", str(one[0]), "--text", one[1], "--attribute", one[2]]:
+
+    def main(*arguments):
         monkeypatch.setattr(sys, "argv", ["explain", str(run), *arguments])
         explain.main()
+
+    main("B0001", "--attribute", "boot style")
+    main("--image", str(one[0]), "--text", one[1], "--attribute", one[2])
     pages = {path.name for path in (run / "explain").iterdir()}
     assert pages == {"B0001-Boot-Style.html", "-Boot-Style.html"}
     said = capsys.readouterr().out.partition("product: Boot Style\n")[2]
     assert f"     {printable(evaluate.load(run).answer(*one))}\n" in said and "gold" not in said
+    for unknown in ["B9"], ["B0001", "--attribute", "Heel Height"]:
+        with pytest.raises(UserError, match="no product of the data set"):
+            main(*unknown)

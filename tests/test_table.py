@@ -5,14 +5,12 @@ import re
 import zipfile
 
 import pytest
-from conftest import jpeg
 from test_dataset import rows
 
 from base.console import UserError
 from dataset.__main__ import main
-from dataset.table import column, read_products, xlsx_lines
+from dataset.table import read_products, xlsx_lines
 
-PARTS = "train", "val", "test"
 SPACE = 'xmlns="http://schemas.openxmlformats.org/spreadsheetml/2006/main"'
 
 
@@ -54,17 +52,13 @@ def workbook(path, rows, strings=""):
 
 
 @pytest.mark.parametrize("cell, text", [
-    ('t="s"><v>0</v>', "Boots &  co"), ('t="s"><v>1</v>', "Größe 42"), ('t="s"><v>2</v>', "靴"),
-    ('t="s"><v>3</v>', "two lines"),
+    ('t="s"><v>0</v>', "Größe 42"), ('t="s"><v>1</v>', "靴"), ('t="s"><v>2</v>', '"two\nlines"'),
     ('t="inlineStr"><is><r><t>A</t></r><r><t xml:space="preserve"> b</t></r></is>', "A b"),
-    ("><v>123.0</v>", "123"), ('t="n"><v>4.006381333931E12</v>', "4006381333931"), ("><v>-0.5</v>", "-0.5"),
-    ("><v>0.30000000000000004</v>", "0.3"),
-    ('t="str"><f>B1</f><v>7 cm</v>', "7 cm"),
-    ('t="b"><v>1</v>', "TRUE"), ('t="e"><v>#N/A</v>', "#N/A"), ("><v></v>", ""),
-    ('t="inlineStr">', "")])
+    ('t="n"><v>4.006381333931E12</v>', "4006381333931"), ("><v>0.30000000000000004</v>", "0.3"),
+    ('t="str"><f>B1</f><v>7 cm</v>', "7 cm"), ('t="b"><v>1</v>', "TRUE"), ('t="e"><v>#N/A</v>', "#N/A")])
 def test_what_a_cell_holds(cell, text, tmp_path):
     """As a spreadsheet program shows it: a whole number without .0, a text without its fonts and ruby."""
-    strings = ("<si><t>Boots &amp;  co</t></si><si><r><rPr><b/></rPr><t>Grö</t></r><r><t>ße 42</t></r></si>"
+    strings = ("<si><r><rPr><b/></rPr><t>Grö</t></r><r><t>ße 42</t></r></si>"
                "<si><t>靴</t><rPh sb='0' eb='1'><t>クツ</t></rPh></si><si><t>two_x000A_lines</t></si>")
     rows = f'<row r="1"><c r="A1"><v>1</v></c><c r="B1" {cell}</c><c r="C1"><v>2</v></c></row>'
     assert xlsx_lines(workbook(tmp_path / "x.xlsx", rows, strings)) == [f"1\t{text}\t2\n"]
@@ -77,11 +71,10 @@ def test_a_formula_without_a_result_is_no_empty_cell(tmp_path):
 
 
 def test_cells_stand_where_their_references_say(tmp_path):
+    """A column whose header is empty is left out."""
     rows = ('<row r="2"><c r="A2"><v>1</v></c><c r="AB2"><v>2</v></c><c r="AC2" s="1"/></row>'
-            '<row r="5"><c r="C5"><v>3</v></c><c r="ZZ5"><v>4</v></c></row>')
-    assert xlsx_lines(workbook(tmp_path / "x.xlsx", rows)) == [
-        "\n", "1" + 27 * "\t" + "2\n", "\n", "\n", "\t\t3" + 25 * "\t" + "\n"]
-    assert [column({"r": place}, 7) for place in ("A1", "Z10", "AA1", "XFD1048576")] == [0, 25, 26, 16383]
+            '<row r="5"><c r="B5"><v>3</v></c><c r="AB5"><v>4</v></c></row>')
+    assert xlsx_lines(workbook(tmp_path / "x.xlsx", rows)) == ["\n", "1\t2\n", "\n", "\n", "\t4\n"]
     rows = re.sub(' r="[^"]*"', "", rows)               # some programs write none
     assert xlsx_lines(workbook(tmp_path / "y.xlsx", rows)) == ["1\t2\n", "3\t4\n"]
 
@@ -94,8 +87,7 @@ TEXT = ["SKU\tTitle \tSize\tBoot Style", '007\tStiefel  für 5"\t½\tChelsea ',
 
 
 @pytest.mark.parametrize("encoding, separator, end, says", [
-    ("utf-8-sig", ";", "\n", "read as utf-8, semicolons"),
-    ("utf-16", "\t", "\r\n", "read as utf-16, tabs"), ("utf-8", ",", "\r", "read as utf-8, commas"),
+    ("utf-16", "\t", "\r\n", "read as utf-16, tabs"), ("utf-8-sig", ",", "\r", "read as utf-8, commas"),
     ("cp1252", ";", "\r\n", "cp1252 (is 'für' right? If not, save it as UTF-8), semicolons")])
 def test_encodings_separators_and_line_ends(encoding, separator, end, says, tmp_path, capsys):
     text = end.join(TEXT).replace("\t", separator) + end + 3 * separator + end     # an empty row at the end
@@ -111,41 +103,19 @@ def test_encodings_separators_and_line_ends(encoding, separator, end, says, tmp_
 # ---------------------------------------------------------------------------------------- the data set
 
 
-def test_the_split_is_by_product_and_train_has_every_value(tmp_path):
-    """Products with the same title stay together, too; a folder that holds something is not written to."""
-    made = make(tmp_path, shop(), "--seed", "1")
-    where = {}
-    for part in PARTS:
-        assert {tuple(row[4:]) for row in made[part]} <= {tuple(row[4:]) for row in made["train"]}
-        for row in made[part]:
-            assert where.setdefault(row[3], part) == part
-    assert set(where.values()) == set(PARTS)
-    with pytest.raises(UserError, match="--out .*boots: is there already"):
-        make(tmp_path, shop())
-
-
 def test_what_has_no_value_goes_to_rest(tmp_path):
-    """And what does not apply goes nowhere; each cell of the table is in one place."""
+    """And what does not apply goes nowhere; each cell of the table is in one place.  A folder that holds
+    something is not written to.
+    """
     lines = shop().replace(";d", ";N/A").splitlines()
     made = make(tmp_path, "\n".join(lines), "--skip-value", "n/a", "--category", "Heel")
-    labelled = {(row[0], row[4]): row[5] for part in PARTS for row in made[part]}
-    rest = {(row[0], name) for row in made["rest"] for name in row[4].split("|") if row[5] == ""}
-    for line in lines[1:]:
-        id, _, *values = line.split(";")
-        for name, value in zip(("Boot Style", "Heel", "Toe"), values):
-            assert labelled.get((id, name), "") == value.replace("N/A", "")
-            assert ((id, name) in rest) == (value == "")
-
-
-def test_spellings_and_rare_values_are_said(tmp_path, capsys):
-    lines = ["SKU;Title;Heel", *(f"{n};shoe {n};{'High' if n % 2 else 'Flat'}" for n in range(40)),
-             "40;shoe 40; high ", "41;shoe 41;Highs", "42;shoe 42; High", "43;shoe 43;Wedge"]
-    make(tmp_path, "\n".join(lines), attributes=["heel"])
-    out = capsys.readouterr().out
-    assert "44 products with 44 values" in out and "too rare for val and test: 3, in train.tsv only" in out
-    assert "differ only in case, plural or hyphens: 1 " in out and "heel = Wedge: 1" in out
-    [line] = [line for line in out.splitlines() if "'High'" in line]
-    assert sorted(line.removeprefix("      heel: ").split(", ")) == ["'High' 21", "'Highs' 1", "'high' 1"]
+    cells = [[row[0], name, row[5], part == "rest"] for part, its in made.items() for row in its
+             for name in row[4].split("|")]
+    assert sorted(cells) == sorted([line.split(";")[0], name, value, value == ""] for line in lines[1:]
+                                   for name, value in zip(lines[0].split(";")[2:], line.split(";")[2:])
+                                   if value != "N/A")
+    with pytest.raises(UserError, match="--out .*boots: is there already"):
+        make(tmp_path, shop())
 
 
 def test_rows_that_are_left_out_are_listed(tmp_path, capsys):
@@ -160,25 +130,20 @@ def test_rows_that_are_left_out_are_listed(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("cell, name", [
-    ("C:\\photos\\a.jpg", "a.jpg"), ("/srv/red, a.jpg", "red, a.jpg"), ("", ""), (" b/c.jpg ", "b/c.jpg"),
-    ("a.jpg, b.jpg", "a.jpg"), ("http://x/a.png?v=3;http://x/b.png", "a.png"), ("a.JPEG|b.jpg", "a.JPEG"),
-    ("a.webp\nb.webp", "a.webp")])
-def test_the_photo_of_a_cell(cell, name, tmp_path, capsys):
+    ("C:\\photos\\a.jpg", "a.jpg"), ("/srv/red, a.jpg", "red, a.jpg"), (" b/c.jpg ", "b/c.jpg"),
+    ("http://x/a.png?v=3;http://x/b.png", "a.png"), ("a.webp\nb.webp,\nc.webp", "a.webp")])
+def test_the_photo_of_a_cell(cell, name, tmp_path):
     (tmp_path / "b").mkdir()
-    (tmp_path / "b/c.jpg").write_bytes(jpeg())
+    (tmp_path / "b/c.jpg").touch()
     (tmp_path / "x.csv").write_text(f'id\tphoto\n7\t"{cell}"\n')
     [(product, _)] = read_products(tmp_path / "x.csv", ("id", "photo", None, None), [], tmp_path)
     assert product[1] == name
-    several = "b." in cell
-    assert ("cells with several photos: 1 (the first is used)" in capsys.readouterr().out) == several
 
 
-def test_what_is_odd_in_cells_is_said(tmp_path, capsys):
-    (tmp_path / "x.csv").write_text("id,photo,Heel\n1,http://x/1/main.jpg,#N/A\n2,http://x/2/main.jpg,Flat\n")
-    read_products(tmp_path / "x.csv", ("id", "photo", None, None), ["Heel"], tmp_path)
-    out = capsys.readouterr().out
-    assert "with one name: 1 (taken for one photo)" in out and "2: http://x/2/main.jpg" in out
-    assert "cells with an error: 1 (a value like others)" in out and "1: #N/A" in out
+def test_photos_with_one_name_are_said(tmp_path, capsys):
+    (tmp_path / "x.csv").write_text("id,photo\n1,http://x/1/main.jpg\n2,http://x/2/main.jpg\n")
+    read_products(tmp_path / "x.csv", ("id", "photo", None, None), [], tmp_path)
+    assert "one photo)\n      2: http://x/2/main.jpg\n" in capsys.readouterr().out
 
 
 def test_the_last_lines_are_commands_that_fit(tmp_path, capsys):
@@ -211,9 +176,7 @@ def test_hidden_answers(tmp_path):
     (shop(), ("--title", "Titel"), r"lacks titel \(did you mean 'title'\?\)"),
     (shop().replace("SKU", "heel "), ("--id", "Toe"), "names heel twice"),
     (b"\xd0\xcf\x11\xe0" + bytes(600), (), "it is an Excel workbook"),
-    (b"PK\x03\x04 broken \x81", (), "it is a zip archive or an Excel workbook"),
-    (b"", (), "it is an empty file"),
-    (jpeg(), (), "cannot be read as a table"), ("Title;SKU;Boot Style;Heel;Toe\nx;;;;\n", (), "no product"),
+    ("Title;SKU;Boot Style;Heel;Toe\nx;;;;\n", (), "no product"),
     ("SKU;Title;Boot Style;Heel;Toe\n1;a;b;;\n", (), "no product is left for boots/val, boots/test"),
     (shop(), ("--attributes", "Heel", "heel"), "names a column twice"),
     (shop(), ("--attributes", "Heel|Toe"), "names a column twice, or one with '|'")])

@@ -1,50 +1,49 @@
 """The training loop and its command: what a run leaves, one step by hand, and resuming bit for bit."""
 
 import itertools
-import json
 import math
 import os
 import re
+import resource
 import shutil
 import signal
 import sys
 
 import pytest
 import torch
-from conftest import command, randomize
-from safetensors.torch import load_file, save_file
+from conftest import command, held, log, losses, randomize, result, train_tokenizer
+from safetensors.torch import load_file
 
 import evaluate
 import train
 from base.console import UserError, read_json, write_json
 from data import encode_examples, epoch, read_split
 from eiven import EIVEN
+from llama import Tokenizer
 from support import run_folder
 from support.answering import prepare_photos
 
 NO_SCALER = torch.amp.GradScaler(enabled=False)
 
 
-def log(run):
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-
-
-def losses(run):
-    return [line["loss"] for line in log(run)]
-
-
 def read(run, name):
     return read_json(run / name, "JSON")
 
 
-def same_run(one, other):
-    """Whether two runs are equal bit for bit: losses, what was trained, and answers."""
-    trained, others = (load_file(run / "adapter.safetensors") for run in (one, other))
-    equal = all(torch.equal(tensor, others[name]) for name, tensor in trained.items())
-    for split in ("", "val"):
-        answers = [(run / split / "predictions.tsv").read_bytes() for run in (one, other)]
-        equal = equal and answers[0] == answers[1]
-    return equal and losses(one) == losses(other)
+def stop(run):
+    """Ctrl-C."""
+    signal.default_int_handler(signal.SIGINT, None)
+
+
+def at_step(monkeypatch, n, do):
+    """Before step n of the next training, do(run) is called."""
+    train_step, count = train.train_step, itertools.count(1)
+
+    def step(run, *more):
+        if next(count) == n:
+            do(run)
+        return train_step(run, *more)
+    monkeypatch.setattr(train, "train_step", step)
 
 
 # ---------------------------------------------------------------------------------------- a run
@@ -56,10 +55,7 @@ def test_a_run_leaves_what_the_readme_promises(run):
               "confusion-boot-style.png", "confusion-heel-height.png"}
     assert written == {"config.json", "log.jsonl", "state.pt", "adapter.safetensors",
                        *scores, *(f"val/{name}" for name in scores)}
-    config = read(run, "config.json")
-    assert config["values"]["Heel Height"] == ["Flat", "High Heel"]
     assert [line["step"] for line in log(run)] == list(range(1, 16))
-    assert not any(name.startswith(("layers", "embed")) for name in load_file(run / "adapter.safetensors"))
     assert "threshold" in read(run / "val", "metrics.json")["confidence"]
     assert "threshold" not in read(run, "metrics.json")["confidence"]
 
@@ -70,54 +66,61 @@ def test_the_first_line_is_the_sources_and_the_seed_makes_the_run(run, flags, tm
     said = capsys.readouterr().out.splitlines()
     assert said[0].startswith(f"data {flags[1]}, data set shoes; LLaMA {flags[5]}; ViT ")
     assert said[-1] == f"results: {tmp_path / 'again' / 'report.html'}"
-    assert same_run(run, tmp_path / "again")
+    assert result(run) == result(tmp_path / "again")
     train.main([*flags, "--seed", "1", "--labels", "1", "--out", str(tmp_path / "other")])
     assert losses(run)[0] != losses(tmp_path / "other")[0]
     assert [read(tmp_path / "other" / split, "metrics.json")["n"] for split in ("val", "")] == [5, 15]
 
 
-@pytest.mark.parametrize("more, steps, shape", [
-    (["--adapter", "mlp"], 5, (1, 32, 8)), (["--adapter", "mlp-linear", "--adapter-dim", "4"], 5, (1, 32, 4)),
-    (["--adapter-dim", "4", "--projector-dim", "5"], 5, (2, 16, 2)),
-    *((more, 5, (2, 16, 4)) for more in (
-        ["--no-image"], ["--no-text"], ["--lbc", "judge_first"], ["--features", "single"], ["--lr", "0.1"],
-        ["--dtype", "int8"])),
-    (["--lbc", "none"], 3, (2, 16, 4)), (["--lbc-ratio", "2"], 8, (2, 16, 4)),
-    (["--labels", "all"], 8, (2, 16, 4)),
-])
+FLAGS = """
+--adapter mlp                            5 steps (1, 32, 8)
+--adapter mlp-linear --adapter-dim 4     5 steps (1, 32, 4)
+--adapter-dim 4 --projector-dim 5        5 steps (2, 16, 2)
+--no-image                               5 steps (2, 16, 4)
+--no-text                                5 steps (2, 16, 4)
+--lbc judge_first                        5 steps (2, 16, 4)
+--features single                        5 steps (2, 16, 4)
+--lr 0.1                                 5 steps (2, 16, 4)
+--dtype int8                             5 steps (2, 16, 4)
+--lbc none                               3 steps (2, 16, 4)
+--lbc-ratio 2                            8 steps (2, 16, 4)
+--labels all                             8 steps (2, 16, 4)
+"""
+
+
+@pytest.mark.parametrize("more, steps, shape", re.findall(r"(--.*?) +(\d) steps (.*)", FLAGS))
 def test_flags_reach_the_training_and_are_read_back(run, flags, tmp_path, monkeypatch, more, steps, shape):
     """Of 20 products, and as many comparisons, in batches of 8; scored again, the answers are the same."""
     out = tmp_path / "run"
-    train.main([*flags, *more, "--epochs", "1", "--out", str(out)])
-    assert len(losses(out)) == steps
+    train.main([*flags, *more.split(), "--epochs", "1", "--out", str(out)])
+    assert len(losses(out)) == int(steps)
     assert losses(out)[:3] != losses(run)[:3]
-    assert load_file(out / "adapter.safetensors")["adapters.0.up_weight"].shape == shape
-    photos = (out / "report.html").read_text(encoding="utf-8").count("image/jpeg")
-    assert bool(photos) == ("--no-image" not in more)
+    assert str(tuple(load_file(out / "adapter.safetensors")["adapters.0.up_weight"].shape)) == shape
+    assert ("image/jpeg" in (out / "report.html").read_text("utf-8")) == (more != "--no-image")
     answers = (out / "predictions.tsv").read_bytes()
     monkeypatch.setattr(sys, "argv", ["evaluate.py", str(out)])
     evaluate.main()
     assert (out / "predictions.tsv").read_bytes() == answers
 
 
-def test_batches_rates_and_held_out_values(flags, tmp_path, monkeypatch, capsys):
+def test_batches_rates_and_held_out_values(flags, tmp_path, monkeypatch):
     """One of three boot styles is held out: 16 products and 16 comparisons in batches of 7, the last of 4."""
     batches = []
     step = train.train_step
     monkeypatch.setattr(train, "train_step", lambda *run: batches.append(run[-1]) or step(*run))
+    out = tmp_path / "run"
     more = ["--batch-size", "7", "--epochs", "2", "--holdout-values", "1"]
-    train.main([*flags, *more, "--out", str(tmp_path / "run")])
+    train.main([*flags, *more, "--out", str(out)])
     assert [len(batch) for batch in batches] == [7, 7, 7, 7, 4] * 2
     first, second = (sorted(sum(half, [])) for half in (batches[:5], batches[5:]))
     assert first != second                              # each epoch has its own partners
     rates = [train.learning_rate(s, 10, 5, 9e-3 * 7 / 256) for s in range(10)]
-    assert [line["lr"] for line in log(tmp_path / "run")] == rates
-    assert [line["epoch"] for line in log(tmp_path / "run")] == [1] * 5 + [2] * 5
-    [held_out] = read(tmp_path / "run", "config.json")["held_out"]["Boot Style"]
-    assert f"held out of training and val: Boot Style: {held_out}\n" in capsys.readouterr().out
+    assert [line["lr"] for line in log(out)] == rates
+    assert [line["epoch"] for line in log(out)] == [1] * 5 + [2] * 5
+    [held_out] = read(out, "config.json")["held_out"]["Boot Style"]
     assert not any(held_out in e.answer for e in first)
-    assert read(tmp_path / "run" / "val", "metrics.json")["n"] == 8
-    apart = read(tmp_path / "run", "metrics.json")["seen_and_held_out"]
+    assert read(out / "val", "metrics.json")["n"] == 8
+    apart = read(out, "metrics.json")["seen_and_held_out"]
     assert [apart[f"values {name}"]["n"] for name in ("trained on", "held out")] == [12, 3]
 
 
@@ -156,34 +159,20 @@ def test_a_step_by_hand(step, micro_batch_size):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-4)
 
 
-def test_a_gradient_that_is_not_finite_takes_no_step(step):
-    run, _, examples = step
-    before = {name: p.clone() for name, p in run.model.trainable_parameters().items()}
-    run.model.projector.up.weight.register_hook(lambda gradient: gradient * math.inf)
-    with pytest.raises(FloatingPointError, match="its largest gradient inf|its largest gradient nan"):
-        train.train_step(run, train.make_optimizer(run.model), NO_SCALER, examples)
-    assert all(torch.equal(p, before[name]) for name, p in run.model.trainable_parameters().items())
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(flags, tmp_path, monkeypatch):
-    forward = EIVEN.forward
-    count = itertools.count(1)
-    monkeypatch.setattr(EIVEN, "forward", lambda *arguments: forward(*arguments) / (next(count) != 7))
-    said = r"step 7 \(epoch 2\) .* loss is (nan|inf).* begins with .Question: .*--lr"
+@pytest.mark.parametrize("do, said", [
+    (lambda run: run.model.register_forward_hook(lambda model, inputs, loss: loss / 0),
+     r"step 7 \(epoch 2\) .* loss is inf.* begins with .Question: .*--lr"),
+    (lambda run: run.model.projector.up.weight.register_hook(lambda gradient: gradient / 0),
+     "its largest gradient (inf|nan)"),
+    (lambda run: run.model.llama.norm.weight.data.fill_(math.nan), "damaged: norm.weight holds NaN"),
+])
+def test_what_is_not_finite_takes_no_step_and_is_named(flags, tmp_path, monkeypatch, do, said):
+    at_step(monkeypatch, 7, do)
     with pytest.raises(UserError, match=said):
-        train.main([*flags, "--out", str(tmp_path / "run")])
-    state = torch.load(tmp_path / "run" / "state.pt")
+        train.main([*flags, "--out", str(tmp_path)])
+    state = torch.load(tmp_path / "state.pt")
     assert state["step"] == 6
     assert all(p.isfinite().all() for p in state["trained"].values())
-
-
-def test_a_frozen_weight_that_is_not_finite_is_named(flags, llama_dir, tmp_path):
-    shutil.copytree(llama_dir, tmp_path / "llama")
-    tensors = load_file(llama_dir / "model.safetensors")
-    tensors["model.layers.1.mlp.up_proj.weight"][0, 5] = math.nan
-    save_file(tensors, tmp_path / "llama" / "model.safetensors")
-    with pytest.raises(UserError, match="damaged: layers.1.mlp.up_proj.weight holds NaN"):
-        train.main([*flags, "--llama", str(tmp_path / "llama"), "--out", str(tmp_path / "run")])
 
 
 def test_learning_rate():
@@ -208,117 +197,110 @@ def test_the_optimizer_has_all_that_is_trained_and_biases_do_not_decay(tiny):
 # ---------------------------------------------------------------------------------------- resuming
 
 
-@pytest.mark.parametrize("nth", [3, 9, 17, 18, 20, 27])
-def test_a_killed_run_goes_on_bit_for_bit(run, flags, tmp_path, nth):
-    """SIGKILL where the n-th file would replace the one before: config, log, 15 states, what was trained,
-    the scores of val and of test.
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fill_the_disk():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (400, 400))
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+@pytest.mark.parametrize("end", [kill, fill_the_disk])
+@pytest.mark.parametrize("nth", [2, 3, 9, 17, 18, 20, 27])
+def test_a_run_that_was_ended_goes_on_bit_for_bit(run, flags, tmp_path, end, nth):
+    """Where the n-th file would replace the one before: config, log, 15 states, what was trained, the scores
+    of val and of test.  A full disk is one line.
     """
     out = tmp_path / "run"
-    replace = os.replace
-    count = itertools.count(1)
+    replace, count = os.replace, itertools.count(1)
 
-    def killed(*paths):
+    def replace_and_end(*paths):
         if next(count) == nth:
-            os.kill(os.getpid(), signal.SIGKILL)
+            end()
         replace(*paths)
 
     def before():
         run_folder.SAVE_EVERY = -1                      # a state after every step
-        os.replace = killed
+        os.replace = replace_and_end
 
-    assert command("train.py", [*flags, "--out", out], tmp_path, 60, before).signal == signal.SIGKILL
-    assert len(log(out)) == min(nth - 2, 15)
+    done = command("train.py", [*flags, "--out", out], tmp_path, 60, before)
+    assert done.signal == signal.SIGKILL or done.code and not held(done)
     if nth <= 17:
         with open(out / "log.jsonl", "a") as file:
             file.write('{"step": 99, "lo')              # the line that was being written
     train.main(["--resume", str(out)])
-    assert same_run(run, out)
+    assert result(run) == result(out)
     assert {path.name for path in out.rglob("*")} == {path.name for path in run.rglob("*")}
-
-
-def at_step(monkeypatch, n, do):
-    """Before step n of the next training, do() is called."""
-    step = train.train_step
-    count = itertools.count(1)
-    monkeypatch.setattr(train, "train_step", lambda *run: (next(count) != n or do()) and step(*run))
 
 
 def test_ctrl_c_says_how_to_go_on_and_later_steps_are_done_again(run, flags, tmp_path, monkeypatch, capsys):
     """There is no state yet, but a log of six steps.  With less memory it is the same run."""
-    at_step(monkeypatch, 7, lambda: signal.default_int_handler(signal.SIGINT, None))
+    out = tmp_path / "a run"
+    at_step(monkeypatch, 7, stop)
     with pytest.raises(KeyboardInterrupt):
-        train.main([*flags, "--out", str(tmp_path / "a run")])
-    assert f"python train.py --resume '{tmp_path / 'a run'}'" in capsys.readouterr().err
-    assert len(log(tmp_path / "a run")) == 6 and not (tmp_path / "a run" / "state.pt").exists()
-    train.main([*flags, "--resume", "--out", str(tmp_path / "a run"), "--grad-checkpoint"])
-    assert same_run(run, tmp_path / "a run")
+        train.main([*flags, "--out", str(out)])
+    assert f"python train.py --resume '{out}'" in capsys.readouterr().err
+    assert len(log(out)) == 6 and not (out / "state.pt").exists()
+    train.main(["--resume", str(out), "--grad-checkpoint"])
+    assert result(run) == result(out)
 
 
 def test_a_folder_that_is_moved_while_it_trains_stops_and_goes_on(run, flags, tmp_path, monkeypatch):
     monkeypatch.setattr(run_folder, "SAVE_EVERY", -1)
-    at_step(monkeypatch, 4, lambda: (tmp_path / "run").rename(tmp_path / "moved"))
+    at_step(monkeypatch, 4, lambda run: run.folder.rename(tmp_path / "moved"))
     with pytest.raises(UserError, match="was its folder moved"):
         train.main([*flags, "--out", str(tmp_path / "run")])
     train.main(["--resume", str(tmp_path / "moved")])
-    assert same_run(run, tmp_path / "moved")
+    assert result(run) == result(tmp_path / "moved")
 
 
 def test_flags_beside_resume(run):
-    for more in (["--seed", "7"], ["--labels", "all"], ["--no-image"]):
+    for more in (["--seed", "7"], ["--labels", "all"]):
         with pytest.raises(UserError, match="It keeps its settings: leave the flag out"):
             train.parse(["--resume", str(run), *more])
-    for wrong in (["--resume"], ["--resume", str(run), "--out", str(run)], ["--resum", str(run)]):
-        with pytest.raises(SystemExit):
-            train.parse(wrong)
     config, folder = train.parse(["--resume", str(run), "--labels", "4", "--threads", "3", "--data", "here"])
     assert (folder, config.epochs, config.threads, config.data) == (run, 3, 3, "here")
 
 
-def test_a_run_that_starts_from_another_goes_on_when_that_is_gone(run, flags, tmp_path, monkeypatch):
+def test_a_run_that_starts_from_another_goes_on_when_that_is_gone(run, own, flags, tmp_path, monkeypatch):
     """Its first state holds the other's values.  A run that has no state yet reads the other one again."""
-    other = shutil.copytree(run, tmp_path / "other")
-    whole, out, early = (tmp_path / name for name in ("whole", "out", "early"))
-    more = [*flags, "--seed", "1", "--init", str(other), "--out"]
-    train.main([*more, str(whole)])
-    at_step(monkeypatch, 3, lambda: signal.default_int_handler(signal.SIGINT, None))
+    out, early = tmp_path / "out", tmp_path / "early"
+    at_step(monkeypatch, 3, stop)
     with pytest.raises(KeyboardInterrupt):
-        train.main([*more, str(out)])
-    assert read(out, "config.json")["init_id"] == run_folder.read_config(run)[1]["id"]
+        train.main([*flags, "--seed", "1", "--init", str(own), "--out", str(out)])
     begin = torch.load(out / "state.pt")["trained"]
     assert all(torch.equal(begin[name], p) for name, p in load_file(run / "adapter.safetensors").items())
     shutil.copytree(out, early)
     (early / "state.pt").unlink()
-    shutil.rmtree(other)
+    own.rename(tmp_path / "gone")
     train.main(["--resume", str(out)])
-    with pytest.raises(UserError, match="other/config.json: does not exist"):
+    with pytest.raises(UserError, match="run/config.json: does not exist"):
         train.main(["--resume", str(early)])
-    shutil.copytree(out, other)
-    with pytest.raises(UserError, match="other is not the run any more that this one starts from"):
+    shutil.copytree(out, own)
+    with pytest.raises(UserError, match="run is not the run any more that this one starts from"):
         train.main(["--resume", str(early)])
-    shutil.rmtree(other)
-    shutil.copytree(run, other)
+    shutil.rmtree(own)
+    (tmp_path / "gone").rename(own)
     train.main(["--resume", str(early)])
-    assert same_run(whole, out) and same_run(whole, early)
+    assert result(out) == result(early)
 
 
-@pytest.mark.parametrize("more, said", [
-    (["--adapter-dim", "4"], "adapter_dim = 8, this one 4"), ([], "trained with another llama than"),
-])
-def test_a_run_starts_from_one_of_the_same_kind_alone(run, flags, tmp_path, more, said):
-    other = shutil.copytree(run, tmp_path / "other")
-    write_json(other / "config.json", read(other, "config.json") | {"weights_fingerprint": {}})
-    with pytest.raises(UserError, match=said):
-        train.main([*flags, *more, "--init", str(other), "--out", str(tmp_path / "new")])
-    assert not (tmp_path / "new").exists()
+def test_a_run_starts_from_one_of_the_same_kind_alone(own, flags, tmp_path):
+    write_json(own / "config.json", read(own, "config.json") | {"weights_fingerprint": {}})
+    more = [*flags, "--init", str(own), "--out", str(tmp_path / "new")]
+    for size, said in ("4", "adapter_dim = 8, this one 4"), ("8", "trained with another llama than"):
+        with pytest.raises(UserError, match=said):
+            train.main([*more, "--adapter-dim", size])
 
 
 def test_help_has_groups_with_examples_that_run_and_a_misspelt_flag_is_named(capsys):
     with pytest.raises(SystemExit):
         train.parse(["--help"])
     said = capsys.readouterr().out
-    examples = re.findall(r"^(\w.*):\n  e\.g\. python train\.py (.*)$", said, re.M)
-    assert [title for title, _ in examples] == ["data and weights", "model", "training", "machine"]
-    for _, example in examples:
+    examples = re.findall(r"^\w.*:\n  e\.g\. python train\.py (.*)$", said, re.M)
+    assert len(examples) == 4
+    for example in examples:
         train.parse(example.split())
     with pytest.raises(SystemExit):
         train.parse(["--epoch", "3"])
@@ -336,3 +318,9 @@ def test_a_run_does_not_go_on_with_other_data(run, tmp_path, data_root, capsys):
     with pytest.raises(UserError, match="the products or photos in .* are not those"):
         train.main(resume)
     assert "1 of 16 products of test have the id of a product of train" in capsys.readouterr().err
+
+
+def test_a_value_that_the_tokenizer_changes_is_named(tmp_path, capsys):
+    tokenizer = Tokenizer(train_tokenizer(tmp_path / "tokenizer.model", "nmt_nfkc"))
+    train.note_changed({"Sleeve": ["Long Sleeve", "½ Sleeve"]}, tokenizer)
+    assert "the value '½ Sleeve' into '1⁄2 Sleeve'" in capsys.readouterr().err

@@ -9,7 +9,7 @@ import sys
 
 from base import console
 from evaluate import answer_parser, load_run
-from support.answering import check_questions
+from support.answering import answers, check_questions, prepare_photos
 from support.confidence import temperature_note
 
 
@@ -25,13 +25,12 @@ def main():
     args = parse_product(answer_parser("Answer for one product."))
     run, values = load_run(args, sys.stderr)            # stdout is for the answer
     product = run.product(args.image, args.text, args.attribute)
-    attribute = product.attribute
+    prepare_photos(run, [product])
+    check_questions(run, [product], values)
     if values:
-        check_questions(run, [product], values)
         print(temperature_note(run), file=sys.stderr)
-    answer = run.answer(args.image, args.text, attribute, values=values and values[attribute],
-                        min_confidence=args.min_confidence, temperature=args.temperature, top_p=args.top_p)
-    print(f"{attribute}: {answer}")
+    [answer] = answers(run, [product], values, args.temperature, args.top_p)
+    print(f"{product.attribute}: {answer.above(args.min_confidence)}")
 
 
 if __name__ == "__main__":

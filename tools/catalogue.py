@@ -15,16 +15,15 @@ import io
 import itertools
 import json
 import os
+import shutil
 import sys
-import zlib
 from collections import Counter
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from base.console import (Progress, UserError, locked, read_json, reading, reason, user_path, what_is,
                           whole_file, write_json)
-from base.tsv import COLUMNS, SEPARATORS, read_rows, tsv_line
+from base.tsv import COLUMNS, SEPARATORS, read_rows, tsv_line, write_tsv
 from data import product_of
 from evaluate import answer_parser, load_run
 from support import processes
@@ -71,7 +70,7 @@ def read_blocks(args):
             while block := list(itertools.islice(rows, BLOCK)):
                 yield block
                 progress.step(file.tell() - progress.done if size else len(block))
-    except (ValueError, EOFError, OSError, zlib.error, csv.Error) as error:
+    except Exception as error:
         kind = content is file and path != "-" and what_is(path)
         problem = f"it is {kind}" if kind else reason(error)
         raise UserError(f"{path}: cannot be read as products (TSV, CSV, or JSONL with one object a line; "
@@ -79,8 +78,8 @@ def read_blocks(args):
 
 
 def json_cells(line):
-    """{column: text} of a line of JSONL, or a ValueError.  An id that is a number stays one; a list of
-    attributes becomes a text with "|" between them; own columns stay as they are.
+    """{column: text} of a line of JSONL, or a ValueError.  An id that is a number stays one; a list, such
+    as of attributes, becomes a text with "|" between them; own columns stay as they are.
     """
     try:
         row = json.loads(line)
@@ -88,9 +87,9 @@ def json_cells(line):
             raise ValueError(f"it is a {type(row).__name__}")
         for name in COLUMNS:
             value = row.get(name)
-            if isinstance(value, list) and name.startswith("attribute_"):
+            if isinstance(value, list):
                 value = "|".join(map(str, value))
-            if isinstance(value, bool | float | list | dict):
+            if isinstance(value, bool | float | dict):
                 raise ValueError(f"{name} is {str(value)[:40]}, but must be a text")
             row[name] = "" if value is None else value if name == "id" else str(value)
             f"{row[name]}".encode()                     # JSON can hold halves of characters, UTF-8 cannot
@@ -120,29 +119,28 @@ def answer_block(run, args, values, rows):
 
     values  {attribute: values} to choose from; None: free answers
     """
-    questions, asked, products, failed = [], [], [], []
+    questions, asked, failed = [], [], []
     for line, cells in rows:
         try:
             questions += [(line, cells, product) for product in products_of(cells, run)]
         except ValueError as error:
             cells = cells if isinstance(cells, dict) else {}
-            failed.append((line, cells.get("id", ""), cells.get("attribute_names", "")[:1000], str(error)))
-    bad_photos = prepare_photos(run, [product for _, _, product in questions], skip_bad=True)
+            failed.append((line, cells.get("id", ""), cells.get("attribute_names", ""), str(error)))
+    bad_photos = prepare_photos(run, [product for *_, product in questions], skip_bad=True)
     longest = longest_values(run, values)
     for line, cells, product in questions:
         if problem := bad_photos.get(product.image) or problem_of(run, product, longest):
             failed.append((line, product.id, product.attribute, problem))
         else:
-            asked.append(cells)
-            products.append(product)
-    failed.sort(key=lambda cells: cells[0])
+            asked.append((cells, product))
+    failed.sort()
     if failed and args.strict:
         raise UserError(f"{args.input}, line {failed[0][0]}: {failed[0][-1]}")
-    answered = answer_batches(run, products, values, args.temperature, args.top_p)
+    answered = answer_batches(run, [product for _, product in asked], values, args.temperature, args.top_p)
     if run.photo_features:
         run.photo_features.keys.clear()                 # a catalogue may name millions
     answers = []
-    for cells, product, answer in zip(asked, products, answered.values()):
+    for (cells, product), answer in zip(asked, answered.values()):
         answer = dict(zip(PREDICTED, prediction(product, answer.above(args.min_confidence))))
         given = {name: answer.pop(name) for name in GIVEN}
         if args.keep_columns:
@@ -150,15 +148,13 @@ def answer_block(run, args, values, rows):
         answers.append((given, answer))
     counts = {"rows": len(rows), "answers": len(answers), "failed": len(failed),
               "empty": sum(not cells["prediction"] for _, cells in answers),
-              "unknown": sum(product.attribute not in run.values for product in products)}
+              "unknown": sum(product.attribute not in run.values for _, product in asked)}
     return {"answers": answers, "failed": failed, "counts": counts}
 
 
 def answer_blocks(run, args, values, blocks):
     """Answer those blocks that have no part yet; the paths of all parts, in order."""
-    settings = [run.id, values, args.temperature, args.top_p, args.min_confidence, args.merge,
-                args.keep_columns, run.config.dtype, run.model.llama.compute_dtype, run.value_temperature,
-                run.photo_features and run.photo_features.images.resolve()]
+    settings = [run.id, run.value_temperature, values, vars(args) | {"strict": None}]
     digest = hashlib.sha256(repr(settings).encode())
     there = {name[:8]: name for name in os.listdir(args.parts)}
     parts = []
@@ -192,29 +188,31 @@ def spread(answers):
     return [*columns], ((json.loads(given), cells) for given, cells in products.items())
 
 
-def as_text(kind, header, rows):
-    """Rows {column: cell} as lines of a ".csv", a ".jsonl" or else a TSV."""
+def write_rows(rows, header, kind, out):
+    """Write rows {column: cell} to an open text file: as a ".csv", a ".jsonl" or else a TSV."""
     if kind == ".jsonl":
-        return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    rows = [[cell if isinstance(cell, str) else "" if cell is None else json.dumps(cell, ensure_ascii=False)
-             for cell in map(row.get, header)] for row in rows]
-    if kind != ".csv":
-        return "".join(map(tsv_line, rows))
-    text = io.StringIO()
-    csv.writer(text).writerows(rows)
-    return text.getvalue()
+        out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        return
+    lines = ([json.dumps(cell, ensure_ascii=False) if isinstance(cell, bool | list | dict) else cell
+              for cell in map(row.get, header)] for row in rows)
+    lines = itertools.chain([header], lines)
+    if kind == ".csv":
+        csv.writer(out).writerows(lines)
+    else:
+        out.writelines(map(tsv_line, lines))
 
 
-def write_parts(read_parts, args, out, failed):
-    """Write parts to two open files, `out` (binary) and `failed` (text); returns the sums of their counts.
+def write_parts(read_parts, args, out, add_failed):
+    """Write the answers of parts to `out`, an open text file; returns the sums of their counts.
 
     read_parts  gives the parts; called once, or with --keep-columns twice
+    add_failed  is called with the failed rows of each part
     """
     counts = Counter()
 
     def answers():
         for part in read_parts():
-            failed.writelines(map(tsv_line, part["failed"]))
+            add_failed(part["failed"])
             counts.update(part["counts"])
             yield from part["answers"]
 
@@ -226,15 +224,7 @@ def write_parts(read_parts, args, out, failed):
         while names[name] in columns or names[name] != name and names[name] in names:
             names[name] = f"input {names[name]}"
     rows = ({names[name]: cell for name, cell in given.items()} | answer for given, answer in rows)
-    header = [*names.values(), *columns]
-    if args.kind != ".jsonl":
-        rows = itertools.chain([dict(zip(header, header))], rows)
-    mark = "\ufeff" if args.kind == ".csv" else ""      # Excel reads UTF-8 only behind a byte order mark
-    while block := list(itertools.islice(rows, BLOCK)):
-        text = (mark + as_text(args.kind, header, block)).encode(errors="backslashreplace")
-        out.write(gzip.compress(text, mtime=0) if args.output.suffix.lower() == ".gz" else text)
-        out.flush()
-        mark = ""
+    write_rows(rows, [*names.values(), *columns], args.kind, out)
     return counts
 
 
@@ -242,30 +232,29 @@ def answer_file(run, args, values, blocks):
     """Answer all blocks, then join their parts to the output; in process 0 what write_parts returns."""
     with processes.in_process_0(locked(args.parts, "answering a catalogue")):
         try:
-            paths = answer_blocks(run, args, values, blocks)
+            parts = answer_blocks(run, args, values, blocks)
             processes.gather(None)                      # process 0 waits until all blocks are answered
             if processes.rank() > 0:
                 return None
 
             def read_parts():
-                with Progress("writing", len(paths), "blocks") as progress:
-                    for path in paths:
-                        yield read_json(path, "the answers to a block")
+                with Progress("writing", len(parts), "blocks") as progress:
+                    for part in parts:
+                        yield read_json(part, "a block's answers")
                         progress.step()
 
-            with (whole_file(args.failed) as failed_path, whole_file(args.output) as path,
-                  open(failed_path, "w", encoding="utf-8", errors="backslashreplace") as failed,
-                  open(path, "wb") as out):
-                failed.write(tsv_line(FAILED))
-                counts = write_parts(read_parts, args, out, failed)
-            if not counts["failed"]:
-                args.failed.unlink()
-            for path in paths:
-                path.unlink()
+            failed = []
+            with whole_file(args.output) as path, open(path, "wb") as file:
+                if args.output.suffix.lower() == ".gz":
+                    file = gzip.GzipFile("", "wb", fileobj=file, mtime=0)       # the same bytes at any time
+                encoding = "utf-8-sig" if args.kind == ".csv" else "utf-8"      # Excel needs the mark of -sig
+                with io.TextIOWrapper(file, encoding, "backslashreplace", "") as out:
+                    counts = write_parts(read_parts, args, out, failed.extend)
+            if failed:
+                write_tsv(args.failed, failed, FAILED)
+            shutil.rmtree(args.parts)
             return counts
         finally:
-            with suppress(OSError):                     # it holds parts
-                args.parts.rmdir()
             if args.parts.exists():
                 print("\nwhat is answered is kept; the same command goes on from there", file=sys.stderr)
 
@@ -325,7 +314,9 @@ def main():
         if args.keep_columns:                           # the names of all are known at the end
             parts = list(parts)
         # Stdout is not opened anew: a file that it leads to would be written over from its beginning.
-        counts = write_parts(lambda: parts, args, sys.stdout.buffer, sys.stderr)
+        sys.stdout.reconfigure(encoding="utf-8", line_buffering=True)
+        counts = write_parts(lambda: parts, args, sys.stdout,
+                             lambda failed: sys.stderr.writelines(map(tsv_line, failed)))
     else:
         counts = answer_file(run, args, values, blocks)
     if counts is None:

@@ -1,4 +1,4 @@
-"""Compare runs on the same products: scores side by side, and the products that they answer differently.
+"""Compare runs on the same products: what they answer differently, and scores side by side.
 
     python -m tools.compare runs/general-10-1 runs/general-50-1
     python -m tools.compare RUN RUN/scores/test-constrain
@@ -15,8 +15,6 @@ from base.console import UserError, printable, read_json, reading, user_path
 from base.tsv import read_tsv
 from evaluate import exact_match
 from support.answering import PREDICTED
-
-SHOWN = 20                                              # products with different answers, without --all
 
 
 def read_scores(folder):
@@ -59,28 +57,22 @@ def main():
     parser = argparse.ArgumentParser(description="Compare runs on the same products.", allow_abbrev=False)
     parser.add_argument("runs", metavar="RUN", nargs="+", type=user_path,
                         help="RUN, RUN/val or RUN/scores/NAME; the others are compared with the first")
-    parser.add_argument("--all", action="store_true",
-                        help=f"show all products with different answers, not the first {SHOWN}")
     args = parser.parse_args()
     names = [str(folder) for folder in args.runs]
     scores, answers = zip(*map(read_scores, args.runs))
     first = answers[0]
-    if not first:
-        raise UserError(f"{names[0]}: has no predictions; score it again (evaluate.py)")
     table = [["micro-F1", *scores[0], "right, minus the first (95 % interval)"]]
     for name, row, own in zip(names, scores, answers):
         if own.keys() != first.keys():
             raise UserError(f"{name}: its {len(own):,} products or their gold values are not the "
                             f"{len(first):,} of {names[0]}; compare scores of the same data and split")
         table.append([name, *row.values(), "" if own is first else difference(own, first)])
-    print_table(table)
-    print(f"n = {len(first):,}; the 95 % interval is over products: another --seed changes a run, too")
-
     rows = [[*question, *(own[question] for own in answers)] for question in first]
     different = [row for row in rows if len(set(row[3:])) > 1]
-    different.sort(key=lambda row: row[2] not in row[3:])
-    print(f"\ndifferent answers: {len(different):,}; first where a run is right (--all shows all of them)")
-    print_table([["id", "attribute", "gold", *names], *different[:None if args.all else SHOWN]])
+    print_table([["id", "attribute", "gold", *names], *different])
+    print(f"different answers: {len(different):,}\n")
+    print_table(table)
+    print(f"n = {len(first):,}; the 95 % interval is over products: another --seed changes a run, too")
 
 
 if __name__ == "__main__":

@@ -76,8 +76,7 @@ def explain(run, product):
         photo, attention = look(photos, product)
         cls_tokens = photos.read([product.image])                               # (1, K, V)
         tokens += [(f"I′{k}", f"I′{k}") for k in range(1, len(attention) + 1)]
-        steps = [*explain_page.photo_steps(photo, attention),
-                 explain_page.embedding_step(photos.cls_layers, cls_tokens[0], model.project(cls_tokens)[0])]
+        steps = explain_page.image_steps(photo, attention, cls_tokens[0], model.project(cls_tokens)[0])
     prompt = tokenizer.encode(base_question(product, run.config.text).prompt)
     tokens += label_prompt(prompt, run.config.text, tokenizer)
     return answer, [*steps, explain_page.input_step(tokens),
@@ -127,36 +126,24 @@ def label_prompt(prompt, text, tokenizer):
 # ---------------------------------------------------------------------------------------- the command
 
 
-def find_product(products, id, attribute):
-    """The first product with this ID, and with this attribute if one is given; UserError if an attribute is
-    needed.
-    """
-    known = {p.attribute: p for p in reversed(products) if p.id == id}
-    chosen = [p for name, p in known.items() if attribute.lower() in ("", name.lower())]
-    if not known:
-        raise UserError(f"{id[:60]!r}: is no product of the data set; {products[0].id} is one")
-    if len(chosen) != 1:
-        raise UserError(f"{id[:60]!r}: name one of its attributes with --attribute: {', '.join(known)}")
-    return chosen[0]
-
-
 def main():
     parser = run_parser("Follow one product from its photo to its answer; writes a page to RUN/explain/.")
     parser.add_argument("id", metavar="ID", nargs="?", help="of a product; or give --image and --text")
     args = parse_product(parser)
     run, _ = load_run(args, sys.stderr, data_needed=bool(args.id))
-    if not (args.id or args.image or args.text):
-        raise UserError("name the ID of a product, or give --image and --text")
-    if args.id:
-        products = [p for split in SPLITS for p in read_split(run.sources.data, run.config.dataset, split)]
-        product = find_product(products, args.id, args.attribute)
+    if args.id:                                         # without --attribute all that it has
+        products = [p for split in SPLITS for p in read_split(run.sources.data, run.config.dataset, split)
+                    if p.id == args.id and args.attribute.lower() in ("", p.attribute.lower())]
     else:
-        product = run.product(args.image, args.text, args.attribute)
-    _, steps = explain(run, product)
-    name = re.sub(r"\W", "-", f"{product.id} {product.attribute}", flags=re.ASCII)[:80]
-    path = run.folder / "explain" / f"{name}.html"
-    write_text(path, explain_page.page_html(product, steps, describe(run.config, run.sources)))
-    print(*explain_page.summary(product, steps), f"as a page: {path}", sep="\n")
+        products = [run.product(args.image, args.text, args.attribute)]
+    if not products:
+        raise UserError(f"{args.id}: no product of the data set has this ID and this attribute")
+    for product in products:
+        _, steps = explain(run, product)
+        name = re.sub(r"\W", "-", f"{product.id} {product.attribute}", flags=re.ASCII)[:80]
+        path = run.folder / "explain" / f"{name}.html"
+        write_text(path, explain_page.page_html(product, steps, describe(run.config, run.sources)))
+        print(*explain_page.summary(product, steps), f"as a page: {path}", sep="\n")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from PIL import Image
 from base.console import printable
 from support.report import inline
 
-LIKELIEST = 10                                          # tokens shown for each token of the answer
+LIKELIEST = 5                                           # tokens shown for each token of the answer
 # Colours of X's parts by their first letter: Okabe and Ito's, which colour-blind readers can tell apart
 COLOURS = {"b": "#999", "I": "#E69F00", "Q": "#56B4E9", "C": "#009E73", "A": "#CC79A7"}
 
@@ -21,7 +21,7 @@ STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 0 auto; padding: 1rem; color: #1b1b1b;
 background: #fff; overflow-wrap: anywhere; print-color-adjust: exact }
 section { border-top: 1px solid #d0d0d0; margin-top: 1.2rem } p { max-width: 46rem }
-small { color: #595959 } pre { white-space: pre-wrap; overflow-x: auto; font-size: .8rem }
+small { color: #595959 } pre { overflow-x: auto; font-size: .8rem }
 img, svg { display: block; width: 100%; height: auto }
 .row { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)) }
 .row > * { max-width: 22rem } .tokens span { border-radius: 4px; padding: 0 .35em; margin: 2px }
@@ -29,9 +29,7 @@ img, svg { display: block; width: 100%; height: auto }
 .bar i { overflow: hidden; white-space: nowrap; border-right: 1px solid #fff; font: .75rem/1.6 monospace }
 .bar b { position: absolute; height: 1.6rem; width: 3px; background: #1b1b1b }
 .scale { display: flex; justify-content: space-between; font-size: .75rem }
-.scale ~ pre { white-space: pre }
 """
-SCALE = "<div class='scale'><span>0</span><span>0.5</span><span>1</span></div>"     # under bars
 
 
 class Step(NamedTuple):
@@ -51,12 +49,6 @@ class Step(NamedTuple):
     picture: str = ""
 
 
-def bar(parts):
-    """A bar of parts (colour, share of its length, text)."""
-    return "".join(f"<i style='background: {colour}; width: {100 * share:.2f}%'>{escape(text)}</i>"
-                   for colour, share, text in parts)
-
-
 def token_text(token, tokenizer):
     """A token as text: "▁" is a space, "↵" a new line; the bytes of a character without a token stay
     <0x..>.
@@ -68,20 +60,20 @@ def token_text(token, tokenizer):
 # ---------------------------------------------------------------------------------------- the steps
 
 
-def photo_steps(photo, attention):
-    """photo: (size, size, 3), uint8; attention: {layer of the ViT: (heads, 1 + patches)}, of [cls]"""
+def image_steps(photo, attention, I, projected):
+    """photo: (size, size, 3), uint8; attention: {layer of the ViT: (heads, 1 + patches)}, of [cls];
+    I: (K, V); projected: (K, D)
+    """
     size = len(photo)
     lines, pictures = [], ""
     for layer, weights in attention.items():
         heads, tokens = weights.shape
-        side = math.isqrt(tokens - 1)
+        side = math.isqrt(tokens)
         patch = size // side
         cls, *patches = weights.mean(0).tolist()
-        most = max(patches)
-        row, column = divmod(patches.index(most), side)
-        lines.append(f"layer {layer:2}: {cls:4.0%} on [cls] itself; most on the patch in row {row + 1}, "
-                     f"column {column + 1}: {most:.1%} (equal: {1 / tokens:.1%})")
-        light = np.kron(np.reshape(patches, (side, side, 1)) / most, np.ones((patch, patch, 1)))
+        lines.append(f"layer {layer:2}: {cls:4.0%} on [cls] itself; most on one patch: {max(patches):.1%} "
+                     f"(equal: {1 / tokens:.1%})")
+        light = np.kron(np.reshape(patches, (side, side, 1)) / max(patches), np.ones((patch, patch, 1)))
         seen = Image.fromarray((photo * light).astype(np.uint8))
         pictures += f"<div>{inline(seen, 'png', 'attention')}layer {layer}</div>"
     return [Step(
@@ -96,18 +88,12 @@ def photo_steps(photo, attention):
         "brighter a patch, the more attention [cls] gives to it (mean over the heads). Early layers know "
         "edges and textures, late ones parts and objects; so the paper takes [cls] after several layers "
         "(section 2.1).", lines, f"<div class='row'>{pictures}</div>",
-    )]
-
-
-def embedding_step(layers, I, projected):
-    """layers: of the ViT, K; I: (K, V); projected: (K, D)"""
-    lines = [f"layer {layer:2}: norm of I_{k} {before.norm():8.2f}, of I′{k} {after.norm():8.2f}"
-             for k, (layer, before, after) in enumerate(zip(layers, I, projected), start=1)]
-    return Step(
+    ), Step(
         3, "The image embedding I, and I′ after the projector", "I, I′",
         f"{tuple(I.shape)} and {tuple(projected.shape)}", "vit.py: ViT.forward, eiven.py: Projector.forward",
         "Row k of I is [cls] after the k-th of these layers. The projector is trained: it turns each row "
-        "into a token as wide as LLaMA's text tokens (section 2.1).", lines)
+        "into a token as wide as LLaMA's text tokens (section 2.1).", [],
+    )]
 
 
 def input_step(tokens):
@@ -129,22 +115,19 @@ def layers_step(tokens, attention, changes):
     """attention: for each layer (H, N), of the last position of X; changes: |h' - h| / |h| of its adapter"""
     parts = dict.fromkeys(part for _, part in tokens)
     lines = ["layer  " + "".join(f"{part:>8}" for part in parts) + "   adapter"]
-    bars = ""
     for i, (weights, change) in enumerate(zip(attention, changes), start=1):
         shares = dict.fromkeys(parts, 0.0)
         for (_, part), share in zip(tokens, weights.mean(0).tolist()):
             shares[part] += share
         lines.append(f"{i:5}  " + "".join(f"{share:8.1%}" for share in shares.values()) + f"{change:10.3f}")
-        pieces = bar((COLOURS[part[0]], share, part) for part, share in shares.items())
-        bars += f"<small>layer {i}</small><div class='bar'>{pieces}</div>"
     return Step(
         5, "What the answering position reads, layer by layer", "h, h′",
         f"{len(attention)} layers × ({len(weights)} heads, {len(tokens)} tokens)",
         "llama.py: Attention.forward, adapters.py: Adapter.forward",
-        "The last position of X predicts the first token of the answer. Each bar is a layer, and shows to "
+        "The last position of X predicts the first token of the answer. Each line is a layer, and shows to "
         "which part of X this position gives its attention (mean over the heads). Attention shows where a "
         "layer reads, not what it makes of it. The adapter changes the input h of the attention to h′; the "
-        "column “adapter” is |h′−h|/|h| (section 2.2).", lines, bars + SCALE)
+        "column “adapter” is |h′−h|/|h| (section 2.2).", lines)
 
 
 def draws_step(draws, temperature, top_p, tokenizer):
@@ -159,12 +142,14 @@ def draws_step(draws, temperature, top_p, tokenizer):
         likeliest = order[:LIKELIEST].tolist()
         names = [token_text(token, tokenizer) for token in likeliest]
         name = token_text(drawn, tokenizer)
-        likely = [f"{text} {probability[token]:.3f}" for text, token in zip(names, likeliest)]
+        likely = ", ".join(f"{text} {probability[token]:.3f}" for text, token in zip(names, likeliest))
         lines.append(f"{t:2}. {name} {probability[drawn]:.3f}  (draw {uniform:.3f} from a nucleus of "
-                     f"{nucleus:,}; likeliest: {', '.join(likely[:4])})")
-        bars += (f"<div>{t}. <b>{escape(name)}</b><div class='bar'>"
-                 f"{bar((COLOURS['I'], part, name) for part, name in zip(share, names))}"
-                 f"<b style='left: {100 * uniform:.2f}%'></b></div>{SCALE}</div>")
+                     f"{nucleus:,}; likeliest: {likely})")
+        bar = "".join(f"<i style='background: {COLOURS['I']}; width: {100 * part:.2f}%'>{escape(text)}</i>"
+                      for part, text in zip(share, names))
+        bars += (f"<div>{t}. <b>{escape(name)}</b><div class='bar'>{bar}"
+                 f"<b style='left: {100 * uniform:.2f}%'></b></div>"
+                 "<div class='scale'><span>0</span><span>0.5</span><span>1</span></div></div>")
     return Step(
         6, "The answer, token after token", "p(R_t | X, R_<t)",
         f"{len(draws)} tokens × {len(logits):,} logits", "llama.py: LLaMA.logits, eiven.py: nucleus",

@@ -45,22 +45,12 @@ def readme(model, layers, text):
 
 def export(run, folder):
     """Write a run whose adapters are merged into a new or empty folder."""
-    folder.mkdir(parents=True, exist_ok=True)
     model, source = run.model, run.sources.llama
-    shards = {}                                         # one for each layer, and one for the rest
-    for name, parameter in model.llama.named_parameters():
-        layer = name.split(".")[1] if name.startswith("layers.") else ""
-        shards.setdefault(layer, {})[official_name(name)] = parameter
-    for layer, shard in shards.items():                 # transformers' attention_bias means o_proj's, too
+    tensors = {official_name(name): parameter for name, parameter in model.llama.named_parameters()}
+    for layer in range(len(model.llama.layers)):        # transformers' attention_bias means o_proj's, too
         prefix = f"model.layers.{layer}.self_attn.o_proj"
-        if layer:
-            shard.setdefault(f"{prefix}.bias", torch.zeros_like(shard[f"{prefix}.weight"][:, 0]))
-    weight_map = {}
-    for n, shard in enumerate(shards.values(), start=1):
-        file = f"model-{n:05}-of-{len(shards):05}.safetensors"
-        save_tensors(folder / file, shard, {"format": "pt"})
-        weight_map |= dict.fromkeys(shard, file)
-    write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
+        tensors.setdefault(f"{prefix}.bias", torch.zeros_like(tensors[f"{prefix}.weight"][:, 0]))
+    save_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
     layers = ()
     if model.projector:
         layers = run.photo_features.cls_layers
