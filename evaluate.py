@@ -26,7 +26,7 @@ from support.confidence import calibrate, lines, measure
 from support.config import add_flags, choose_threads, describe, number, parse_flags
 from support.report import draw_results, floor_text
 from support.run import load, read_values
-from support.run_folder import check_still_there, read_config, read_losses
+from support.run_folder import check_still_there, read_config, read_log
 
 # Flags of a run that need not be those of its training: it may be used on another machine.
 MACHINE = ("data", "llama", "vit", "device", "dtype", "threads")
@@ -153,7 +153,8 @@ def evaluate(run, products, split, folder, values=None, merged=False, temperatur
     images = run.sources.data / "images" if config.image else None
     write_predictions(folder / "predictions.tsv", products, answered)
     write_json(folder / "metrics.json", metrics)
-    draw_results(folder, title, products, answered, metrics, images, read_losses(run.folder),
+    draw_results(folder, title, products, answered, metrics, images,
+                 [line["loss"] for line in read_log(run.folder)],
                  f"python -m tools.explain {quote(str(run.folder))}")
     print(f"\n{title}, n = {metrics['n']}\n{table(metrics)}")
     low, high = metrics["interval"]
@@ -253,8 +254,8 @@ def main():
     data = fingerprint(products, run.photo_features.keys.get if run.photo_features else None)
     if data != read_config(args.run)[1]["data_fingerprint"][args.split]:
         raise UserError(f"{root}: the products or photos of {args.split} are not those of this run's start "
-                        "(with --skip-missing-photos, a photo that came later is enough); --data ROOT names "
-                        "another folder, and python -m tools.catalogue answers any file")
+                        "(with --skip-missing-photos, a photo that came later adds its product); --data ROOT "
+                        "names another folder, and python -m tools.catalogue answers any file")
     split = args.split
     if args.without_duplicates:
         split += " (without duplicates of train)"

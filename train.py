@@ -164,12 +164,12 @@ def main(argv=None):
 
 
 def note_changed(values, tokenizer):
-    """Print a line for each of {attribute: values} that the tokenizer changes: no answer can equal it."""
+    """Print a line for each of {attribute: values} that the tokenizer changes."""
     for value in sorted(set().union(*values.values())):
         answer = tokenizer.decode(tokenizer.encode(value, new_word=True)).strip()
         if answer != value:
-            print(f"note: this LLaMA's tokenizer turns the value {value!r} into {answer!r}: no answer can be "
-                  "right", file=sys.stderr)
+            print(f"note: this LLaMA's tokenizer turns the value {value!r} into {answer!r}: no free "
+                  "answer can be right", file=sys.stderr)
 
 
 def train_and_score(config, folder, resumed):
@@ -210,8 +210,8 @@ def train_and_score(config, folder, resumed):
         check_weights(folder, record, sources)
         if record["data_fingerprint"] != data:
             raise UserError(f"--resume {folder}: the products or photos in {sources.data} are not those that "
-                            "this run was started with. (With --skip-missing-photos, a photo that came later "
-                            "is enough.)")
+                            "this run was started with (with --skip-missing-photos, a photo that came later "
+                            "adds its product)")
         if init_id not in (None, record["init_id"]):
             raise UserError(f"--resume {folder}: {config.init} is not the run any more that this one starts "
                             "from, and no step of this one was saved; start it anew")

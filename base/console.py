@@ -10,6 +10,7 @@ import shutil
 import sys
 import time
 import traceback
+import uuid
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -213,6 +214,23 @@ def whole_file(path):
     finally:
         with suppress(OSError):
             partial.unlink()
+
+
+@contextmanager
+def own_copy(path):
+    """Yield a temporary path that nobody else writes to; the file written there replaces `path` at the end,
+    or is removed on an error.
+
+    For files in a cache: any number of threads and processes may write the same one, with the same bytes.
+    (The temporary name of `whole_file` is the same for all.)
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    own = path.with_name(f".{uuid.uuid4()}{path.suffix}")
+    try:
+        yield own
+        own.replace(path)
+    finally:
+        own.unlink(missing_ok=True)
 
 
 def write_text(path, text):

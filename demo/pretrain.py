@@ -88,6 +88,7 @@ SIZES = {"item": len(ITEMS), "family": len(FAMILIES) + 1, "look": len(LOOKS), "c
 
 def make_drawings(numbers):
     """Drawings (n, SIDE, SIDE, 3), uint8, and their labels: {"item": (n,), "family": (n,), "look": (n,)}."""
+    print(f"drawing {len(numbers):,} drawings")
     drawings, labels = [], []
     for number in numbers:
         rng = np.random.default_rng([world.VERSION, OTHER_SEEDS + number])

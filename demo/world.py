@@ -18,12 +18,10 @@ What the world knows stands in the tables.  Titles, photos and demo/pretrain.py'
 
 import random
 import re
-import uuid
-from contextlib import contextmanager
 
 import numpy as np
 
-from base.console import PROJECT, Progress, cache_folder
+from base.console import PROJECT, Progress, cache_folder, own_copy
 from base.tsv import write_tsv
 from demo.drawing import draw
 
@@ -225,19 +223,6 @@ def make_splits():
 
 
 # ---------------------------------------------------------------------------------------- files
-
-
-@contextmanager
-def own_copy(path):
-    """Yield a temporary path that nobody else writes to; what is written there replaces `path` at the end.
-
-    Two runs may write the same file at the same time: each writes its own copy, with the same bytes.  (The
-    temporary name of base.console.whole_file is the same for all.)
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    own = path.with_name(f".{uuid.uuid4()}{path.suffix}")
-    yield own
-    own.replace(path)
 
 
 def write_dataset():

@@ -72,8 +72,8 @@ def label_curves(panels):
             means = curve((x, y(statistics.mean(f1s))) for x, f1s in points)
             seeds = [f"<circle cx='{x:.1f}' cy='{y(f1):.1f}' r='3'/>" for x, f1s in points for f1 in f1s]
             shapes += f"<g color='{colour}'>{means}{''.join(seeds)}</g>\n"
-    used = {row for columns in panels.values() for f1s in columns.values() for row in f1s}
-    names = [METHODS[row] for row in METHODS if row in used]
+    names = [method for row, method in METHODS.items()
+             if any(row in f1s for columns in panels.values() for f1s in columns.values())]
     for at, (name, colour) in zip(itertools.count(276, 20), names):
         shapes += f"""<circle color='{colour}' cx='44' cy='{at - 5}' r='5'/>
 <text x='56' y='{at}'>{name}</text>

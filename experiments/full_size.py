@@ -54,11 +54,12 @@ def main():
     add_flags(parser, ("device", "dtype", "batch_size", "grad_checkpoint"))
     flags = vars(parser.parse_args())
     rounds = range(flags.pop("rounds"))
-    config, start = Config(**flags), time.perf_counter()
-    dtype, int8 = DTYPES.get(config.dtype), config.dtype == "int8"
+    config = Config(**flags)
+    start = time.perf_counter()
     device = choose_device(config.device)
-    name = "llama" if config.llama else "7b"
-    model, batches, questions, cls_tokens = make_subject(name, device, dtype, int8, llama=config.llama)
+    model, batches, questions, cls_tokens = make_subject(
+        "llama" if config.llama else "7b", device, DTYPES.get(config.dtype), config.dtype == "int8",
+        llama=config.llama)
     report("loading", [time.perf_counter() - start])
     model.llama.grad_checkpoint = config.grad_checkpoint
     step = stepper(model, model, cls_tokens)

@@ -24,8 +24,8 @@ speed-bf16 90 -m experiments.speed --device {device} --models {models} --dtype b
 7b-bf16 60 -m experiments.full_size --device {device} {size}
 7b-int8 60 -m experiments.full_size --device {device} {size} --dtype int8
 7b-bf16-expandable-segments 50 -m experiments.full_size --device {device} {size}
-demo-bf16 40 train.py --demo --labels 10 --device {device} --dtype bf16 {epochs}
-demo-fp32 20 train.py --demo --labels 10 --device {device} --dtype fp32 {epochs}
+demo-bf16 40 train.py --demo --labels 10 --device {device} --dtype bf16 --out {out}/run-bf16 {epochs}
+demo-fp32 20 train.py --demo --labels 10 --device {device} --dtype fp32 --out {out}/run-fp32 {epochs}
 """
 FULL = {"models": "demo smollm2 wide", "size": "", "epochs": ""}
 QUICK = {"models": "demo", "size": "--llama demo/llama --rounds 1", "epochs": "--epochs 1"}
@@ -37,9 +37,9 @@ def main():
     parser.add_argument("--quick", action="store_true", help="the smallest size of everything")
     parser.add_argument("--out", type=Path, default="runs/gpu", help="a new folder (default: %(default)s)")
     args = parser.parse_args()
-    out = args.out
+    out = args.out.absolute()
     out.mkdir(parents=True)
-    parts = PARTS.format(device=args.device, **(QUICK if args.quick else FULL))
+    parts = PARTS.format(device=args.device, out=out, **(QUICK if args.quick else FULL))
     for part in parts.strip().splitlines():
         name, limit, *command = part.split()
         env = os.environ | {"TEST_ON_GPU": "1", "PYTHONUNBUFFERED": "1"}        # the first: tests/conftest.py

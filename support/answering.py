@@ -188,8 +188,7 @@ def prediction(p, a):
 
 def write_predictions(path, products, answers):
     """Write products and their answers as TSV: the data set's columns, then the answer's."""
-    write_tsv(path, (["" if cell is None else cell for cell in prediction(p, a)]
-                     for p, a in zip(products, answers)), PREDICTED)
+    write_tsv(path, map(prediction, products, answers), PREDICTED)
 
 
 # ---------------------------------------------------------------------------------------- questions that fail

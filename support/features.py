@@ -8,7 +8,6 @@ gives another file.
 
 import hashlib
 import os
-import uuid
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -16,7 +15,7 @@ from pathlib import Path
 import torch
 
 from base.checkpoint import fingerprint
-from base.console import Progress, UserError, cache_folder, reading
+from base.console import Progress, UserError, cache_folder, own_copy, reading
 from base.photo import open_photo
 from eiven import cls_layers
 from vit import load_vit, preprocess, weight_file
@@ -113,12 +112,9 @@ class PhotoFeatures:
                             "Download them again")
         values = tokens.numpy().tobytes()
         content = hashlib.sha256(values).digest() + values
-        path = self.folder / key[:2] / key
-        partial = path.with_name(f".{uuid.uuid4()}")    # a name that no other thread or process has
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_bytes(content)
-            os.replace(partial, path)
+            with own_copy(self.folder / key[:2] / key) as own:
+                own.write_bytes(content)
         except OSError as error:
             raise UserError(f"{self.folder}: features of photos cannot be kept there ({error.strerror}). "
                             "Make room, or name another folder with the environment variable EIVEN_CACHE"

@@ -196,11 +196,6 @@ def read_log(folder):
     return lines
 
 
-def read_losses(folder):
-    """The training loss of each step, from the log of a run; [] if there is no log."""
-    return [line["loss"] for line in read_log(folder)]
-
-
 # ---------------------------------------------------------------------------------------- calibration
 
 

@@ -46,8 +46,9 @@ def test_16_bit_input_is_computed_in_fp32_and_returned_as_it_came():
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_merge(bias):
-    adapter, linear = randomized("rep"), Linear(12, 9, bias)
+@pytest.mark.parametrize("kind", ["rep", "mlp-linear"])
+def test_merge(kind, bias):
+    adapter, linear = randomized(kind), Linear(12, 9, bias)
     h = torch.randn(5, 12)
     for parameter in linear.parameters():
         nn.init.normal_(parameter)

@@ -266,7 +266,8 @@ def test_what_was_begun_otherwise_is_not_mixed(answer, flags, run, whole, tmp_pa
     assert "interrupted" in said and len(parts) >= 2
     train.main([*flags, "--epochs", "1", "--seed", "1", "--out", str(tmp_path / "other")])
     other = UNEVEN.replace(b"P1\t", b"Q1\t")
-    changes = [(UNEVEN, tmp_path / "other", []), (other, run, []), (UNEVEN, run, ["--constrain"])]
+    changes = [(UNEVEN, tmp_path / "other", []), (other, run, []), (UNEVEN, run, ["--temperature", "2"]),
+               (UNEVEN, run, ["--constrain"]), (UNEVEN, run, ["--dtype", "int8"])]
     for content, of, more in changes:
         said = answer(content, "out.tsv", *more, code=2, of=of).err
         assert "was begun with another run, other settings or another input" in said

@@ -7,6 +7,7 @@ Meta device  shapes and dtypes without values, on every machine.  PyTorch lets i
 """
 
 import math
+import warnings
 import os
 import subprocess
 import sys
@@ -225,6 +226,22 @@ def test_all_that_a_model_does_is_fit_for_a_gpu(dtype, int8, llama_dir, monkeypa
         model.score(EXAMPLES, [[[60, 2], [7, 8, 2]]] * 3, cls_tokens)
         if not int8:
             model.merge_adapters().answer_logits(EXAMPLES, cls_tokens)
+
+
+@pytest.mark.parametrize("device", DEVICES[1:])
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_a_gpu_is_waited_for_as_rarely(dtype, device, llama_dir, monkeypatch):
+    """As PyTorch itself says.  In fp16 the scaler looks at the gradients without a wait."""
+    model, cls_tokens = build(llama_dir, device, dtype), CLS_TOKENS.to(device)
+    train_steps(model, 1, monkeypatch)
+    for limit, do in ((2, lambda: train_steps(model, 1, monkeypatch)),
+                      (4, lambda: model.generate(EXAMPLES, cls_tokens, limit=4))):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            do()
+            torch.cuda.set_sync_debug_mode("default")
+        assert sum("called a synchronizing" in str(warning.message) for warning in caught) <= limit
 
 
 def test_the_vit_is_fit_for_a_gpu(vit_dir):

@@ -192,5 +192,5 @@ def test_a_product_of_any_split_or_from_flags_has_a_page(run, data_root, tmp_pat
     said = capsys.readouterr().out.partition("product: Boot Style\n")[2]
     assert f"     {printable(evaluate.load(run).answer(*one))}\n" in said and "gold" not in said
     for unknown in ["B9"], ["B0001", "--attribute", "Heel Height"]:
-        with pytest.raises(UserError, match="no product of the data set"):
+        with pytest.raises(UserError, match="no product of shoes has this ID"):
             main(*unknown)

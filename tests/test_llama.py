@@ -15,7 +15,7 @@ import llama
 from base import linear
 from base.checkpoint import load_strict
 from base.console import UserError
-from base.packing import pack
+from base.packing import next_tokens, pack
 from llama import LLAMA_7B, LLaMA, Tokenizer, load_llama, read_config
 
 # Lengths from 1 to 44; the third begins the first, and the last equals it.
@@ -86,9 +86,10 @@ def test_sizes_at_7b():
     with torch.device("meta"):
         model = LLaMA(LLAMA_7B)
     assert sum(p.numel() for p in model.parameters()) == 6_738_415_616
+    assert not any(p.requires_grad for p in model.parameters())
 
 
-# ---------------------------------------------------------------------------------------- packing
+# ---------------------------------------------------------------------------------------- packing, cache
 
 
 def test_packing_by_hand():
@@ -110,6 +111,8 @@ def test_groups_by_hand():
     tokens = pack([[7, 8, 9, 10, 11], [1, 2], [7, 8]], grouped=True)
     assert tokens.groups == [(2, 2), (1, 5)]
     assert tokens.table.tolist() == [5, 6, 0, 1, 0, 1, 2, 3, 4]
+    x = torch.randn(7, 3, 2)
+    assert tokens.unpad(tokens.pad(x)).equal(x.flatten(1))
     assert pack([[1, 2], [3, 4]], grouped=True).groups == [(2, 2)]
 
 
@@ -117,12 +120,15 @@ def test_groups_by_hand():
 def test_batched_is_single(tiny, checkpointed):
     """Logits row for row; a shared token gets the sum of the gradients.  Checkpointing runs layers twice."""
     model, _ = tiny
-    calls = []
-    model.layers[1].register_forward_pre_hook(lambda *_: calls.append(1))
+    sizes = []                                          # of what these modules read
+    for module in (model.layers[1], model.layers[2], model.norm):
+        module.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
     model.grad_checkpoint = checkpointed
     tokens, x, together = read(model, ROWS)
     [grad] = torch.autograd.grad(torch.cat(together).square().sum(), x)
-    assert len(calls) == 1 + checkpointed
+    N, M = 4 + 40 + 0 + 1 + 0, 4 + 44 + 2 + 1 + 4
+    assert sizes == [N, N, M] + [N, N] * checkpointed
+    model.grad_checkpoint = False
     expected = torch.zeros_like(x)
     for row, path, ours in zip(ROWS, tokens.table.view(len(ROWS), -1), together):
         _, alone, [logits] = read(model, [row])
@@ -131,29 +137,56 @@ def test_batched_is_single(tiny, checkpointed):
     close(grad, expected, 1e-3)
 
 
+@torch.no_grad()
+def test_cached_is_full_at_every_step(tiny):
+    """Sequences of different lengths are read together and continued; the second leaves after two steps."""
+    model, _ = tiny
+    model.grad_checkpoint = True                        # for training alone: it would pass by the cache
+    full = [[5, 9, 17, 3, 10, 11, 12], [8, 2, 20, 21, 22], [44, 45, 46, 47, 48, 49, 30, 31, 32]]
+    tokens = pack([row[:-3] for row in full], [1, 1, 1])
+    cache = model.new_cache(3, 9)
+    for step in range(4):
+        logits = model.logits(model(model.embed(tokens.ids), tokens, cache))
+        for ours, row in zip(logits, full, strict=True):
+            close(ours, read(model, [row])[2][0][step - 4])
+        if step == 1:
+            del full[1]
+            for layer in cache:
+                layer.keep(torch.tensor([0, 2]))
+        if step < 3:
+            ids = torch.tensor([row[step - 3] for row in full])
+            tokens = next_tokens(ids, [len(row) + step - 3 for row in full])
+
+
 # ---------------------------------------------------------------------------------------- 8 and 16 bits
 
 
+@pytest.mark.parametrize("large, few_rows", [(0, 5), (0, 4), (1 << 60, 5)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
-def test_frozen_linear(dtype, monkeypatch):
+def test_frozen_linear(dtype, large, few_rows, monkeypatch):
     """Value and gradient of x @ W.T, W in strips of 3 of its 8 rows; the backward pass keeps no copy of W.
 
-    Without a gradient, oneDNN multiplies.
+    Without a gradient, oneDNN multiplies few rows by a large W.
     """
-    monkeypatch.setattr(linear, "LARGE", 0)
+    calls, onednn = [], linear.ONEDNN
+    monkeypatch.setattr(linear, "ONEDNN", onednn and (lambda *inputs: calls.append(1) or onednn(*inputs)))
+    monkeypatch.setattr(linear, "LARGE", large)
+    monkeypatch.setattr(linear, "FEW_ROWS", few_rows)
     monkeypatch.setattr(linear, "STRIP", 3)
     x, weight, scale = torch.randn(5, 7, requires_grad=True), torch.randn(8, 7), None
     if dtype == torch.int8:
         weight, scale = linear.quantize(weight)
     weight = weight.to(dtype)
-    wide = weight.float() if scale is None else scale[:, None] * weight
+    wide = weight.float() * (1 if scale is None else scale[:, None])
     kept = []
     with saved_tensors_hooks(kept.append, lambda _: weight.T):
         y = linear.frozen_linear(x, weight, scale)
     assert {tensor.data_ptr() for tensor in kept} <= {weight.data_ptr()}
     close(y, x @ wide.T)
-    close(torch.autograd.grad(y.square().sum(), x)[0], 2 * y @ wide)
+    assert not calls
     close(linear.frozen_linear(x.detach(), weight, scale), y)
+    assert bool(calls) == (onednn is not None and (large, few_rows) == (0, 5))
+    close(torch.autograd.grad(y.square().sum(), x)[0], 2 * y @ wide)
 
 
 def test_quantize_by_hand(monkeypatch):

@@ -12,6 +12,7 @@ import random
 import re
 import shutil
 from dataclasses import fields
+from functools import partial
 
 import pytest
 import torch
@@ -231,6 +232,22 @@ def test_a_wrong_flag_is_one_line(world, tmp_path, said, flags, monkeypatch, nam
     monkeypatch.chdir(tmp_path)
     assert re.search(words, said(COMMANDS[name]).replace(str(world), "WORLD"))
     assert not list(tmp_path.iterdir())                 # nothing half made is left
+
+
+def test_a_link_to_a_file_keeps_its_name_and_neighbours(vit_dir, flags, tmp_path, said):
+    """Each file of a Hugging Face cache is a link to one that has no suffix, and no config.json beside it."""
+    shutil.copy(vit_dir / "model.safetensors", tmp_path / "blob")
+    (tmp_path / "vit").mkdir()
+    (tmp_path / "vit" / "model.safetensors").symlink_to(tmp_path / "blob")
+    for activation in "quick_gelu", "gelu":
+        config = {"hidden_act": activation, "num_attention_heads": 3}
+        console.write_json(tmp_path / "vit" / "config.json", config)
+        arguments = [*flags, "--epochs", "1", "--vit", str(tmp_path / "vit" / "model.safetensors")]
+        call = partial(train.main, [*arguments, "--out", str(tmp_path / activation)])
+        if activation == "quick_gelu":
+            call()
+        else:
+            assert "hidden_act is 'gelu'" in said(call) and not (tmp_path / activation).exists()
 
 
 # ---------------------------------------------------------------------------------------- data sets

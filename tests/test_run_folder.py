@@ -14,7 +14,7 @@ from base.console import UserError, locked, read_json, write_json
 from demo import world
 from support import config
 from support.config import Config, choose_dtype, choose_threads, describe, find_sources
-from support.run_folder import new_run_folder, read_config, read_losses
+from support.run_folder import new_run_folder, read_config, read_log
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_a_damaged_log_costs_the_learning_curve_alone(stopped, run, damage, left
     text = (stopped / "log.jsonl").read_bytes()
     (stopped / "log.jsonl").write_bytes(damage(text))
     train.main(["--resume", str(stopped)])
-    assert read_losses(stopped) == read_losses(run)[:left]
+    assert read_log(stopped) == read_log(run)[:left]
     assert (stopped / "adapter.safetensors").read_bytes() == (run / "adapter.safetensors").read_bytes()
 
 

@@ -140,10 +140,12 @@ def test_the_photo_of_a_cell(cell, name, tmp_path):
     assert product[1] == name
 
 
-def test_photos_with_one_name_are_said(tmp_path, capsys):
-    (tmp_path / "x.csv").write_text("id,photo\n1,http://x/1/main.jpg\n2,http://x/2/main.jpg\n")
-    read_products(tmp_path / "x.csv", ("id", "photo", None, None), [], tmp_path)
-    assert "one photo)\n      2: http://x/2/main.jpg\n" in capsys.readouterr().out
+def test_what_is_odd_in_cells_is_said(tmp_path, capsys):
+    (tmp_path / "x.csv").write_text("id,photo,Heel\n1,http://x/1/main.jpg,#N/A\n2,http://x/2/main.jpg,Flat\n")
+    read_products(tmp_path / "x.csv", ("id", "photo", None, None), ["Heel"], tmp_path)
+    out = capsys.readouterr().out
+    assert "with one name: 1 (taken for one photo)" in out and "2: http://x/2/main.jpg" in out
+    assert "cells with an error: 1 (a value like others)" in out and "1: #N/A" in out
 
 
 def test_the_last_lines_are_commands_that_fit(tmp_path, capsys):

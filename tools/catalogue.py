@@ -15,15 +15,15 @@ import io
 import itertools
 import json
 import os
-import shutil
 import sys
 from collections import Counter
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from base.console import (Progress, UserError, locked, read_json, reading, reason, user_path, what_is,
                           whole_file, write_json)
-from base.tsv import COLUMNS, SEPARATORS, read_rows, tsv_line, write_tsv
+from base.tsv import COLUMNS, SEPARATORS, read_rows, tsv_line
 from data import product_of
 from evaluate import answer_parser, load_run
 from support import processes
@@ -154,7 +154,8 @@ def answer_block(run, args, values, rows):
 
 def answer_blocks(run, args, values, blocks):
     """Answer those blocks that have no part yet; the paths of all parts, in order."""
-    settings = [run.id, run.value_temperature, values, vars(args) | {"strict": None}]
+    settings = [run.id, run.value_temperature, run.model.llama.compute_dtype, values,
+                vars(args) | {"strict": None}]
     digest = hashlib.sha256(repr(settings).encode())
     there = {name[:8]: name for name in os.listdir(args.parts)}
     parts = []
@@ -202,17 +203,16 @@ def write_rows(rows, header, kind, out):
         out.writelines(map(tsv_line, lines))
 
 
-def write_parts(read_parts, args, out, add_failed):
-    """Write the answers of parts to `out`, an open text file; returns the sums of their counts.
+def write_parts(read_parts, args, out, failed):
+    """Write parts to two open text files, `out` and `failed`; returns the sums of their counts.
 
     read_parts  gives the parts; called once, or with --keep-columns twice
-    add_failed  is called with the failed rows of each part
     """
     counts = Counter()
 
     def answers():
         for part in read_parts():
-            add_failed(part["failed"])
+            failed.writelines(map(tsv_line, part["failed"]))
             counts.update(part["counts"])
             yield from part["answers"]
 
@@ -243,18 +243,23 @@ def answer_file(run, args, values, blocks):
                         yield read_json(part, "a block's answers")
                         progress.step()
 
-            failed = []
-            with whole_file(args.output) as path, open(path, "wb") as file:
+            with (whole_file(args.failed) as failed_path, whole_file(args.output) as path,
+                  open(failed_path, "w", encoding="utf-8", errors="backslashreplace") as failed,
+                  open(path, "wb") as file):
+                failed.write(tsv_line(FAILED))
                 if args.output.suffix.lower() == ".gz":
                     file = gzip.GzipFile("", "wb", fileobj=file, mtime=0)       # the same bytes at any time
                 encoding = "utf-8-sig" if args.kind == ".csv" else "utf-8"      # Excel needs the mark of -sig
                 with io.TextIOWrapper(file, encoding, "backslashreplace", "") as out:
-                    counts = write_parts(read_parts, args, out, failed.extend)
-            if failed:
-                write_tsv(args.failed, failed, FAILED)
-            shutil.rmtree(args.parts)
+                    counts = write_parts(read_parts, args, out, failed)
+            if not counts["failed"]:
+                args.failed.unlink()
+            for part in parts:
+                part.unlink()
             return counts
         finally:
+            with suppress(OSError):                     # it holds parts
+                args.parts.rmdir()
             if args.parts.exists():
                 print("\nwhat is answered is kept; the same command goes on from there", file=sys.stderr)
 
@@ -315,8 +320,7 @@ def main():
             parts = list(parts)
         # Stdout is not opened anew: a file that it leads to would be written over from its beginning.
         sys.stdout.reconfigure(encoding="utf-8", line_buffering=True)
-        counts = write_parts(lambda: parts, args, sys.stdout,
-                             lambda failed: sys.stderr.writelines(map(tsv_line, failed)))
+        counts = write_parts(lambda: parts, args, sys.stdout, sys.stderr)
     else:
         counts = answer_file(run, args, values, blocks)
     if counts is None:

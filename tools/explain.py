@@ -137,7 +137,8 @@ def main():
     else:
         products = [run.product(args.image, args.text, args.attribute)]
     if not products:
-        raise UserError(f"{args.id}: no product of the data set has this ID and this attribute")
+        raise UserError(f"{args.id}: no product of {run.config.dataset} has this ID and this attribute; the "
+                        "IDs are in its TSV files")
     for product in products:
         _, steps = explain(run, product)
         name = re.sub(r"\W", "-", f"{product.id} {product.attribute}", flags=re.ASCII)[:80]
