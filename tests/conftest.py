@@ -5,6 +5,7 @@ downloaded.
 import io
 import itertools
 import json
+import multiprocessing
 import os
 import random
 import runpy
@@ -12,8 +13,6 @@ import shutil
 import signal
 import socket
 import sys
-import traceback
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: threads would only wait for each other
@@ -146,12 +145,20 @@ def flags(data_root, llama_dir, vit_dir):
             "--labels", "4", "--epochs", "3", "--batch-size", "8", "--device", "cpu"]
 
 
+def train_run(folder, flags, *more):
+    """Train with these flags; the run's folder."""
+    train.main([*map(str, [*flags, *more]), "--out", str(folder)])
+    return folder
+
+
+def resume(run, *more):
+    train.main(["--resume", str(run), *more])
+
+
 @pytest.fixture(scope="module")
 def run(flags, tmp_path_factory):
     """A finished run: 20 labelled products, as many comparisons, 3 epochs of 5 steps."""
-    folder = tmp_path_factory.mktemp("runs") / "run"
-    train.main([*flags, "--out", str(folder)])
-    return folder
+    return train_run(tmp_path_factory.mktemp("runs") / "run", flags)
 
 
 @pytest.fixture
@@ -189,47 +196,45 @@ class Outcome(NamedTuple):
     err: str
 
 
-def command(script, arguments, folder, limit_s=20, before=None, env=None):
-    """Run `python SCRIPT ARGUMENTS` ("train.py", or "-m dataset") in a forked child, which has torch imported
-    already.
+def start(script, arguments, folder, limit_s=20, before=None, env=None):
+    """Start `python SCRIPT ARGUMENTS` ("train.py", or "-m dataset") in a forked child, which has torch
+    imported already; a function that waits for its end, and returns its Outcome.
 
     folder   where what it prints is kept;  limit_s: then it is killed (SIGALRM in the Outcome)
     before   called in the child first, e.g. to set a limit of file sizes;  env: {name: value} added to its
              environment
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
     files = [folder / "stdout.txt", folder / "stderr.txt"]
-    child = os.fork()
-    if child == 0:
-        code = 1
+
+    def child():
         signal.alarm(limit_s)
-        try:
-            for descriptor, path in enumerate(files, start=1):
-                with path.open("w") as file:
-                    os.dup2(file.fileno(), descriptor)
-            sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
-            sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
-            os.environ.update(env or {})
-            sys.argv = [str(PROJECT / script), *map(str, arguments)]
-            if before:
-                before()
-            if script.startswith("-m "):
-                runpy.run_module(script.removeprefix("-m "), run_name="__main__", alter_sys=True)
-            else:
-                runpy.run_path(sys.argv[0], run_name="__main__")
-            code = 0
-        except SystemExit as error:
-            code = error.code if isinstance(error.code, int) else 1
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            for stream in (sys.stdout, sys.stderr):
-                if stream:
-                    stream.flush()
-            os._exit(code)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    return Outcome(max(code, 0), max(-code, 0), *(path.read_text("utf-8", "replace") for path in files))
+        for descriptor, path in enumerate(files, start=1):
+            with path.open("w") as file:
+                os.dup2(file.fileno(), descriptor)
+        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
+        sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
+        os.environ.update(env or {})
+        sys.argv = [str(PROJECT / script), *map(str, arguments)]
+        if before:
+            before()
+        if script.startswith("-m "):
+            runpy.run_module(script.removeprefix("-m "), run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+
+    def end():
+        process.join()
+        code = process.exitcode                         # -N: ended by signal N
+        return Outcome(max(code, 0), max(-code, 0), *(path.read_text("utf-8", "replace") for path in files))
+    return end
+
+
+def command(*what, **how):
+    """The Outcome of a command that is started like this."""
+    return start(*what, **how)()
 
 
 def together(count, script, arguments, folder, before=None, **env):
@@ -238,14 +243,12 @@ def together(count, script, arguments, folder, before=None, **env):
         port = free.getsockname()[1]
     env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test",
            "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), **env}
-
-    def process(rank):
+    ends = []
+    for rank in map(str, range(count)):
         (folder / f"rank{rank}").mkdir(exist_ok=True)
-        own = env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        return command(script, arguments, folder / f"rank{rank}", 60, before, own)
-
-    with ThreadPoolExecutor(count) as threads:
-        return list(threads.map(process, range(count)))
+        own = env | {"RANK": rank, "LOCAL_RANK": rank}
+        ends.append(start(script, arguments, folder / f"rank{rank}", 60, before, own))
+    return [end() for end in ends]
 
 
 def ends_at(n, number=signal.SIGKILL):

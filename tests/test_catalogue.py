@@ -10,10 +10,9 @@ import signal
 import sys
 
 import pytest
-from conftest import command, ends_at, held, together
+from conftest import command, ends_at, held, together, train_run
 
 import evaluate
-import train
 from base.console import locked
 from base.tsv import COLUMNS, tsv_line
 from data import Product
@@ -264,9 +263,9 @@ def test_what_was_begun_otherwise_is_not_mixed(answer, flags, run, whole, tmp_pa
     said = answer(UNEVEN, "out.tsv", code=None, before=ends_at(16, signal.SIGINT)).err
     parts = {p: p.read_bytes() for p in tmp_path.glob(".out*/*")}
     assert "interrupted" in said and len(parts) >= 2
-    train.main([*flags, "--epochs", "1", "--seed", "1", "--out", str(tmp_path / "other")])
+    other_run = train_run(tmp_path / "other", flags, "--epochs", 1, "--seed", 1)
     other = UNEVEN.replace(b"P1\t", b"Q1\t")
-    changes = [(UNEVEN, tmp_path / "other", []), (other, run, []), (UNEVEN, run, ["--temperature", "2"]),
+    changes = [(UNEVEN, other_run, []), (other, run, []), (UNEVEN, run, ["--temperature", "2"]),
                (UNEVEN, run, ["--constrain"]), (UNEVEN, run, ["--dtype", "int8"])]
     for content, of, more in changes:
         said = answer(content, "out.tsv", *more, code=2, of=of).err

@@ -11,7 +11,6 @@ from data import Product, base_question, encode_answer, encode_examples
 from eiven import EIVEN
 from support import answering, confidence
 from support.answering import Answer, likeliest, score_values
-from experiments.plain import answer_log_probs
 from support.run import Run
 
 
@@ -98,13 +97,13 @@ ALIKE = ["Mint", "Mints", "Mint Green", "M", "Ankle Boot", "Ankle Bootie", "Ankl
 @torch.no_grad()
 @pytest.mark.parametrize("pairs", [128, 5, 1])
 def test_values_that_begin_alike_get_their_own_probabilities(tiny, monkeypatch, pairs):
-    """Those of each value alone in the plain model, however many are scored at once."""
+    """Those of each value alone, however many are scored at once."""
     monkeypatch.setattr(answering, "SCORE_VALUES", pairs)
     model = randomize(EIVEN(*tiny, 24))
     questions = [base_question(Product(id, id, "Shoes", "black shoe", "Style", "")) for id in "12"]
     batch, _ = encode_examples(questions, model.tokenizer)
     cls_tokens = torch.randn(2, 2, 24)
     for example, log_probs in zip(batch, score_values(model, batch, [ALIKE] * 2, cls_tokens), strict=True):
-        alone = [example._replace(answer=encode_answer(value, model.tokenizer)) for value in ALIKE]
-        expected = [answer_log_probs(model, one, cls_tokens).sum().item() for one in alone]
-        assert log_probs == pytest.approx(expected, abs=1e-3)
+        alone = [model.score([example], [[encode_answer(value, model.tokenizer)]], cls_tokens)[0][0]
+                 for value in ALIKE]
+        assert log_probs == pytest.approx(alone, abs=1e-3)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from base import console
 from base.checkpoint import check_frozen, fingerprint, load_strict, restore, save_tensors
-from base.console import Progress, UserError, duration, whole_file, write_text
+from base.console import Progress, UserError, whole_file, write_text
 from random_weights import write_llama
 from llama import load_llama
 
@@ -55,12 +55,6 @@ def test_an_output_that_is_full_is_one_line(run, tmp_path):
     done = command("evaluate.py", [run], tmp_path, before=lambda: os.dup2(full, 1))
     os.close(full)
     assert done.code == 1 and not held(done) and "the output: No space left on device" in done.err
-
-
-@pytest.mark.parametrize("seconds, text", [(59.4, "59 s"), (59.6, "1 min 00 s"),
-                                           (3599.7, "1 h 00 min"), (7620, "2 h 07 min")])
-def test_durations(seconds, text):
-    assert duration(seconds) == text
 
 
 @pytest.mark.parametrize("terminal", [True, False])

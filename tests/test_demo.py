@@ -5,7 +5,6 @@ import hashlib
 import random
 import re
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -48,16 +47,6 @@ def test_picture_and_text_together_leave_one_value():
         assert min(map(len, [alike, *occasions])) > 1           # neither alone is enough
         phrases.update(world.VALUES[attribute][value][1])
     assert len(phrases) == 4 * len(world.ALL_VALUES)            # a telling circumstance tells one value
-
-
-def test_two_that_draw_the_same_photos_at_once_leave_whole_ones(tmp_path):
-    names = [f"DEMO{number:05d}.jpg" for number in range(20)]
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(world.draw_photos, [tmp_path, tmp_path], [names, names]))
-    world.draw_photos(tmp_path / "alone", ["other.jpg", *names])
-    images = tmp_path / "images"
-    assert sorted(p.name for p in images.iterdir()) == names
-    assert filecmp.cmpfiles(images, tmp_path / "alone" / "images", names, shallow=False) == (names, [], [])
 
 
 def test_the_llama_knows_its_world(capsys):

@@ -7,10 +7,9 @@ import zlib
 from pathlib import Path
 
 import pytest
-from conftest import randomize
+from conftest import randomize, train_run
 
 import evaluate
-import train
 from base.console import UserError
 from base.tsv import read_tsv
 from data import Product, read_split
@@ -100,14 +99,14 @@ def test_no_scoring_writes_over_another(tmp_path, monkeypatch):
     parser = evaluate.answer_parser("")
     parser.add_argument("--split", default="test")
     parser.add_argument("--without-duplicates", action="store_true")
-    settings = ["", "--split val", "--split train", "--constrain", "--merge", "--without-duplicates",
-                "--dtype bf16", "--min-confidence 1", "--min-confidence 0.5", "--values a.tsv",
-                "--values b/a.tsv", "--temperature 0", "--temperature 1", "--top-p 1",
-                "--constrain --split val", "--constrain --values a.tsv"]
+    settings = """
+--split val, --split train, --constrain, --merge, --without-duplicates, --dtype bf16, --min-confidence 1,
+--min-confidence 0.5, --values a.tsv, --values b/a.tsv, --temperature 0, --temperature 1, --top-p 1,
+--constrain --split val, --constrain --values a.tsv""".split(",")
     folders = [scores_folder(parser.parse_args(["RUN", *words.split()]), parser) for words in settings]
-    assert folders[:3] == [Path("RUN"), Path("RUN/val"), Path("RUN/train")]
+    assert folders[:2] == [Path("RUN/val"), Path("RUN/train")]
     assert len({*folders}) == len(settings)
-    assert {folder.parent for folder in folders[3:]} == {Path("RUN/scores")}
+    assert {folder.parent for folder in folders[2:]} == {Path("RUN/scores")}
 
 
 @pytest.fixture
@@ -173,8 +172,7 @@ def test_without_duplicates_of_train(flags, data_root, tmp_path, scored, capsys)
     first = (data / "shoes" / "train.tsv").read_text().splitlines()[1]
     with open(data / "shoes" / "test.tsv", "a") as file:
         file.write("X" + first + "\n")
-    other = tmp_path / "other"
-    train.main([*flags, "--data", str(data), "--labels", "1", "--epochs", "1", "--out", str(other)])
+    other = train_run(tmp_path / "other", flags, "--data", data, "--labels", 1, "--epochs", 1)
     rows, metrics = scored("scores/test-without_duplicates", "--without-duplicates", run=other)
     assert "1 of 16 products left out" in capsys.readouterr().out
     assert rows[-1]["id"] == "B0055"

@@ -10,10 +10,9 @@ from operator import attrgetter
 
 import pytest
 import torch
-from conftest import command, held, randomize
+from conftest import command, held, randomize, train_run
 
 import evaluate
-import train
 from base.console import UserError, printable
 from base.tsv import read_tsv
 from data import Product, base_question, read_split
@@ -42,7 +41,7 @@ class Tags(html.parser.HTMLParser):
         assert not self.open, f"not closed: {self.open}"
 
     def handle_starttag(self, tag, attributes):
-        assert tag != "script" and "href" not in dict(attributes)
+        assert tag != "script" and not {"href", "onload"} & dict(attributes).keys()
         assert dict(attributes).get("src", "data:image/").startswith("data:image/")
         if tag not in ("meta", "img"):
             self.open.append(tag)
@@ -143,17 +142,17 @@ def test_tokens_are_labelled_with_their_parts(tokenizer_file, text):
 
 @pytest.mark.parametrize("more", ["", "--no-image", "--no-text --features single"])
 def test_every_kind_of_run_is_explained(more, flags, tmp_path):
-    train.main([*flags, "--epochs", "1", *more.split(), "--out", str(tmp_path / "run")])
-    done = command("-m tools.explain", [tmp_path / "run", "B0041"], tmp_path)
+    run = train_run(tmp_path / "run", flags, "--epochs", 1, *more.split())
+    done = command("-m tools.explain", [run, "B0041"], tmp_path)
     assert held(done) is None and done.code == 0, done.err
-    [page] = (tmp_path / "run" / "explain").iterdir()
+    [page] = (run / "explain").iterdir()
     assert done.out.endswith(f"as a page: {page}\n") and page.name == "B0041-Boot-Style.html"
     text = Tags(page.read_text(encoding="utf-8")).text
     numbers = re.findall(r"^(\d)\. ", done.out, re.MULTILINE)
     assert numbers == list("4567" if "--no-image" in more else "1234567")
     assert all(f"{number}. " in text for number in numbers)
     assert ("     C  " in done.out) == ("--no-text" not in more)
-    [line] = [row for _, row in read_tsv(tmp_path / "run" / "predictions.tsv") if row["id"] == "B0041"]
+    [line] = [row for _, row in read_tsv(run / "predictions.tsv") if row["id"] == "B0041"]
     assert f"{line['prediction']}  (probability {float(line['probability']):.2f})" in text
     assert f"the gold value is {line['attribute_values']}" in text or "which is right" in text
 

@@ -5,10 +5,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from conftest import resume, train_run
 from safetensors.torch import load_file, save_file
 
 import evaluate
-import train
 from base.console import UserError
 from base.photo import open_photo
 from support import features
@@ -111,21 +111,21 @@ def test_products_without_a_photo_are_left_out_on_request(flags, data_root, tmp_
     (root / "images" / "B0001.jpg").unlink()
     (root / "images" / "B0002.jpg").write_text("")
     (root / "images" / "B0055.jpg").write_text("<html>")
-    arguments = [*flags, "--data", str(root), "--epochs", "1", "--out", str(tmp_path / "run")]
-    train.main([*arguments, "--skip-missing-photos"])
+    arguments = [*flags, "--data", root, "--epochs", 1, "--skip-missing-photos"]
+    run = train_run(tmp_path / "run", arguments)
     said = capsys.readouterr().out
     for line in "train: 2 of 30", "val: 0 of 10", "test: 1 of 15":
         assert f"{line} products have no photo in {root / 'images'}: left out\n" in said
     assert "on 20 labelled products" in said and "test split, 4 labels per value, seed 0, n = 14" in said
-    monkeypatch.setattr("sys.argv", ["evaluate.py", str(tmp_path / "run"), "--constrain"])
+    monkeypatch.setattr("sys.argv", ["evaluate.py", str(run), "--constrain"])
     evaluate.main()
     assert "n = 14" in capsys.readouterr().out
     shutil.copy(data_root / "images" / "B0001.jpg", root / "images")
     with pytest.raises(UserError, match="are not those that"):
-        train.main(["--resume", str(tmp_path / "run")])
+        resume(run)
     shutil.rmtree(root / "images")
     with pytest.raises(UserError, match="train: 30 of 30 products have no photo"):
-        train.main([*arguments[:-1], str(tmp_path / "none"), "--skip-missing-photos"])
+        train_run(tmp_path / "none", arguments)
 
 
 def test_what_stops_all_photos_is_no_photos_fault(vit_dir, images):

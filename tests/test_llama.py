@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
@@ -232,17 +233,20 @@ def test_config_is_honoured(tmp_path, tiny_config):
     assert read_config(config_with(tmp_path, LLAMA_7B, **older)) == LLAMA_7B
 
 
-@pytest.mark.parametrize("more, said", [
-    ({"num_hidden_layers": 4.0}, "num_hidden_layers is 4.0"),
-    ({"model_type": "mistral"}, "'mistral', but only 'llama' is supported"),
-    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear', but only 'default'"),
-    ({"hidden_act": "gelu"}, "'gelu', but only 'silu'"),
-    ({"head_dim": 13}, "head_dim even"),
-    ({"num_key_value_heads": 3}, "must be a multiple of the key/value heads"),
-])
+UNSUPPORTED = """
+{"num_hidden_layers": 4.0}                              num_hidden_layers is 4.0
+{"model_type": "mistral"}                               'mistral', but only 'llama' is supported
+{"rope_scaling": {"type": "linear", "factor": 2.0}}     'linear', but only 'default'
+{"hidden_act": "gelu"}                                  'gelu', but only 'silu'
+{"head_dim": 13}                                        head_dim even
+{"num_key_value_heads": 3}                              must be a multiple of the key/value heads
+"""
+
+
+@pytest.mark.parametrize("more, said", re.findall(r"({.*})  +(.*)", UNSUPPORTED))
 def test_what_is_not_supported_is_refused_by_name(tmp_path, tiny_config, more, said):
     with pytest.raises(UserError, match=said):
-        read_config(config_with(tmp_path, tiny_config, **more))
+        read_config(config_with(tmp_path, tiny_config, **json.loads(more)))
 
 
 # ---------------------------------------------------------------------------------------- tokenizer

@@ -12,11 +12,10 @@ import random
 import re
 import shutil
 from dataclasses import fields
-from functools import partial
 
 import pytest
 import torch
-from conftest import Outcome, held, jpeg
+from conftest import Outcome, held, jpeg, resume, train_run
 from safetensors.torch import load_file, save_file
 
 import evaluate
@@ -120,7 +119,7 @@ READERS = {
     "values": lambda world: read_values(world / LIST),
     "photo": lambda world: open_photo(world / PHOTO),
     "run": lambda world: evaluate.load(world / "run"),
-    "stopped": lambda world: train.main(["--resume", str(world / "stopped")]),
+    "stopped": lambda world: resume(world / "stopped"),
 }
 
 
@@ -239,22 +238,17 @@ def test_a_link_to_a_file_keeps_its_name_and_neighbours(vit_dir, flags, tmp_path
     shutil.copy(vit_dir / "model.safetensors", tmp_path / "blob")
     (tmp_path / "vit").mkdir()
     (tmp_path / "vit" / "model.safetensors").symlink_to(tmp_path / "blob")
-    for activation in "quick_gelu", "gelu":
-        config = {"hidden_act": activation, "num_attention_heads": 3}
-        console.write_json(tmp_path / "vit" / "config.json", config)
-        arguments = [*flags, "--epochs", "1", "--vit", str(tmp_path / "vit" / "model.safetensors")]
-        call = partial(train.main, [*arguments, "--out", str(tmp_path / activation)])
-        if activation == "quick_gelu":
-            call()
-        else:
-            assert "hidden_act is 'gelu'" in said(call) and not (tmp_path / activation).exists()
+    console.write_json(tmp_path / "vit" / "config.json", {"hidden_act": "gelu"})
+    path, out = tmp_path / "vit" / "model.safetensors", tmp_path / "run"
+    assert "hidden_act is 'gelu'" in said(lambda: train_run(out, flags, "--vit", path))
+    assert not out.exists()
 
 
 # ---------------------------------------------------------------------------------------- data sets
 
 
 TEXTS = ["../x", "/etc/passwd", "a/b", "A/B", "A-B", "\0", '"', '"open', "<script>", "\u202eabc",
-         "\u8d28" * 20, "a\tb", "a\r\nb", "\x1b[31m", "--help", "{attribute}", "%s", "\ufeff", "(other)"]
+         "\u8d28" * 90, "x" * 260, "x" * 259 + "y", "a\tb", "a\r\nb", "\x1b[31m", "--help", "{attribute}", "%s", "\ufeff", "(other)"]
 
 
 def write_data(root, data_root, rows):
@@ -266,24 +260,27 @@ def write_data(root, data_root, rows):
 
 
 def test_any_text_may_stand_in_a_data_set(data_root, flags, tmp_path):
-    """All texts come back in predictions.tsv, and none of them names a file outside the run folder."""
+    """All texts come back in predictions.tsv.  Each attribute has a picture of its own, and nothing is
+    outside the run folder.
+    """
     rows = [[f"{text} {number}", "B0001.jpg", text, f"[Title] {text}", text, f"{text}{number}"]
             for text in TEXTS for number in range(2)]
     write_data(tmp_path / "data", data_root, rows)
-    train.main([*flags, "--epochs", "1", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "run")])
-    predicted = [row for _, row in read_tsv(tmp_path / "run" / "predictions.tsv")]
+    run = train_run(tmp_path / "run", flags, "--epochs", 1, "--data", tmp_path / "data")
+    predicted = [row for _, row in read_tsv(run / "predictions.tsv")]
     assert [(row["id"], row["attribute_values"]) for row in predicted] == [
         (row[0], " ".join(row[5].split())) for row in rows]
+    assert len(list(run.glob("confusion-*.png"))) == len({row["attribute_names"] for row in predicted})
     assert {path.name for path in tmp_path.iterdir()} == {"data", "run"}
 
 
 def test_two_titles_that_do_not_fit_together_are_found_before_the_training(data_root, flags, tmp_path):
     rows = [[f"B{n}", "B0001.jpg", "", "black " * 1200 * (n == 1), "Heel", str(n)] for n in range(3)]
     write_data(tmp_path / "data", data_root, rows)
-    arguments = [*flags, "--epochs", "1", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "run")]
+    arguments = [*flags, "--epochs", 1, "--data", tmp_path / "data"]
     with pytest.raises(UserError, match="product 'B1': .* has 2,... tokens .*, more than the 2,048 that"):
-        train.main(arguments)
-    train.main([*arguments, "--lbc", "none"])           # alone it fits
+        train_run(tmp_path / "run", arguments)
+    train_run(tmp_path / "run", arguments, "--lbc", "none")     # alone it fits
 
 
 def test_the_home_folder_is_the_shells(monkeypatch):

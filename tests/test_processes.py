@@ -9,10 +9,9 @@ import time
 
 import pytest
 import torch
-from conftest import command, ends_at, log, losses, together
+from conftest import command, ends_at, log, losses, together, train_run
 from safetensors.torch import load_file
 
-import train
 from base.console import PROJECT
 
 # Batches of 13, 13, 13 and 1 of 40 examples: in every fourth step all processes but one are idle.
@@ -81,9 +80,7 @@ def test_processes_that_cannot_be_connected(script, tmp_path, count, variables, 
 @pytest.fixture(scope="module")
 def one(flags, tmp_path_factory):
     """The run of one process."""
-    run = tmp_path_factory.mktemp("one") / "run"
-    train.main([*flags, *TRAINING, "--out", str(run)])
-    return run
+    return train_run(tmp_path_factory.mktemp("one") / "run", flags, *TRAINING)
 
 
 def check_same_training(run, one):

@@ -2,10 +2,10 @@
 
 import re
 from collections import Counter
-from html.parser import HTMLParser
 from types import SimpleNamespace
 
 from PIL import Image, ImageFont
+from test_explain import Tags
 
 from data import Product
 from evaluate import score
@@ -47,12 +47,7 @@ def test_the_page(tmp_path):
 def test_texts_stay_texts(tmp_path):
     payload = "</title><script>alert(1)</script>' onload='x\" &amp;"
     page = draw(tmp_path, [(answer, 1.0, *[payload] * 6) for answer in (payload, payload + "!")])
-    names = set()
-    parser = HTMLParser()
-    parser.handle_starttag = lambda tag, attributes: names.update([tag], *zip(*attributes))
-    parser.feed(page)
-    assert "table" in names
-    assert not names & {"script", "onload"}
+    assert payload in Tags(page).text
 
 
 def test_a_large_matrix_shows_the_values_with_the_most_mistakes():
@@ -63,10 +58,3 @@ def test_a_large_matrix_shows_the_values_with_the_most_mistakes():
     left = 28 + int(ImageFont.load_default(14).getlength("(other)"))
     shades = [image.getpixel((left + 44 * column, image.height - 30)) for column in (0, 60, 1)]
     assert (255, 255, 255) == shades[0] > shades[1] > (200, 200, 200) > shades[2]
-
-
-def test_each_attribute_has_a_file_of_its_own(tmp_path):
-    alike = ["Boot Style", "A/B", "A-B", "a b", "x" * 300, "x" * 299 + "y", "质" * 100, "..", "/", ""]
-    draw(tmp_path, [("B", 1.0, "", "", "", "", attribute, "B") for attribute in alike])
-    assert (tmp_path / "confusion-boot-style.png").exists()
-    assert len(list(tmp_path.glob("confusion-*.png"))) == len(alike)

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import resume, train_run
 
 import eiven
 import evaluate
-import train
 from base.console import UserError, locked, read_json, write_json
 from demo import world
 from support import config
@@ -22,11 +22,6 @@ def stopped(own):
     """A run as if it had been stopped after the last state was saved."""
     (own / "adapter.safetensors").unlink()
     return own
-
-
-def resume(run, said):
-    with pytest.raises(UserError, match=said):
-        train.main(["--resume", str(run)])
 
 
 # ---------------------------------------------------------------------------------------- one run's files
@@ -51,8 +46,7 @@ def test_a_config_that_was_edited_is_refused(own):
 
 def test_files_of_another_run_are_refused(own, flags, tmp_path):
     """The adapter, the state and the temperature of a run that differs in the seed alone."""
-    other = tmp_path / "other"
-    train.main([*flags, "--seed", "1", "--out", str(other)])
+    other = train_run(tmp_path / "other", flags, "--seed", 1)
     fitted = {"run": read_config(own)[1]["id"], "n": 20, "values": 5, "temperature": 3.0}
     write_json(own / "calibration.json", fitted)
     assert evaluate.load(own).value_temperature == 3.0
@@ -65,16 +59,18 @@ def test_files_of_another_run_are_refused(own, flags, tmp_path):
         evaluate.load(own)
     (own / "adapter.safetensors").unlink()
     shutil.copy(other / "state.pt", own)
-    resume(own, "state.pt: .* of another run than the config.json beside it")
+    with pytest.raises(UserError, match="state.pt: .* of another run than the config.json beside it"):
+        resume(own)
 
 
 def test_a_state_that_does_not_fit_is_refused(stopped):
     state = torch.load(stopped / "state.pt")
-    torch.save(state | {"step": 10 ** 9}, stopped / "state.pt")
-    resume(stopped, "state.pt: .*step is 1000000000, but the run has 15 steps")
-    state["trained"]["projector.up.bias"].fill_(math.nan)
-    torch.save(state, stopped / "state.pt")
-    resume(stopped, "state.pt: .*projector.up.bias holds NaN")
+    bad = {"trained": state["trained"] | {"projector.up.bias": torch.full((32,), math.nan)}}
+    for change, said in (({"step": 10 ** 9}, "step is 1000000000, but the run has 15 steps"),
+                         (bad, "projector.up.bias holds NaN")):
+        torch.save(state | change, stopped / "state.pt")
+        with pytest.raises(UserError, match=f"state.pt: .*{said}"):
+            resume(stopped)
 
 
 @pytest.mark.parametrize("damage, left", [
@@ -83,7 +79,7 @@ def test_a_state_that_does_not_fit_is_refused(stopped):
 def test_a_damaged_log_costs_the_learning_curve_alone(stopped, run, damage, left):
     text = (stopped / "log.jsonl").read_bytes()
     (stopped / "log.jsonl").write_bytes(damage(text))
-    train.main(["--resume", str(stopped)])
+    resume(stopped)
     assert read_log(stopped) == read_log(run)[:left]
     assert (stopped / "adapter.safetensors").read_bytes() == (run / "adapter.safetensors").read_bytes()
 
@@ -100,7 +96,7 @@ def test_one_process_works_in_a_folder(run, tmp_path):
                 pass
         assert folder.exists()
     with locked(run, "training"), pytest.raises(UserError, match="another process is training here"):
-        train.main(["--resume", str(run)])
+        resume(run)
 
 
 def test_a_new_run_has_the_next_number(tmp_path, monkeypatch):
@@ -180,7 +176,7 @@ def test_the_dtype_of_frozen_weights(llama_dir, monkeypatch, name, memory, capab
 
 @pytest.mark.parametrize("best", [1, 4])
 def test_one_thread_or_all_whichever_is_faster_now(tiny, monkeypatch, best):
-    """A number that is given is not measured, neither by OMP_NUM_THREADS nor by --threads."""
+    """A number that is given is not measured."""
     def timer(code, globals, num_threads):
         eval(code, globals)
         return SimpleNamespace(blocked_autorange=lambda: SimpleNamespace(median=abs(num_threads - best)))
@@ -190,8 +186,7 @@ def test_one_thread_or_all_whichever_is_faster_now(tiny, monkeypatch, best):
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     monkeypatch.setattr(config, "Timer", timer)
     model, settings = eiven.EIVEN(*tiny, None), Config()
-    monkeypatch.setenv("OMP_NUM_THREADS", "4")
-    choose_threads(Config(), model)
+    choose_threads(Config(), model)                     # OMP_NUM_THREADS is set
     monkeypatch.delenv("OMP_NUM_THREADS")
     choose_threads(settings, model)
     assert settings.threads == best

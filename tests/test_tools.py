@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from conftest import command, held
+from conftest import command, held, train_run
 from PIL import Image
 
 import evaluate
-import train
 from base.console import UserError
 from base.tsv import read_tsv
 from data import base_question, encode_examples, read_split
@@ -145,7 +144,7 @@ def test_an_unfinished_export_is_not_taken_for_a_whole_one(run, tmp_path, monkey
 
 def test_an_export_says_what_its_run_saw(flags, says, tmp_path):
     for name, more in ("a", "--no-image"), ("b", "--no-text --features single"), ("c", "--adapter mlp"):
-        train.main([*flags, *more.split(), "--epochs", "1", "--out", str(tmp_path / name)])
+        train_run(tmp_path / name, flags, *more.split(), "--epochs", 1)
     assert "cannot be merged" in says("-m tools.export", tmp_path / "out", folder=tmp_path / "c", code=2)
     assert not (tmp_path / "out").exists()
     for name in "ab":

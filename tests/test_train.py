@@ -11,7 +11,8 @@ import sys
 
 import pytest
 import torch
-from conftest import command, held, log, losses, randomize, result, train_tokenizer
+from conftest import (command, held, log, losses, randomize, result, resume, train_run,
+                      train_tokenizer)
 from safetensors.torch import load_file
 
 import evaluate
@@ -62,14 +63,14 @@ def test_a_run_leaves_what_the_readme_promises(run):
 
 def test_the_first_line_is_the_sources_and_the_seed_makes_the_run(run, flags, tmp_path, capsys):
     """With one label a value, val has one product of each of five values, and test all of its 15."""
-    train.main([*flags, "--out", str(tmp_path / "again")])
+    again = train_run(tmp_path / "again", flags)
     said = capsys.readouterr().out.splitlines()
     assert said[0].startswith(f"data {flags[1]}, data set shoes; LLaMA {flags[5]}; ViT ")
-    assert said[-1] == f"results: {tmp_path / 'again' / 'report.html'}"
-    assert result(run) == result(tmp_path / "again")
-    train.main([*flags, "--seed", "1", "--labels", "1", "--out", str(tmp_path / "other")])
-    assert losses(run)[0] != losses(tmp_path / "other")[0]
-    assert [read(tmp_path / "other" / split, "metrics.json")["n"] for split in ("val", "")] == [5, 15]
+    assert said[-1] == f"results: {again / 'report.html'}"
+    assert result(run) == result(again)
+    other = train_run(tmp_path / "other", flags, "--seed", 1, "--labels", 1)
+    assert losses(run)[0] != losses(other)[0]
+    assert [read(other / split, "metrics.json")["n"] for split in ("val", "")] == [5, 15]
 
 
 FLAGS = """
@@ -91,8 +92,7 @@ FLAGS = """
 @pytest.mark.parametrize("more, steps, shape", re.findall(r"(--.*?) +(\d) steps (.*)", FLAGS))
 def test_flags_reach_the_training_and_are_read_back(run, flags, tmp_path, monkeypatch, more, steps, shape):
     """Of 20 products, and as many comparisons, in batches of 8; scored again, the answers are the same."""
-    out = tmp_path / "run"
-    train.main([*flags, *more.split(), "--epochs", "1", "--out", str(out)])
+    out = train_run(tmp_path / "run", flags, *more.split(), "--epochs", 1)
     assert len(losses(out)) == int(steps)
     assert losses(out)[:3] != losses(run)[:3]
     assert str(tuple(load_file(out / "adapter.safetensors")["adapters.0.up_weight"].shape)) == shape
@@ -108,9 +108,7 @@ def test_batches_rates_and_held_out_values(flags, tmp_path, monkeypatch):
     batches = []
     step = train.train_step
     monkeypatch.setattr(train, "train_step", lambda *run: batches.append(run[-1]) or step(*run))
-    out = tmp_path / "run"
-    more = ["--batch-size", "7", "--epochs", "2", "--holdout-values", "1"]
-    train.main([*flags, *more, "--out", str(out)])
+    out = train_run(tmp_path / "run", flags, "--batch-size", 7, "--epochs", 2, "--holdout-values", 1)
     assert [len(batch) for batch in batches] == [7, 7, 7, 7, 4] * 2
     first, second = (sorted(sum(half, [])) for half in (batches[:5], batches[5:]))
     assert first != second                              # each epoch has its own partners
@@ -169,7 +167,7 @@ def test_a_step_by_hand(step, micro_batch_size):
 def test_what_is_not_finite_takes_no_step_and_is_named(flags, tmp_path, monkeypatch, do, said):
     at_step(monkeypatch, 7, do)
     with pytest.raises(UserError, match=said):
-        train.main([*flags, "--out", str(tmp_path)])
+        train_run(tmp_path, flags)
     state = torch.load(tmp_path / "state.pt")
     assert state["step"] == 6
     assert all(p.isfinite().all() for p in state["trained"].values())
@@ -229,7 +227,7 @@ def test_a_run_that_was_ended_goes_on_bit_for_bit(run, flags, tmp_path, end, nth
     if nth <= 17:
         with open(out / "log.jsonl", "a") as file:
             file.write('{"step": 99, "lo')              # the line that was being written
-    train.main(["--resume", str(out)])
+    resume(out)
     assert result(run) == result(out)
     assert {path.name for path in out.rglob("*")} == {path.name for path in run.rglob("*")}
 
@@ -239,10 +237,10 @@ def test_ctrl_c_says_how_to_go_on_and_later_steps_are_done_again(run, flags, tmp
     out = tmp_path / "a run"
     at_step(monkeypatch, 7, stop)
     with pytest.raises(KeyboardInterrupt):
-        train.main([*flags, "--out", str(out)])
+        train_run(out, flags)
     assert f"python train.py --resume '{out}'" in capsys.readouterr().err
     assert len(log(out)) == 6 and not (out / "state.pt").exists()
-    train.main(["--resume", str(out), "--grad-checkpoint"])
+    resume(out, "--grad-checkpoint")
     assert result(run) == result(out)
 
 
@@ -250,8 +248,8 @@ def test_a_folder_that_is_moved_while_it_trains_stops_and_goes_on(run, flags, tm
     monkeypatch.setattr(run_folder, "SAVE_EVERY", -1)
     at_step(monkeypatch, 4, lambda run: run.folder.rename(tmp_path / "moved"))
     with pytest.raises(UserError, match="was its folder moved"):
-        train.main([*flags, "--out", str(tmp_path / "run")])
-    train.main(["--resume", str(tmp_path / "moved")])
+        train_run(tmp_path / "run", flags)
+    resume(tmp_path / "moved")
     assert result(run) == result(tmp_path / "moved")
 
 
@@ -268,30 +266,29 @@ def test_a_run_that_starts_from_another_goes_on_when_that_is_gone(run, own, flag
     out, early = tmp_path / "out", tmp_path / "early"
     at_step(monkeypatch, 3, stop)
     with pytest.raises(KeyboardInterrupt):
-        train.main([*flags, "--seed", "1", "--init", str(own), "--out", str(out)])
+        train_run(out, flags, "--seed", 1, "--init", own)
     begin = torch.load(out / "state.pt")["trained"]
     assert all(torch.equal(begin[name], p) for name, p in load_file(run / "adapter.safetensors").items())
     shutil.copytree(out, early)
     (early / "state.pt").unlink()
     own.rename(tmp_path / "gone")
-    train.main(["--resume", str(out)])
+    resume(out)
     with pytest.raises(UserError, match="run/config.json: does not exist"):
-        train.main(["--resume", str(early)])
+        resume(early)
     shutil.copytree(out, own)
     with pytest.raises(UserError, match="run is not the run any more that this one starts from"):
-        train.main(["--resume", str(early)])
+        resume(early)
     shutil.rmtree(own)
     (tmp_path / "gone").rename(own)
-    train.main(["--resume", str(early)])
+    resume(early)
     assert result(out) == result(early)
 
 
 def test_a_run_starts_from_one_of_the_same_kind_alone(own, flags, tmp_path):
     write_json(own / "config.json", read(own, "config.json") | {"weights_fingerprint": {}})
-    more = [*flags, "--init", str(own), "--out", str(tmp_path / "new")]
     for size, said in ("4", "adapter_dim = 8, this one 4"), ("8", "trained with another llama than"):
         with pytest.raises(UserError, match=said):
-            train.main([*more, "--adapter-dim", size])
+            train_run(tmp_path / "new", flags, "--init", own, "--adapter-dim", size)
 
 
 def test_help_has_groups_with_examples_that_run_and_a_misspelt_flag_is_named(capsys):
@@ -310,13 +307,12 @@ def test_help_has_groups_with_examples_that_run_and_a_misspelt_flag_is_named(cap
 def test_a_run_does_not_go_on_with_other_data(run, tmp_path, data_root, capsys):
     """From another folder it does.  What stands in two splits is said."""
     data = shutil.copytree(data_root, tmp_path / "data")
-    resume = ["--resume", str(run), "--data", str(data)]
-    train.main(resume)
+    resume(run, "--data", str(data))
     first = (data / "shoes" / "train.tsv").read_text().splitlines()[1]
     with open(data / "shoes" / "test.tsv", "a") as file:
         file.write(first + "\n")
     with pytest.raises(UserError, match="the products or photos in .* are not those"):
-        train.main(resume)
+        resume(run, "--data", str(data))
     assert "1 of 16 products of test have the id of a product of train" in capsys.readouterr().err
 
 
