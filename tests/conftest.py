@@ -31,9 +31,9 @@ from safetensors.torch import load_file
 
 import llama
 import train
-import vit
 from base.console import PROJECT
 from base.tsv import write_tsv
+from make_golden import VIT
 from random_weights import write_llama, write_vit
 
 torch.set_num_threads(1)
@@ -88,9 +88,7 @@ def llama_dir(tmp_path_factory, tiny_config, tokenizer_file):
 def vit_dir(tmp_path_factory):
     """A ViT of 6 layers (two [cls] tokens) as a folder in the Hugging Face layout."""
     folder = tmp_path_factory.mktemp("vit")
-    config = vit.ViTConfig(hidden_size=24, intermediate_size=40, num_hidden_layers=6, num_attention_heads=3,
-                           patch_size=8, image_size=32)
-    write_vit(folder, config, std=0.2)
+    write_vit(folder, VIT, std=0.2)
     return folder
 
 
@@ -124,8 +122,7 @@ def data_root(tmp_path_factory):
             photo = f"B{number:04}.jpg"
             rows.append([f"B{number:04}", photo, "Shoes", f"[Title] {title}", attribute, value])
             colour = tuple(draw.randrange(256) for _ in range(3))
-            size = draw.randint(32, 60), draw.randint(32, 60)
-            Image.new("RGB", size, colour).save(root / "images" / photo)
+            Image.new("RGB", (40, 50), colour).save(root / "images" / photo)
         write_tsv(root / "shoes" / f"{split}.tsv", rows)
     return root
 
@@ -251,23 +248,29 @@ def together(count, script, arguments, folder, before=None, **env):
     return [end() for end in ends]
 
 
-def ends_at(n, number=signal.SIGKILL):
-    """For `before` of a command: a signal to itself just before or after the n-th change on the disk."""
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def interrupt(*_):
+    """Ctrl-C."""
+    signal.default_int_handler(signal.SIGINT, None)
+
+
+def ends_at(n, end=kill):
+    """For `before` of a command: end() before the n-th change on the disk."""
     def before():
-        signal.signal(signal.SIGINT, signal.default_int_handler)
         moments = itertools.count(1)
 
-        def with_moments(function):
+        def with_moment(function):
             def call(*arguments, **how):
-                for step in (lambda: None, lambda: function(*arguments, **how)):
-                    done = step()
-                    if next(moments) == n:
-                        os.kill(os.getpid(), number)
-                return done
+                if next(moments) == n:
+                    end()
+                return function(*arguments, **how)
             return call
 
         for name in ("fsync", "replace", "unlink", "rmdir"):
-            setattr(os, name, with_moments(getattr(os, name)))
+            setattr(os, name, with_moment(getattr(os, name)))
     return before
 
 

@@ -6,11 +6,10 @@ import io
 import json
 import os
 import random
-import signal
 import sys
 
 import pytest
-from conftest import command, ends_at, held, together, train_run
+from conftest import command, ends_at, held, interrupt, together, train_run
 
 import evaluate
 from base.console import locked
@@ -253,14 +252,14 @@ def whole(answer, tmp_path):
 
 def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(answer, whole, tmp_path):
     draw, kills = random.Random(3), 0
-    while answer(UNEVEN, "out.tsv", code=None, before=ends_at(draw.randint(3, 35))).signal:
+    while answer(UNEVEN, "out.tsv", code=None, before=ends_at(draw.randint(2, 17))).signal:
         kills += 1
         assert kills < 60
     assert kills >= 3 and results(tmp_path / "out.tsv") == whole and not list(tmp_path.glob(".out*"))
 
 
 def test_what_was_begun_otherwise_is_not_mixed(answer, flags, run, whole, tmp_path):
-    said = answer(UNEVEN, "out.tsv", code=None, before=ends_at(16, signal.SIGINT)).err
+    said = answer(UNEVEN, "out.tsv", code=None, before=ends_at(8, interrupt)).err
     parts = {p: p.read_bytes() for p in tmp_path.glob(".out*/*")}
     assert "interrupted" in said and len(parts) >= 2
     other_run = train_run(tmp_path / "other", flags, "--epochs", 1, "--seed", 1)

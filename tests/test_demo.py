@@ -39,14 +39,11 @@ def test_the_prose_holds_no_title_of_the_data_set():
 
 
 def test_picture_and_text_together_leave_one_value():
-    phrases = set()
     for attribute, value in world.ALL_VALUES:
         [alike] = [values for _, values in world.FAMILIES[attribute] if value in values]
         occasions = [values for _, values in world.OCCASIONS[attribute] if value in values]
         assert occasions and all(set(alike) & set(values) == {value} for values in occasions)
         assert min(map(len, [alike, *occasions])) > 1           # neither alone is enough
-        phrases.update(world.VALUES[attribute][value][1])
-    assert len(phrases) == 4 * len(world.ALL_VALUES)            # a telling circumstance tells one value
 
 
 def test_the_llama_knows_its_world(capsys):

@@ -125,10 +125,10 @@ def test_the_classifier_learns_from_the_modality_that_tells():
 
 def test_words_only_needs_neither_model_nor_photos(tmp_path):
     """The folder has texts alone, and no LLaMA is given.  A word tells two values, each of its attribute."""
-    told = [("Checks", "Pattern", "Plaid"), ("diamonds", "Pattern", "Argyle"),
-            ("diamonds", "Material", "Wool"), ("checks", "Material", "Metal")]
+    told = "Checks Pattern Plaid, diamonds Pattern Argyle, diamonds Material Wool, checks Material Metal"
+    rows = [["P", "", "Shirts", *cells.split()] for cells in told.split(",")]
     for split, n in (("train", 3), ("test", 2)):
-        write_tsv(tmp_path / "shirts" / f"{split}.tsv", [["P", "", "Shirts", *cells] for cells in told * n])
+        write_tsv(tmp_path / "shirts" / f"{split}.tsv", rows * n)
     arguments = f"--words-only --dataset shirts --data {tmp_path} --labels 2 --seeds 0 --runs {tmp_path}"
     done = command("-m experiments.baselines", arguments.split(), tmp_path)
     assert "shirts, 2 labels, seed 0, bag-of-words: micro-F1 100.00, test split, n = 8" in done.out
@@ -203,9 +203,6 @@ def test_a_difference_is_an_error(subject, monkeypatch):
     monkeypatch.setattr(peer.Peer, "loss", lambda *given: loss(*given) * 1.001)
     with pytest.raises(AssertionError, match="tiny: loss: ours and that of transformers differ"):
         speed.bench_train(1, *subject[:2], [subject[2]], subject[3])
-    monkeypatch.setattr(peer.Peer, "generate", lambda self, batch, *given: [[5]] * len(batch))
-    with pytest.raises(UserError, match="transformers gives other answers"):
-        speed.bench_generate(1, *subject)
 
 
 def test_operations_are_those_of_a_gpu():

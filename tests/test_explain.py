@@ -2,7 +2,6 @@
 
 import html.parser
 import importlib
-import math
 import re
 import shutil
 import sys
@@ -99,11 +98,9 @@ def test_the_weights_times_the_values_are_the_output_of_the_vit_layers(loaded, p
 def test_answers_are_those_of_predictions_tsv_and_nothing_is_left_behind(loaded, run, data_root):
     products = read_split(data_root, "shoes", "test")
     for product, (_, line) in zip(products[:5], read_tsv(run / "predictions.tsv")):
-        answer, steps = explain.explain(loaded, product)
+        answer, _ = explain.explain(loaded, product)
         assert (product.id, answer.value) == (line["id"], line["prediction"])
         assert answer.probability == pytest.approx(float(line["probability"]), abs=1e-4)
-        chosen = [float(re.match(r" *\d+\. .* (\d\.\d{3})  \(draw", token)[1]) for token in steps[5].lines]
-        assert answer.probability == pytest.approx(math.prod(chosen), abs=0.02)
     modules = [*loaded.model.modules(), *loaded.photo_features.vit.modules()]
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in modules)
 

@@ -237,6 +237,7 @@ UNSUPPORTED = """
 {"num_hidden_layers": 4.0}                              num_hidden_layers is 4.0
 {"model_type": "mistral"}                               'mistral', but only 'llama' is supported
 {"rope_scaling": {"type": "linear", "factor": 2.0}}     'linear', but only 'default'
+{"rope_scaling": {"rope_type": "llama3"}}               'llama3', but only 'default'
 {"hidden_act": "gelu"}                                  'gelu', but only 'silu'
 {"head_dim": 13}                                        head_dim even
 {"num_key_value_heads": 3}                              must be a multiple of the key/value heads

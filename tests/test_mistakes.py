@@ -82,6 +82,7 @@ FILES = [
     (CONFIG, {"tie_word_embeddings": True}, "ties lm_head to the embeddings, but they differ"),
     (CONFIG, "[]", "holds a list, not an object"),
     (PIECES, POINTER, "a git-LFS pointer"),
+    (PIECES, "IQ== 0\nIg== 1\n", r"SentencePiece model \(not tokenizer.json\)"),      # LLaMA 3 has tiktoken's
     (INDEX, '{"weight_map": {"a": "../x.safetensors"}}', "not in its own folder"),
 
     (VIT, link, None),
@@ -248,7 +249,8 @@ def test_a_link_to_a_file_keeps_its_name_and_neighbours(vit_dir, flags, tmp_path
 
 
 TEXTS = ["../x", "/etc/passwd", "a/b", "A/B", "A-B", "\0", '"', '"open', "<script>", "\u202eabc",
-         "\u8d28" * 90, "x" * 260, "x" * 259 + "y", "a\tb", "a\r\nb", "\x1b[31m", "--help", "{attribute}", "%s", "\ufeff", "(other)"]
+         "\u8d28" * 90, "x" * 260, "x" * 259 + "y", "a\tb", "a\r\nb", "\x1b[31m", "--help", "{attribute}",
+         "%s", "\ufeff", "(other)"]
 
 
 def write_data(root, data_root, rows):

@@ -169,16 +169,6 @@ def test_a_server_that_never_answers(tmp_path):
         assert photos.download(wanted | lost, tmp_path).keys() == lost.keys()
 
 
-def test_passes_in_which_the_server_was_away_are_no_tries(tmp_path):
-    """Away for three passes: what failed in these still comes."""
-    def reply(path):
-        probes = sum(asked == "/0" for _, asked in site.asked)      # photo 0 came, and is asked for again
-        return OK if probes > 3 or probes == 1 and path == "/0" else BUSY
-
-    with Site(reply) as site:
-        assert photos.download(site.photos(range(12)), tmp_path, connections=1) == {}
-
-
 def test_a_wait_that_the_server_asks_for_holds_for_all(tmp_path):
     """Once told to wait, no thread asks before the time, and no more than 4 at once ask; hours are not waited
     for.
@@ -232,7 +222,7 @@ def test_killed_again_and_again_it_gives_the_same_bytes(tmp_path):
         whole = command("-m dataset", build_flags(*sources, tmp_path / "whole"), tmp_path)
         assert whole.code == 0, whole.err
         killed = build_flags(*sources, tmp_path / "killed")
-        for n in (2, 4, 40, 100, 400):
+        for n in (1, 2, 20, 50, 200):
             assert command("-m dataset", killed, tmp_path, before=ends_at(n)).signal
         done = command("-m dataset", killed, tmp_path)
         assert done.code == 0, done.err

@@ -127,7 +127,7 @@ def test_a_run_goes_on_with_another_number_of_processes(flags, one, tmp_path):
     os.killpg(torchrun.pid, signal.SIGINT)              # as a terminal does: to all of them
     assert b"Continue with" in torchrun.communicate(timeout=60)[1] and torchrun.returncode
     before = len(log(run))
-    outcomes = together(3, str(slow), ["--resume", run], tmp_path, ends_at(20))
+    outcomes = together(3, str(slow), ["--resume", run], tmp_path, ends_at(10))
     assert outcomes[0].signal and outcomes[1].code and outcomes[2].code
     assert 3 <= before < len(log(run)) < STEPS
     assert command("train.py", ["--resume", run], tmp_path).code == 0

@@ -16,8 +16,6 @@ import pytest
 import torch
 from conftest import PROJECT, SHARED
 from PIL import Image
-from safetensors.torch import load_file, save_file
-from test_vit import openai_names
 
 import vit
 from base.packing import pack
@@ -88,21 +86,17 @@ def test_greedy_tokens_on_real_prompts(smol, peer):
 
 
 def test_vit_b_16_at_full_size(tmp_path):
-    """Random weights in three files: Hugging Face's layout, OpenAI's, and .bin."""
-    write_vit(tmp_path / "hf", std=0.05)
-    tensors = load_file(tmp_path / "hf" / "model.safetensors")
-    save_file(openai_names(tensors, "visual."), tmp_path / "open_clip.safetensors")
-    torch.save(tensors, tmp_path / "pytorch_model.bin")
-    peer = transformers.CLIPVisionModel.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
+    """Random weights.  (The other layouts are in test_vit.py.)"""
+    write_vit(tmp_path, std=0.05)
+    peer = transformers.CLIPVisionModel.from_pretrained(tmp_path, dtype=torch.float32).eval()
     pixels = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     states = peer(pixels, output_hidden_states=True).hidden_states
     expected = torch.stack([states[depth][:, 0] for depth in (3, 6, 9, 12)], dim=1)
-    for name in ("hf", "open_clip.safetensors", "pytorch_model.bin"):
-        model = vit.load_vit(tmp_path / name)
-        assert model.config == vit.ViTConfig()
-        difference = (model(pixels, (3, 6, 9, 12)) - expected).norm(dim=-1) / expected.norm(dim=-1)
-        print(f"\n{name}: [cls] after layers 3, 6, 9, 12 within {difference.max():.1e}, relative")
-        assert difference.max() < 1e-5
+    model = vit.load_vit(tmp_path)
+    assert model.config == vit.ViTConfig()
+    difference = (model(pixels, (3, 6, 9, 12)) - expected).norm(dim=-1) / expected.norm(dim=-1)
+    print(f"\n[cls] after layers 3, 6, 9, 12 within {difference.max():.1e}, relative")
+    assert difference.max() < 1e-5
 
 
 @needs_data
