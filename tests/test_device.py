@@ -16,20 +16,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from test_eiven import CLS_TOKENS, EXAMPLES
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import train
-from data import Encoded
 from eiven import EIVEN
 from experiments.plain import answer_log_probs
 from llama import Linear, LLaMA, load_llama
 from vit import load_vit
-
-EXAMPLES = [Encoded((0,), [5, 9, 17], [60, 2]), Encoded((1, 2), [5, 9, 17, 4, 4, 4], [61, 62, 2]),
-            Encoded((), [8], [60, 2])]
-CLS_TOKENS = torch.randn(3, 2, 24, generator=torch.Generator().manual_seed(5))
 
 
 def build(folder, device, dtype, int8=False):
@@ -214,11 +210,11 @@ def test_all_that_a_model_does_is_fit_for_a_gpu(dtype, int8, llama_dir, monkeypa
     assert all(p.grad.dtype == torch.float32 for p in model.trainable_parameters().values())
     assert model.llama.new_cache(1, 1)[0].keys.dtype == dtype
     long = [5] * (model.llama.config.max_position_embeddings - 2)
-    batch = [EXAMPLES[0], EXAMPLES[2]._replace(prompt=long)]
+    batch = [EXAMPLES[0], EXAMPLES[3]._replace(prompt=long)]
     for temperature in (0, 0.1):
         assert waits(lambda: model.generate(batch, cls_tokens, temperature=temperature, limit=4)) == 4
     with Strict():
-        model.score(EXAMPLES, [[[60, 2], [7, 8, 2]]] * 3, cls_tokens)
+        model.score(EXAMPLES, [[[60, 2], [7, 8, 2]]] * 4, cls_tokens)
         if not int8:
             model.merge_adapters().answer_logits(EXAMPLES, cls_tokens)
 

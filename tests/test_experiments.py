@@ -12,10 +12,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import PROJECT, command, randomize
+from test_eiven import CLS_TOKENS, EXAMPLES
 
 from base.console import UserError, write_json
 from base.tsv import COLUMNS, read_tsv, write_tsv
-from data import Encoded, Product, read_split
+from data import Product, read_split
 from eiven import EIVEN
 from experiments import baselines, comparing, count, figures, gpu, paper_tables, peer, speed, table_4
 from llama import LLAMA_7B, LLaMA
@@ -185,9 +186,7 @@ def test_the_plots_are_those_of_the_file():
 def subject(tiny):
     pytest.importorskip("transformers")
     model = randomize(EIVEN(*tiny, 24, adapter_dim=4, projector_dim=6))
-    rows = [Encoded((0,), [5, 9, 17], [60, 61, 2]), Encoded((1, 2), [5, 9, 17, 4, 4], [62, 2]),
-            Encoded((), [8], [60, 2])]
-    return "tiny", model, rows, torch.randn(3, 2, 24)
+    return "tiny", model, EXAMPLES, CLS_TOKENS
 
 
 def test_both_sides_have_the_same_loss_gradients_and_answers(subject, capsys):
@@ -195,7 +194,7 @@ def test_both_sides_have_the_same_loss_gradients_and_answers(subject, capsys):
     speed.bench_train(1, *subject[:2], [subject[2]], subject[3])
     speed.bench_generate(1, *subject)
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 and "3 answers the same" in lines[1]
+    assert len(lines) == 2 and "4 answers the same" in lines[1]
 
 
 def test_a_difference_is_an_error(subject, monkeypatch):
