@@ -209,7 +209,7 @@ def read_split(root, dataset, split):
         names = sorted(path.parent.name for path in Path(root).glob("*/train.tsv"))
         raise UserError(f"there is no data set {dataset!r}{did_you_mean(dataset, names)} in {root}: it holds "
                         f"{', '.join(names) or 'none'}. A data set is a folder with train.tsv, val.tsv and "
-                        "test.tsv (see README)")
+                        "test.tsv (docs/data.md)")
     return read_products(folder / f"{split}.tsv")
 
 

@@ -18,7 +18,7 @@ Shapes   B examples of a batch   N tokens (base/packing.py)   M tokens whose log
          P photos   K [cls] tokens of a photo (4)   V ViT width (768)   D LLaMA width (4096)
          vocab: rows of the embeddings   pieces: those of them that the tokenizer has
 The paper's D is our V, and its D_text our D.  The paper writes I' for two things; here I' are projected
-tokens, and the photo and the text of the second product of figure 3 are I_2 and C_2.
+tokens, and I_2 and C_2 are the photo and the text of the second product of figure 3 (so I_2 is no I_k).
 """
 
 import math
@@ -89,7 +89,8 @@ def nucleus(logits, temperature, top_p, uniform):
     if len(unsure):
         p, order = p[unsure].sort(dim=-1, descending=True, stable=True)         # (b, pieces)
         cumulative = p.cumsum(-1)
-        size = (cumulative - p < top_p).sum(-1, keepdim=True)  # (b, 1)   tokens with less than top_p before
+        # A token belongs to the nucleus if the tokens before it do not reach top_p.
+        size = (cumulative - p < top_p).sum(-1, keepdim=True)                   # (b, 1)
         mass = cumulative.gather(1, size - 1)                                   # (b, 1)
         point = to_device(uniform, p.device, p.dtype)[unsure, None] * mass
         rank = (cumulative <= point).sum(-1, keepdim=True)                          # (b, 1)
@@ -157,7 +158,7 @@ class EIVEN(nn.Module):
         visual_tokens = self.project(cls_tokens)                                # (P, K, D)   I'
         X = [self.input_ids(example, visual_tokens, len(example.answer)) for example in batch]  # [I', Q, C]
         sequences = [x + example.answer[:-1] for x, example in zip(X, batch)]
-        tokens = pack(sequences, [len(example.answer) for example in batch], self.device, grouped=True)
+        tokens = pack(sequences, [len(example.answer) for example in batch], self.device, bucketed=True)
         h = self.llama(self.embed(tokens.ids, visual_tokens), tokens)           # (N, D) -> (M, D)
         return self.logits(h)
 

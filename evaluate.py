@@ -1,7 +1,7 @@
 """Score a run on a split of its data set.
 
     python evaluate.py RUN                                       score the test split again
-    python evaluate.py RUN --without-duplicates                  leave out products that stand in train, too
+    python evaluate.py RUN --without-duplicates                  leave out products that are also in train
     python evaluate.py RUN --constrain --split val               calibrate the probabilities of known values
 
 The scores of the training itself are in RUN (test) and RUN/val.  Another scoring goes to a folder of its own,
@@ -35,9 +35,7 @@ MACHINE = ("data", "llama", "vit", "device", "dtype", "threads")
 
 
 def exact_match(prediction, gold):
-    """Section 4.1: the full sequence of words is required.  Surrounding white space is ignored, upper case
-    is not.
-    """
+    """Section 4.1: the full sequence of words is required.  Case counts, surrounding white space does not."""
     return prediction.strip() == gold.strip()
 
 
@@ -63,9 +61,8 @@ def score(products, predictions):
     """What `measures` says over all products, and under `attributes` of each attribute; and the floor: the
     score of one value as the answer to all products.  predictions: a list of texts.
 
-    floor_value  of an attribute: the commonest of these gold values.  In few-label training data all values
-                 are equally frequent, so none of them is the one that a person means.  No constant answer has
-                 a higher score than this one; but only the gold values tell which it is.
+    floor_value  of an attribute: the commonest of these gold values.  No constant answer has a higher score.
+                 (Few-label training data cannot tell it: there all values are equally frequent.)
     """
     rows = defaultdict(list)
     for product, prediction in zip(products, predictions):
@@ -89,8 +86,8 @@ def measures(rows):
 
 
 def interval(score, n):
-    """[low, high]: Wilson's 95 % interval of a score of n products, all in per cent; it holds near 0 and 100,
-    too.
+    """[low, high]: Wilson's 95 % interval of a score of n products, all in per cent.  It is valid near 0
+    and 100, too.
 
     n counts products, not questions: the answers to several questions on one product are not independent.  So
     the interval over several attributes is rather too wide than too narrow.
@@ -124,8 +121,8 @@ def evaluate(run, products, split, folder, values=None, merged=False, temperatur
     values          {attribute: values} to choose from instead of writing freely
     merged          whether the adapters were merged (recorded in the results)
     min_confidence  answers below this probability are left empty
-    fit             whether the products are val's: then T in softmax(log p / T) over an attribute's values,
-                    and the threshold of confidence, are fitted on them
+    fit             whether the products are val's: then the temperature of an attribute's values and the
+                    threshold of confidence are fitted on them
     Of several processes, process 0 writes and returns the metrics, and the others return None.
     """
     config = run.config
@@ -160,7 +157,7 @@ def evaluate(run, products, split, folder, values=None, merged=False, temperatur
     low, high = metrics["interval"]
     print(f"95 % interval of micro-F1 over products: {low:.1f} to {high:.1f}")
     if low <= metrics["floor"]:
-        print("not better than one value for all, or not surely: the interval reaches down to it")
+        print("one value for all is not beaten: the interval reaches down to its score")
     print(f"gold value inside the answer (ImplicitAVE's scorer): {metrics['implicitave']:.2f}")
     print(*lines(run, metrics), sep="\n")
     return metrics

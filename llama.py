@@ -10,7 +10,7 @@ nn.Identity, until EIVEN puts a module there.
 The tokens of a batch are one matrix (N, D) without padding; a prefix that sequences share is stored once.
 Attention alone needs whole sequences.  `tokens.pad` (base/packing.py) gathers them before it: (B, heads, T,
 d), with padding at the end of the shorter ones.  After attention, `tokens.unpad` returns to the N tokens.
-In training there are two such groups, one of shorter and one of longer sequences, which saves padding.
+In training the sequences of a batch are in two buckets, shorter and longer, which saves padding.
 
 Shapes   N tokens   B sequences   T tokens of the longest sequence   S keys that attention reads
          D width   H query heads   G key/value heads   d head dimension   M tokens whose logits are used
@@ -154,7 +154,7 @@ class RMSNorm(nn.Module):
 
 
 def rotary_table(position, head_dim, theta):
-    """cos and sin, (N, 1, d) each, fp32; the first half of sin is negative.
+    """cos and sin, (N, 1, d) each, fp32; the first half of sin is negated.
 
     The angle of pair i = 0 ... d/2 - 1 is position * theta^(-2i/d) (RoFormer, eq. 15).
     """
@@ -242,8 +242,8 @@ class Attention(nn.Module):
         qk = apply_rotary(qk.unflatten(-1, (-1, self.head_dim)), cos, sin)      # (N, H + G, d)
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))                   # (N, G, d)
         y = []
-        for group in tokens.pad(torch.cat((qk, v), dim=1)):                     # (B, H + 2 G, T, d)
-            q, k, v = group.split(self.qkv_heads, dim=1)                        # (B, H, T, d), (B, G, T, d)
+        for bucket in tokens.pad(torch.cat((qk, v), dim=1)):                    # (B, H + 2 G, T, d)
+            q, k, v = bucket.split(self.qkv_heads, dim=1)                       # (B, H, T, d), (B, G, T, d)
             if cache is not None:
                 k, v = cache.update(k, v, tokens)                               # (B, G, S, d)
             y.append(attend(q, k, v, tokens.mask))                              # (B, H, T, d)

@@ -263,7 +263,8 @@ def load_vit(path, device="cpu"):
     """ViT in fp32 from official CLIP weights: a file, or a folder with one (and its config.json, if there is
     one).
 
-    Layouts  Hugging Face (a whole CLIP or the vision tower), OpenAI and open_clip (`visual.…`)
+    Layouts  Hugging Face (a whole CLIP or the vision tower), and OpenAI's names (`visual.…`), as open_clip
+             writes them; not OpenAI's own .pt file, which holds code
     Sizes    are read from the weights; the number of heads from config.json, else it is V / 64 as in every
              ViT of CLIP
     Errors   UserError for whatever is missing, broken, unsupported, or does not fit

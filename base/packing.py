@@ -16,7 +16,7 @@ list.  Attention alone needs whole sequences: `pad` gathers them by the table, a
 each node from the result.
 
 A comparison is about twice as long as a base question.  So the sequences of a training step are in two
-groups, the shorter and the longer; the table of the second follows that of the first.
+buckets, the shorter and the longer; the table of the second follows that of the first.
 
 Padding stands after the last token of its sequence.  In training and for prompts, causal attention hides
 it.  When answers are generated, its keys are in the KV cache; there the mask hides every place after the new
@@ -34,43 +34,43 @@ class Tokens:
 
     ids, position, table, back   as in the drawing above; table None: one token for each sequence, T = 1, and
             back is the sequence's row in the KV cache
-    groups  (B, T) of each group of sequences in the table
-    needed  (M,): indices of the tokens whose logits are used, sequence after sequence; None: all N, in order
-    mask    (B, 1, T, S), added to the scores: -infinity where a query may not see a key; None: causal
-            attention among the T tokens of each sequence
+    buckets  (B, T) of each bucket of sequences in the table
+    needed   (M,): indices of the tokens whose logits are used, sequence after sequence; None: all N, in order
+    mask     (B, 1, T, S), added to the scores: -infinity where a query may not see a key; None: causal
+             attention among the T tokens of each sequence
     """
 
     ids: torch.Tensor
     position: torch.Tensor
     table: torch.Tensor | None
     back: torch.Tensor
-    groups: list | None = None
+    buckets: list | None = None
     needed: torch.Tensor | None = None
     mask: torch.Tensor | None = None
 
     def pad(self, x):
-        """(N, heads, d) -> (B, heads, T, d) of each group.  The gradient of a shared token is the sum over
+        """(N, heads, d) -> (B, heads, T, d) of each bucket.  The gradient of a shared token is the sum over
         its sequences.
         """
         if self.table is None:
             return [x[:, :, None]]
-        rows = x.flatten(1).index_select(0, self.table)                         # (B T of all groups, heads d)
-        parts = rows.split([B * T for B, T in self.groups])
-        return [part.view(*group, *x.shape[1:]).transpose(1, 2) for part, group in zip(parts, self.groups)]
+        rows = x.flatten(1).index_select(0, self.table)                         # (sum of B T, heads d)
+        parts = rows.split([B * T for B, T in self.buckets])
+        return [part.view(*bucket, *x.shape[1:]).transpose(1, 2) for part, bucket in zip(parts, self.buckets)]
 
     def unpad(self, y):
-        """(B, heads, T, d) of each group -> (N, heads d)"""
+        """(B, heads, T, d) of each bucket -> (N, heads d)"""
         if self.table is None:
             return y[0].flatten(1)
-        rows = torch.cat([group.transpose(1, 2).flatten(2).flatten(0, 1) for group in y])
+        rows = torch.cat([bucket.transpose(1, 2).flatten(2).flatten(0, 1) for bucket in y])
         return rows.index_select(0, self.back)
 
 
-def pack(sequences, n_needed=None, device="cpu", grouped=False):
+def pack(sequences, n_needed=None, device="cpu", bucketed=False):
     """Tokens of sequences (lists of ids, any lengths).
 
     n_needed  for each sequence, the number of its last tokens whose logits are used; None: all tokens
-    grouped   the sequences may be in two groups; not for a KV cache, which holds one
+    bucketed  the sequences may be in two buckets; not for a KV cache, which holds one
     """
     nodes = {}                                          # (index of the node before, id) -> index of the node
     ids, position, paths = [], [], []
@@ -90,18 +90,18 @@ def pack(sequences, n_needed=None, device="cpu", grouped=False):
     # A third of the way from the shortest to the longest: between base questions and comparisons.
     # experiments/speed.py prints how much padding is left.
     shortest, longest = min(map(len, paths)), max(map(len, paths))
-    limit = shortest + (longest - shortest) / 3 if grouped else longest
+    limit = shortest + (longest - shortest) / 3 if bucketed else longest
     shorter = [path for path in paths if len(path) <= limit]
     longer = [path for path in paths if len(path) > limit]
-    table, groups, back = [], [], [0] * len(ids)
-    for group in filter(None, (shorter, longer)):
-        T = max(map(len, group))
-        groups.append((len(group), T))
-        for path in group:
+    table, buckets, back = [], [], [0] * len(ids)
+    for bucket in filter(None, (shorter, longer)):
+        T = max(map(len, bucket))
+        buckets.append((len(bucket), T))
+        for path in bucket:
             for t, node in enumerate(path):
                 back[node] = len(table) + t
             table += path + [0] * (T - len(path))
-    return Tokens(*(to_device(x, device) for x in (ids, position, table, back)), groups, needed)
+    return Tokens(*(to_device(x, device) for x in (ids, position, table, back)), buckets, needed)
 
 
 def next_tokens(ids, position, dtype=torch.float32):

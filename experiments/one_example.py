@@ -148,7 +148,7 @@ def one_example():
     products = read_split(world.write_dataset(), "general", "train")
     first, second = [p for p in products if p.attribute == "Pattern"][:2]
     batch, _ = encode_examples([base_question(first), comparison(first, second, "judge_last")], tokenizer)
-    # As in EIVEN.forward
+    # As in EIVEN.forward, but in one bucket
     pixels = torch.stack([preprocess(world.photo_of(p.id), vit.config.image_size) for p in (first, second)])
     I = vit(pixels, cls_layers(vit.config.num_hidden_layers))
     visual_tokens = model.project(I)
@@ -164,8 +164,9 @@ def one_example():
                             for t, (_, text, _) in enumerate(base[X:]))
     page = f"""# One example, token by token
 
-`python -m experiments.one_example` writes this page and its pictures, from the demo world's data and frozen
-models; a test compares. Nothing is trained yet: the adapters change nothing, the projector is random.
+`python -m experiments.one_example` writes this page and its pictures of tokens and packing, from the demo
+world's data and frozen models; a unit test checks them. Adapters and projector are not trained yet: the
+adapters change nothing, the projector is random.
 
 ## A base question
 
@@ -178,7 +179,7 @@ LLaMA's tokens have the ids 0 to {llama.config.vocab_size - 1:,}. Visual tokens 
 that a sequence is one list.
 
 **Teacher forcing**: in training the true answer is part of the input. Each token of R is predicted from all
-tokens before it, in one pass. So the last token of R is no input. Here:
+tokens before it, in one pass. So the last token of R is not an input. Here:
 
 | R | predicted at position | -log p |
 |---|---|---|
@@ -193,6 +194,7 @@ tokens before it, in one pass. So the last token of R is no input. Here:
 ## From photo to loss
 
 Both examples are one batch, so B = {len(batch)}. They share a photo, so P = {len(pixels)}.
+N counts tokens, M those whose logits are used, H heads; pieces are the tokenizer's vocabulary.
 
 | function | gives | shape |
 |---|---|---|
@@ -216,15 +218,17 @@ The first three steps at the paper's size:
 ## Packing
 
 `base/packing.py` stores a shared prefix once. Padding (empty boxes) exists in attention alone. `back` then
-takes one copy of each token; of a shared token, the last.
+takes one copy of each token; of a shared token, the last. (Here both sequences are padded to one length. In
+training there are two buckets, of shorter and of longer sequences.)
 
 ![Prefix tree, list, padded table, and back](packing.svg)
 
 ## The draw
 
 When R is not known, `eiven.nucleus` draws it token by token. The logits are divided by the temperature first
-(0.1 in the paper). The nucleus (orange) is the smallest set of likeliest tokens that reaches 0.75. A random
-number marks a point of it. README's example (`python -m tools.explain RUN DEMO04466`) at two temperatures:
+(0.1 in the paper). The nucleus (orange) is the smallest set of most probable tokens that reaches 0.75. A
+random number marks a point of it. The product DEMO04466 (`python -m tools.explain RUN DEMO04466`), at two
+temperatures:
 
 ![Two nuclei on a number line](nucleus.svg)
 """

@@ -1,4 +1,4 @@
-"""The whole model without tricks: one sequence, every formula written out, loops over heads and positions.
+"""The model (all but the ViT) without tricks: one sequence, every formula written out, loops over heads.
 
     python -m experiments.plain                 compares it with EIVEN on the demo world's model
 
@@ -57,18 +57,18 @@ def answer_log_probs(model, example, cls_tokens):
 
 
 def projector(p, I):                                    # I as in the paper
-    """I' = (swish(I Wg + bg) * (I Wd + bd)) Wu + bu, section 2.1: (K, V) -> (K, D)"""
+    """I' = (swish(I Wg + bg) * (I Wd + bd)) Wu + bu, section 2.1 with SwiGLU's gate: (K, V) -> (K, D)"""
     gate = I @ p.gate.weight.T + p.gate.bias
     return (gate * gate.sigmoid() * (I @ p.down.weight.T + p.down.bias)) @ p.up.weight.T + p.up.bias
 
 
 def adapter(a, h):
-    """h' = h + s (U sigma(D h + d) + u), section 2.2 and Appendix D: (T, D) -> (T, D)"""
+    """h' = h + s (up sigma(down h + b_down) + b_up), section 2.2 and Appendix D: (T, D) -> (T, D)"""
     z = h @ a.down.weight.T + a.down.bias                                   # (T, r)
     if a.kind == "mlp":
         z = z.clamp(min=0)
-    parts = zip(z.chunk(len(a.up_weight), dim=-1), a.up_weight)             # RepAdapter: U in two groups
-    return h + a.scale * (torch.cat([z_g @ U_g.T for z_g, U_g in parts], -1) + a.up_bias)
+    parts = zip(z.chunk(len(a.up_weight), dim=-1), a.up_weight)             # RepAdapter: up in two groups
+    return h + a.scale * (torch.cat([z_g @ up_g.T for z_g, up_g in parts], -1) + a.up_bias)
 
 
 def rms_norm(x, norm):

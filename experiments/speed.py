@@ -125,7 +125,7 @@ def stepper(model, loss_of, cls_tokens):
 def padding(batches):
     """Places in attention for each token, over the batches of an epoch."""
     lengths = [[len(e.prompt) + len(e.answer) + 4 * len(e.photos) for e in batch] for batch in batches]
-    places = sum(B * T for row in lengths for B, T in pack([[0] * n for n in row], grouped=True).groups)
+    places = sum(B * T for row in lengths for B, T in pack([[0] * n for n in row], bucketed=True).buckets)
     return places / sum(map(sum, lengths))
 
 

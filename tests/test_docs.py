@@ -81,11 +81,6 @@ def test_every_link_leads_somewhere(page):
         assert (PROJECT / name).is_file(), f"{page} names {name}"
 
 
-def test_the_plain_model_on_the_page_is_the_one_that_is_tested():
-    lines = re.search(r"```python\n(.*?)```", TEXTS["plain.md"], re.S)[1]
-    assert lines in (PROJECT / "experiments" / "plain.py").read_text(encoding="utf-8")
-
-
 @pytest.mark.parametrize("name", sorted(set(re.findall(r"`([a-z_.]+\.\w+)`", TEXTS["code-map.md"]))))
 def test_what_the_code_map_names_is_there(name):
     assert (PROJECT / name).exists() or pkgutil.resolve_name(name)
@@ -141,7 +136,7 @@ def test_the_numbers_in_the_drawings_are_those_of_the_paper_size():
 
 
 def test_the_nucleus_is_drawn_as_it_is():
-    """The probabilities of README's product, DEMO04466; those that are left are together 0.020."""
+    """The probabilities of DEMO04466; those that are left are together 0.020."""
     tokens = ["Plaid", "Argyle", "Polka", "Camouflage", "Galaxy", "others"]
     logits = torch.tensor([[0.527, 0.191, 0.182, 0.057, 0.023, 0.020]]).log()
     for temperature, mass in (1, "0.90"), (0.1, "1.00"):

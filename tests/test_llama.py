@@ -98,7 +98,7 @@ def test_packing_by_hand():
     tokens = pack([[1, 5, 6], [1, 5, 7], [1, 8]], n_needed=[1, 2, 1])
     assert tokens.ids.tolist() == [1, 5, 6, 7, 8]
     assert tokens.position.tolist() == [0, 1, 2, 2, 1]
-    assert tokens.table.tolist() == [0, 1, 2, 0, 1, 3, 0, 4, 0] and tokens.groups == [(3, 3)]
+    assert tokens.table.tolist() == [0, 1, 2, 0, 1, 3, 0, 4, 0] and tokens.buckets == [(3, 3)]
     assert tokens.needed.tolist() == [2, 1, 3, 4]
     x = torch.randn(5, 4, 2)
     [padded] = tokens.pad(x)
@@ -107,14 +107,14 @@ def test_packing_by_hand():
     assert tokens.unpad([padded]).equal(x.flatten(1))
 
 
-def test_groups_by_hand():
-    """Two short sequences, and a long one that begins as one of them.  One length is one group."""
-    tokens = pack([[7, 8, 9, 10, 11], [1, 2], [7, 8]], grouped=True)
-    assert tokens.groups == [(2, 2), (1, 5)]
+def test_buckets_by_hand():
+    """Two short sequences, and a long one that begins as one of them.  One length is one bucket."""
+    tokens = pack([[7, 8, 9, 10, 11], [1, 2], [7, 8]], bucketed=True)
+    assert tokens.buckets == [(2, 2), (1, 5)]
     assert tokens.table.tolist() == [5, 6, 0, 1, 0, 1, 2, 3, 4]
     x = torch.randn(7, 3, 2)
     assert tokens.unpad(tokens.pad(x)).equal(x.flatten(1))
-    assert pack([[1, 2], [3, 4]], grouped=True).groups == [(2, 2)]
+    assert pack([[1, 2], [3, 4]], bucketed=True).buckets == [(2, 2)]
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
