@@ -16,20 +16,17 @@ from collections import defaultdict
 from shlex import quote
 from statistics import mode
 
-from base.console import UserError, user_path, write_json
+from base.console import UserError, locked, parse_flags, user_path, write_json
 from base.duplicates import not_in
 from data import fingerprint, read_split, without
 from eiven import TEMPERATURE, TOP_P
 from support import processes
 from support.answering import answers, check_questions, prepare_photos, split_products, write_predictions
 from support.confidence import calibrate, lines, measure
-from support.config import add_flags, choose_threads, describe, number, parse_flags
+from support.config import MACHINE, add_flags, choose_threads, describe, number
 from support.report import draw_results, floor_text
 from support.run import load, read_values
 from support.run_folder import check_still_there, read_config, read_log
-
-# Flags of a run that need not be those of its training: it may be used on another machine.
-MACHINE = ("data", "llama", "vit", "device", "dtype", "threads")
 
 # ---------------------------------------------------------------------------------------- scores
 
@@ -263,8 +260,9 @@ def main():
         if not products:
             raise UserError(f"--without-duplicates leaves no product of {args.split}: train has all of them")
     check_questions(run, products, values)
-    evaluate(run, products, split, scores_folder(args, parser), values, args.merge, args.temperature,
-             args.top_p, args.min_confidence, fit=args.split == "val")
+    with processes.in_process_0(locked(scores_folder(args, parser), "scoring")) as folder:
+        evaluate(run, products, split, folder, values, args.merge, args.temperature, args.top_p,
+                 args.min_confidence, fit=args.split == "val")
 
 
 if __name__ == "__main__":

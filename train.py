@@ -14,14 +14,14 @@ from shlex import quote
 import torch
 
 from base.checkpoint import check_frozen
-from base.console import Progress, UserError, duration, locked, user_path
+from base.console import Progress, UserError, duration, locked, parse_flags, user_path
 from base.duplicates import note_duplicates
 from data import encode_examples, epoch, fingerprint, hold_out, values_of, without
 from evaluate import evaluate
 from support import processes
 from support.answering import check_questions, prepare_photos, split_products
 from support.config import (Config, add_flags, build_model, choose_device, choose_threads, describe,
-                            find_sources, parse_flags)
+                            find_sources)
 from support.run import Run
 from support.run_folder import (SAVE_EVERY, TrainingState, check_weights, load_init, new_run_folder,
                                 read_config, weights_fingerprint, write_config)

@@ -6,6 +6,7 @@ import difflib
 import json
 import os
 import pickle
+import re
 import shutil
 import sys
 import time
@@ -99,6 +100,15 @@ def reason(error):
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:500]
 
 
+def parse_flags(parser, argv=None):
+    """parser.parse_args; its error for an unknown flag also names the flag that is most like it."""
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flags = re.findall(r"--[\w-]+", parser.format_usage())
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{did_you_mean(unknown[0], flags)}")
+    return args
+
+
 def did_you_mean(word, names):
     """" (did you mean 'NAME'?)" with the name that is most like a misspelt word; "" if none is."""
     close = difflib.get_close_matches(word, names, 1)
@@ -166,6 +176,8 @@ def what_is(path):
         return "an empty file"
     if b"/data.pkl" in head:                            # what torch.save writes is a zip archive, too
         return None
+    if head[4:8] == b"ftyp":
+        return "an HEIC or AVIF photo, or a video; save it as JPEG"
     return next((kind for start, kind in KINDS if head.lstrip().startswith(start)), None)
 
 

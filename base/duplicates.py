@@ -8,6 +8,9 @@ import re
 import sys
 import unicodedata
 from collections import defaultdict
+from functools import cache
+
+from base.console import Progress
 
 
 def title_key(title):
@@ -19,6 +22,7 @@ def title_key(title):
     return " ".join(sorted(set(words))) or None
 
 
+@cache
 def photo_key(path):
     """The SHA-256 of a photo's bytes.  None if there is no such file, or it cannot be read."""
     try:
@@ -66,14 +70,17 @@ def across(parts, keys):
     Of several twins the first with the product's own value is named, else the first.
     """
     for sign, key in keys.items():
-        in_train = defaultdict(list)
-        for product in parts["train"]:
-            in_train[key(product)].append(product)
-        in_train.pop(None, None)
-        for part, products in parts.items():
-            if part != "train":
-                yield part, sign, [(p, max(in_train[its_key], key=lambda twin: same_label(p, twin)))
-                                   for p in products if (its_key := key(p)) in in_train]
+        with Progress(f"comparing {sign}", sum(map(len, parts.values())), "products") as progress:
+            in_train = defaultdict(list)
+            for product in parts["train"]:
+                in_train[key(product)].append(product)
+                progress.step()
+            in_train.pop(None, None)
+            for part, products in parts.items():
+                if part != "train":
+                    yield part, sign, [(p, max(in_train[its_key], key=lambda twin: same_label(p, twin)))
+                                       for p in products if (its_key := key(p)) in in_train]
+                    progress.step(len(products))
 
 
 def same_label(one, other):

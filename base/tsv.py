@@ -25,7 +25,7 @@ def read_rows(lines, required=COLUMNS, separator="\t"):
 
     A quote that is never closed would swallow the rows after it.  So where a line that a quoted cell goes on
     in is by itself a row, the row in which the quote opened is wrong, and the lines after it are read again.
-    (Not with commas: a line of a text may well have as many.)
+    (With commas only where three lines look like rows: a line of a text may well have as many.)
     """
     lines, again, number = iter(lines), [], 0
     header = None
@@ -42,7 +42,9 @@ def read_rows(lines, required=COLUMNS, separator="\t"):
                 line = again.pop() if again else next(lines, "")
                 # Before the end of a first cell of several lines there is no separator.
                 is_row = header and separator in "".join(taken) and line.count(separator) == len(header) - 1
-                if not line or len(taken) > 1000 or is_row and separator != ",":
+                if separator == ",":
+                    is_row = is_row and len({part.count(",") for part in (*taken, line)}) == 1 < len(taken)
+                if not line or len(taken) > 1000 or is_row:
                     again += [line, *reversed(taken[1:])]
                     taken = taken[:1]
                     cells = ValueError(f"has a cell that cannot be read ({error}); if it begins with a quote "
@@ -65,11 +67,25 @@ def read_rows(lines, required=COLUMNS, separator="\t"):
         raise ValueError("it has no line, and needs at least the header")
 
 
+def separator_of(line, names):
+    """The separator by which a header has the most of these names (in lower case), or else the most cells."""
+    def fit(separator):
+        header = normal_names(next(csv.reader([line], delimiter=separator), []))
+        return len({*names} & {*header}), len(header)
+
+    return max(SEPARATORS, key=fit)
+
+
+def normal_names(header):
+    """The names of columns in lower case, their white space collapsed."""
+    return [" ".join(name.lower().split()) for name in header]
+
+
 def read_header(cells, required, separators):
     """The names of the columns; ValueError if a required one is not there, or stands there twice."""
     if isinstance(cells, ValueError):
         raise ValueError(f"line 1 {cells}")
-    header = [" ".join(cell.lower().split()) for cell in cells]
+    header = normal_names(cells)
     absent = [name + did_you_mean(name, header) for name in required if name not in header]
     twice = [name for name in required if header.count(name) > 1]
     if absent or twice:

@@ -7,9 +7,8 @@ are in one split.
 
 import hashlib
 from collections import Counter, defaultdict
-from functools import cache
 
-from base.console import locked, reading
+from base.console import Progress, locked, reading
 from base.duplicates import groups, photo_key, title_key
 from base.tsv import write_tsv
 from dataset.mentions import folded, mentions, without
@@ -139,8 +138,11 @@ def split(rows, images, seed, dataset):
     """
     keys = [[row[0] for row in rows], [title_key(row[3].removeprefix("[Title]")) for row in rows]]
     if images:
-        key = cache(lambda name: photo_key(images / name))
-        keys.append([key(row[1]) for row in rows])
+        keys.append([])
+        with Progress("comparing photos", len(rows), "products") as progress:
+            for row in rows:
+                keys[-1].append(photo_key(images / row[1]))
+                progress.step()
     group = groups(*keys)
     size = Counter(group)
     together = defaultdict(list)

@@ -5,11 +5,12 @@ import os
 import re
 import zipfile
 from collections import defaultdict
+from decimal import Decimal
 from shlex import quote
 from xml.etree import ElementTree
 
 from base.console import UserError, reading, what_is
-from base.tsv import SEPARATORS, read_rows, tsv_line, write_tsv
+from base.tsv import SEPARATORS, normal_names, read_rows, separator_of, tsv_line, write_tsv
 from dataset.build import split
 from dataset.check import examine, print_findings, training_command
 from dataset.mentions import clean, mentions, without
@@ -25,7 +26,8 @@ def table(file, id, attributes, out, title, photo, category, skip_value, hide_an
     hide_answers  remove each value from its own title and category, as section 3 of the paper does
     """
     if any(out.glob("*")):
-        raise UserError(f"--out {out}: is there already; delete it, or name a new folder")
+        raise UserError(f"--out {out}: is there already, and not empty; name a new folder ROOT/NAME, or "
+                        "delete an older data set there (photos are in ROOT/images)")
     if "|" in "".join(attributes) or len({name.casefold() for name in attributes}) < len(attributes):
         raise UserError("--attributes: names a column twice, or one with '|' in its name, which separates "
                         "names in rest.tsv; leave it out, or rename it")
@@ -49,6 +51,8 @@ def table(file, id, attributes, out, title, photo, category, skip_value, hide_an
     print(f"\n{len(products):,} products with {len(labelled):,} values.  Without a value of some attribute: "
           f"{len(rest):,}, in rest.tsv")
     if labelled:                                        # else they are products for a run that is there
+        for attribute in {*attributes} - {row[4] for row in labelled}:
+            print(f"note: no product has a value of {attribute}: it can be neither learnt nor answered")
         write_splits(out.parent, {out.name: parts}, "table")
     write_tsv(out / "rest.tsv", rest)
     if labelled:
@@ -66,8 +70,9 @@ def read_products(path, columns, attributes, images):
 
     columns  the names of the first four columns, or None
     """
-    lines, separator = read_lines(path)
-    key = {name: " ".join(name.lower().split()) for name in (*columns, *attributes) if name}
+    names = [name for name in (*columns, *attributes) if name]
+    key = dict(zip(names, normal_names(names)))
+    lines, separator = read_lines(path, key.values())
     try:
         rows = list(read_rows(lines, key.values(), separator))
     except ValueError as error:                         # the header
@@ -104,8 +109,11 @@ def read_products(path, columns, attributes, images):
 # ---------------------------------------------------------------------------------------- reading
 
 
-def read_lines(path):
-    """(lines of text, the separator of their cells) of a CSV, TSV or .xlsx file.  Prints how it was read."""
+def read_lines(path, names):
+    """(lines of text, the separator of their cells) of a CSV, TSV or .xlsx file.  Prints how it was read.
+
+    names  of columns that are needed
+    """
     with reading(path, "a table (.xlsx or CSV)"):
         kind = what_is(path)
         if zipfile.is_zipfile(path):
@@ -113,6 +121,8 @@ def read_lines(path):
         if kind and not kind.startswith(("UTF-16", "a zip")):           # a text may well begin with PK
             raise ValueError(f"it is {kind}")
         content = path.read_bytes()
+        if content.startswith(b"PK\3\4"):
+            raise ValueError("it is damaged")
         encoding = "utf-16" if b"\0" in content[:100] else "utf-8-sig"
         try:
             text = content.decode(encoding)
@@ -120,9 +130,10 @@ def read_lines(path):
             text = content.decode("cp1252")
             word = re.search(r"\w*[^\x00-\x7f]\w*", text)[0]
             encoding = f"cp1252 (is {word!r} right? If not, save it as UTF-8)"
-    separator = max(SEPARATORS, key=text.lstrip().partition("\n")[0].count)
+    lines = io.StringIO(text, newline="").readlines()
+    separator = separator_of(next(filter(str.strip, lines), ""), names)
     print(f"{path}: read as {encoding.removesuffix('-sig')}, {SEPARATORS[separator]} between the cells")
-    return io.StringIO(text, newline="").readlines(), separator
+    return lines, separator
 
 
 def xlsx_lines(path):
@@ -166,7 +177,7 @@ def cell_text(cell, shared):
         return shared[int(text)]
     if kind == "b":
         return ("FALSE", "TRUE")[int(text)]
-    return f"{float(text):.15g}" if kind == "n" and text else text
+    return format(Decimal(f"{float(text):.15g}"), "f") if kind == "n" and text else text
 
 
 def plain_text(string):

@@ -54,7 +54,7 @@ def split_products(config, sources, split):
     products = read_split(sources.data, config.dataset, split)
     if config.skip_missing_photos and config.image and not config.drawn:        # drawn when they are needed
         images = sources.data / "images"
-        kept = [p for p in products if not what_is(images / p.image)]
+        kept = [p for p in products if (images / p.image).is_file() and not what_is(images / p.image)]
         note = (f"{split}: {len(products) - len(kept):,} of {len(products):,} products have no photo in "
                 f"{images}")
         if not kept:

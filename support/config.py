@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import re
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from torch.utils.benchmark import Timer
 
 from adapters import KINDS
-from base.console import PROJECT, UserError, did_you_mean, reason
+from base.console import PROJECT, UserError, reason
 from data import STRATEGIES
 from demo import world
 from eiven import EIVEN
@@ -23,6 +22,8 @@ from support.features import PhotoFeatures
 DATA = PROJECT / "data"
 LLAMA = PROJECT / "weights" / "llama-7b"
 VIT = PROJECT / "weights" / "clip-vit-b-16"
+# Flags of a run that need not be those of its training: it may be used on another machine.
+MACHINE = ("data", "llama", "vit", "device", "dtype", "threads")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # ---------------------------------------------------------------------------------------- flags
@@ -141,15 +142,6 @@ def add_flags(parser, names=None):
         place.add_argument(f"--{no}{f.name.replace('_', '-')}", **words)
 
 
-def parse_flags(parser, argv=None):
-    """parser.parse_args; its error for an unknown flag also names the flag that is most like it."""
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        flags = re.findall(r"--[\w-]+", parser.format_usage())
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}{did_you_mean(unknown[0], flags)}")
-    return args
-
-
 # ---------------------------------------------------------------------------------------- data and weights
 
 
@@ -194,12 +186,12 @@ def find_sources(config, data_needed=True):
         data = find("data", DATA, None, "the data sets",
                     "build or import them with python -m dataset (docs/data.md)")
     llama = find("llama", LLAMA, world.LLAMA, "LLaMA-7B's weights",
-                 "put them there (see README), name another folder, or take the small one with --llama demo")
+                 "put them there (docs/weights.md), name another folder, or take the small one: --llama demo")
     vit = None
     if config.image:
         vit = find("vit", VIT, world.VIT, "CLIP ViT-B/16's weights",
-                   "put them there (see README), name another folder, take the small one with --vit demo, or "
-                   "leave photos out with --no-image")
+                   "put them there (docs/weights.md), name another folder, take the small one: --vit demo, "
+                   "or leave photos out: --no-image")
     return Sources(data, llama, vit)
 
 
@@ -239,7 +231,7 @@ def choose_dtype(name, device, llama):
     for emulation), else fp16; on a CPU fp32 if that takes at most 60 % of the memory, else the dtype of the
     files.
     """
-    if name in DTYPES:
+    if name not in ("auto", "int8"):
         return DTYPES[name]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16

@@ -1,5 +1,6 @@
 """A trained run: its config, model and photo features, and its answers in Python."""
 
+import csv
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -18,7 +19,7 @@ from base.photo import on_white, upright
 from data import Product, encode_answer
 from eiven import EIVEN, TEMPERATURE, TOP_P
 from support.answering import ANSWER_BATCH, Answer, answer_batches, check_questions, prepare_photos
-from support.config import Config, Sources, build_model, choose_device, find_sources
+from support.config import MACHINE, Config, Sources, build_model, choose_device, find_sources
 from support.features import PhotoFeatures
 from support.run_folder import check_weights, read_config, read_temperature
 
@@ -59,23 +60,27 @@ class Run:
         return max(SHORTEST_LIMIT, *lengths)
 
     def known_attribute(self, name):
-        """The attribute's name as in the training data, whatever its case and white space; or `name`."""
+        """The attribute's name as in the training data, whatever its case and white space.  Or else `name`,
+        with a note.
+        """
         name = " ".join(name.split())
-        return next((a for a in self.values if a.lower() == name.lower()), name)
+        for attribute in self.values:
+            if attribute.lower() == name.lower():
+                return attribute
+        note_once(f"{name!r}{did_you_mean(name, self.values)} is not an attribute of this run's training "
+                  f"data ({', '.join(self.values)})")
+        return name
 
     def product(self, image=None, text=None, attribute=""):
         """The Product that `answer` is asked for: the same arguments, the same errors."""
-        attribute = self.known_attribute(attribute)
-        names = ", ".join(self.values)
         try:
             f"{text}{attribute}".encode()
         except UnicodeEncodeError:                      # typed in a terminal of another encoding
             raise UserError(f"--text or --attribute is not UTF-8 text: {text!r}, {attribute!r}") from None
         if not attribute.strip():
-            raise UserError(f"--attribute is empty; name the one to answer, e.g. one of this run's: {names}")
-        if attribute not in self.values:
-            note_once(f"{attribute!r}{did_you_mean(attribute, self.values)} is not an attribute of this "
-                      f"run's training data ({names})")
+            raise UserError("--attribute is empty; name the one to answer, e.g. one of this run's: "
+                            f"{', '.join(self.values)}")
+        attribute = self.known_attribute(attribute)
         for name, argument, used in (("image", image, self.config.image), ("text", text, self.config.text)):
             if used != (argument is not None):
                 raise UserError(f"this run was trained with{'' if used else 'out'} {name}s: "
@@ -107,7 +112,7 @@ class Run:
         products   dicts with "image", "text" and "attribute", as in `answer`.  Other keys are ignored, and
                    what is no text and no photo counts as absent, such as NaN in the records of a DataFrame
         constrain  choose from the attribute's known values instead of writing freely
-        values     choose from these values (a list of texts) instead
+        values     choose from these values (a list of texts); with constrain, from both
         min_confidence   below this probability the value is "" (the probability is still that of the value
                          left out)
         temperature, top_p   of free answers, as in EIVEN.generate
@@ -121,7 +126,7 @@ class Run:
             texts = isinstance(values, list | tuple) and all(isinstance(v, str) and v.strip() for v in values)
             if not texts or not values:
                 raise ValueError(f"values must be a list of texts, none of them empty, but is {values!r}")
-            values = list(dict.fromkeys(" ".join(value.split()) for value in values))
+            values = [" ".join(value.split()) for value in values]
         if not (0 <= min_confidence <= 1 and temperature >= 0 and 0 < top_p <= 1):
             raise ValueError("min_confidence is from 0 to 1, temperature 0 or more, top_p in (0, 1]")
         records = enumerate(products)
@@ -132,7 +137,9 @@ class Run:
                     prepare_photos(self, block)
                 lists = self.values if constrain else None
                 if values:
-                    lists = {p.attribute: values for p in block}
+                    known = lists or {}
+                    lists = {p.attribute: list(dict.fromkeys([*known.get(p.attribute, ()), *values]))
+                             for p in block}
                 check_questions(self, block, lists)
                 answered = answer_batches(self, block, lists, temperature, top_p, progress)
                 yield from (answer.above(min_confidence) for answer in answered.values())
@@ -163,11 +170,13 @@ def load(folder: str | os.PathLike, data_needed: bool = False, **changed) -> Run
     """The Run in a run folder, ready to answer.
 
     data_needed  whether products will be read from the data set's folder
-    changed      flags that replace the saved ones: data, llama, vit, device, dtype, threads
-    Errors       UserError: no run, not finished, other weights than in training
+    changed      flags that replace the saved ones: those of MACHINE
+    Errors       UserError: no run, not finished, other weights than in training; TypeError: another flag
     """
     folder = Path(folder)
     config, record = read_config(folder)
+    if unknown := changed.keys() - MACHINE:
+        raise TypeError(f"load takes {', '.join(MACHINE)}, but not {', '.join(unknown)}")
     config = replace(config, **changed)
     trained = folder / "adapter.safetensors"
     if not trained.exists():
@@ -185,12 +194,13 @@ def read_values(path):
     """{attribute: its values} from a file with one `attribute<TAB>value` a line and no header."""
     values = {}
     with reading(path, "a list of values (attribute, tab, value)"):
-        for number, line in enumerate(Path(path).read_text(encoding="utf-8-sig").splitlines(), start=1):
-            cells = [" ".join(cell.split()) for cell in line.split("\t")]
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        for number, row in enumerate(csv.reader(lines, "excel-tab", strict=True), start=1):
+            cells = [" ".join(cell.split()) for cell in row]
             if not any(cells):
                 continue
             if len(cells) != 2 or not all(cells):
-                raise ValueError(f"line {number}, {line[:80]!r}, should be an attribute, one tab and a value")
+                raise ValueError(f"line {number}, {cells}, should be an attribute, one tab and a value")
             attribute, value = cells
             values.setdefault(attribute, []).append(value)
         if not values:

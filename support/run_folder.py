@@ -29,7 +29,7 @@ def new_run_folder(config):
     """The folder of a new run, locked: --out, which must be new or empty, or the next free
     runs/DATASET-LABELS-N.
     """
-    name = f"{config.dataset}-{config.labels or 'all'}"
+    name = f"{Path(config.dataset).name}-{config.labels or 'all'}"
     for number in itertools.count(1):                   # two runs that start together take two numbers
         folder = Path(config.out or PROJECT / "runs" / f"{name}-{number}")
         try:

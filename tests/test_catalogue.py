@@ -141,15 +141,15 @@ def test_values_and_confidence(answer, tmp_path):
 def test_wide_has_a_line_for_each_product(answer, expected, tmp_path):
     """The rows of a product may be apart.  An own column with the name of an answer's gets another."""
     asked = [*ROWS[:2], ROWS[0] | {"attribute_names": "heel height"}]
-    content = as_csv([row | {"EAN": "0042", "Boot Style": "?"} for row in asked], ",")
+    content = as_csv([row | {"EAN": "0042", "boot style": "?"} for row in asked], ",")
     assert "3 rows, 3 answers, 0 empty" in answer(content, "wide.csv", "--wide", "--keep-columns").out
     assert (tmp_path / "wide.csv").read_bytes().startswith(
-        b"\xef\xbb\xbfid,images,category,texts,EAN,input Boot Style,Boot Style,Boot Style probability,"
+        b"\xef\xbb\xbfid,images,category,texts,EAN,input boot style,Boot Style,Boot Style probability,"
         b"Heel Height,Heel Height probability\r\nP0,")
     first, second = read(tmp_path / "wide.csv")
     for row, (id, name, value, probability) in zip((first, second), expected):
         assert (row["id"], row[name], float(row[f"{name} probability"])) == (id, value, probability)
-    assert (first["EAN"], first["input Boot Style"]) == ("0042", "?")
+    assert (first["EAN"], first["input boot style"]) == ("0042", "?")
     assert first["Heel Height"] and not second["Boot Style"]
 
 

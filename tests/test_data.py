@@ -235,6 +235,13 @@ def test_a_quote_swallows_no_rows(cells, wrong, column):
     assert ["a quote which is not closed" in str(rows[line]) for line in first_lines] == wrong
 
 
+def test_with_commas_a_quote_swallows_at_most_one_row():
+    """There two lines may well look like rows: a text has commas, too."""
+    lines = ["id,title,x\n", 'a,"open,1\n', "b,red,2\n", 'c,18",3\n']
+    first, *others = dict(read_rows(lines, ["id"], ",")).values()
+    assert isinstance(first, ValueError) and [row["id"] for row in others] == ["b", "c"]
+
+
 @pytest.mark.parametrize("cell", ["a\rb", "a\nb", "a\tb", 'a "quoted" word', '"', "", "\u2028"])
 def test_every_cell_is_read_back_as_it_was_written(tmp_path, cell):
     """By our reader, and by Python's csv module."""

@@ -135,6 +135,7 @@ def test_scoring_again(own, run, scored, data_root, capsys):
     said = capsys.readouterr().out
     assert said.startswith(f"data {data_root}, data set shoes; LLaMA ")
     assert table(metrics) in said
+    assert ("one value for all is not beaten" in said) == (metrics["interval"][0] <= metrics["floor"])
     assert metrics["floor"] == pytest.approx(100 * 6 / 15)
     assert "95 % interval of micro-F1 over products: {:.1f} to {:.1f}\n".format(*metrics["interval"]) in said
     assert (own / "predictions.tsv").read_bytes() == (run / "predictions.tsv").read_bytes()
@@ -152,7 +153,7 @@ def test_scoring_again(own, run, scored, data_root, capsys):
 
 def test_values_to_choose_from(own, scored, tmp_path):
     values = tmp_path / "values.tsv"
-    values.write_text("\ufeffboot style\t Sandal\n\nHeel  Height\tFlat\nHeel Height\tFlat\n", "utf-8")
+    values.write_text('\ufeffboot style\t"Sandal "\n\nHeel  Height\tFlat\nHeel Height\tFlat\n', "utf-8")
     name = f"values-values-{zlib.crc32(values.read_bytes()):08x}"      # another list may have this name
     rows, _ = scored(f"scores/test-{name}", "--values", values)
     assert {row["prediction"] for row in rows} == {"Sandal", "Flat"}

@@ -1,5 +1,6 @@
 """Features of photos: computed once, known by content, safe against what goes wrong."""
 
+import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 
@@ -109,6 +110,7 @@ def test_products_without_a_photo_are_left_out_on_request(flags, data_root, tmp_
     """Before labels are sampled; a resumed run is the same run, or is refused."""
     root = shutil.copytree(data_root, tmp_path / "data")
     (root / "images" / "B0001.jpg").unlink()
+    os.mkfifo(root / "images" / "B0001.jpg")
     (root / "images" / "B0002.jpg").write_text("")
     (root / "images" / "B0055.jpg").write_text("<html>")
     arguments = [*flags, "--data", root, "--epochs", 1, "--skip-missing-photos"]
@@ -120,7 +122,7 @@ def test_products_without_a_photo_are_left_out_on_request(flags, data_root, tmp_
     monkeypatch.setattr("sys.argv", ["evaluate.py", str(run), "--constrain"])
     evaluate.main()
     assert "n = 14" in capsys.readouterr().out
-    shutil.copy(data_root / "images" / "B0001.jpg", root / "images")
+    (root / "images" / "B0002.jpg").write_bytes((root / "images" / "B0003.jpg").read_bytes())
     with pytest.raises(UserError, match="are not those that"):
         resume(run)
 

@@ -240,6 +240,7 @@ UNSUPPORTED = """
 {"rope_scaling": {"rope_type": "llama3"}}               'llama3', but only 'default'
 {"hidden_act": "gelu"}                                  'gelu', but only 'silu'
 {"head_dim": 13}                                        head_dim even
+{"num_hidden_layers": 1001}                             the layers at most 1,000
 {"num_key_value_heads": 3}                              must be a multiple of the key/value heads
 """
 

@@ -104,6 +104,7 @@ FILES = [
     *[(PHOTO, jpeg(kind=kind), None) for kind in ("WEBP", "GIF", "BMP")],
     (PHOTO, PNG[:33] + b"\0\0\0\3iCCPabc\0\0\0\0" + PNG[33:], None),
     (PHOTO, PNG[:33] + b"\0\0\0\3eXIfbad\x92\xfb\x44\xa8" + PNG[33:], None),
+    (PHOTO, b"\0\0\0\x18ftypheic", "an HEIC or AVIF photo"),
     (PHOTO, jpeg(kind="PPM"), "cannot be read as a photo"), (PHOTO, PNG[:-40], "cannot be read as a photo"),
     (PHOTO, PNG[:33] + b"\0\0\0\1tRNS1\x11\x38\xd8\x5c" + PNG[33:], "cannot be read as a photo"),
 
@@ -215,6 +216,9 @@ answer WORLD/run --text caf\udce9 --attribute Heel      is not UTF-8 text: 'caf.
 answer WORLD/run --image WORLD --text x --attribute Heel        is a folder
 answer WORLD/run --image /dev/zero --text x --attribute Heel    is a pipe or a device
 catalogue WORLD/run --input WORLD/pipe --output x.tsv           is a pipe
+catalogue WORLD/run --input x.tsv --output x.tsv --images x     --images x: is no folder
+catalogue WORLD/run --ouput x.tsv       the following arguments are required: --input, --output
+export WORLD/run x --devise cpu         --devise cpu .did you mean '--device'
 explain WORLD/run NIX                   NIX
 export WORLD/run WORLD/llama            is not empty
 dataset check WORLD/pipe                train.tsv

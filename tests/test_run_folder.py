@@ -102,7 +102,8 @@ def test_one_process_works_in_a_folder(run, tmp_path):
 def test_a_new_run_has_the_next_number(tmp_path, monkeypatch):
     """A folder in which nothing was written is removed."""
     monkeypatch.setattr("support.run_folder.PROJECT", tmp_path)
-    with new_run_folder(Config(labels=4)) as first, new_run_folder(Config(labels=4)) as second:
+    settings = Config(dataset="general/", labels=4)
+    with new_run_folder(settings) as first, new_run_folder(settings) as second:
         assert [folder.name for folder in (first, second)] == ["general-4-1", "general-4-2"]
         (second / "config.json").touch()
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["general-4-2"]

@@ -57,6 +57,7 @@ t="s"><v>1</v>  靴
 t="s"><v>2</v>  two_lines
 t="inlineStr"><is><r><t>A</t></r><r><t xml:space="preserve"> b</t></r></is>  A b
 t="n"><v>4.006381333931E12</v>  4006381333931
+t="n"><v>1234567890123450</v>  1234567890123450
 ><v>0.30000000000000004</v>  0.3
 t="str"><f>B1</f><v>7 cm</v>  7 cm
 t="b"><v>1</v>  TRUE
@@ -91,7 +92,7 @@ def test_cells_stand_where_their_references_say(tmp_path):
 # ---------------------------------------------------------------------------------------- text
 
 
-TEXT = ["SKU\tTitle \tSize\tBoot Style", '007\tStiefel  für 5"\t½\tChelsea ',
+TEXT = ['SKU\tTitle \t"S, M, L or XL"\tBoot Style', '007\tStiefel  für 5"\t½\tChelsea ',
         '10\t"of ""two""\nlines, yes"\t\t']              # its second line has three commas, as the header
 
 
@@ -102,11 +103,11 @@ def test_encodings_separators_and_line_ends(encoding, separator, end, says, tmp_
     text = end.join(TEXT).replace("\t", separator) + end + 3 * separator + end     # an empty row at the end
     (tmp_path / "x.csv").write_bytes(text.encode(encoding))
     columns = "sku", None, None, " title"
-    products = read_products(tmp_path / "x.csv", columns, ["BOOT  style", "Size"], tmp_path)
+    products = read_products(tmp_path / "x.csv", columns, ["BOOT  style", "S, M, L or XL"], tmp_path)
     out = capsys.readouterr().out
     assert says in out and "NOTES" not in out
-    assert products == [(["007", "", "", 'Stiefel für 5"'], {"BOOT  style": "Chelsea", "Size": "½"}),
-                        (["10", "", "", 'of "two" lines, yes'], {"BOOT  style": "", "Size": ""})]
+    assert products == [(["007", "", "", 'Stiefel für 5"'], {"BOOT  style": "Chelsea", "S, M, L or XL": "½"}),
+                        (["10", "", "", 'of "two" lines, yes'], {"BOOT  style": "", "S, M, L or XL": ""})]
 
 
 # ---------------------------------------------------------------------------------------- the data set
@@ -123,7 +124,7 @@ def test_what_has_no_value_goes_to_rest(tmp_path):
     assert sorted(cells) == sorted([line.split(";")[0], name, value, value == ""] for line in lines[1:]
                                    for name, value in zip(lines[0].split(";")[2:], line.split(";")[2:])
                                    if value != "N/A")
-    with pytest.raises(UserError, match="--out .*boots: is there already"):
+    with pytest.raises(UserError, match="--out .*boots: is there already, and not empty"):
         make(tmp_path, shop())
 
 
@@ -187,6 +188,7 @@ def test_hidden_answers(tmp_path):
     (shop(), ("--title", "Titel"), r"lacks titel \(did you mean 'title'\?\)"),
     (shop().replace("SKU", "heel "), ("--id", "Toe"), "names heel twice"),
     (b"\xd0\xcf\x11\xe0" + bytes(600), (), "it is an Excel workbook"),
+    (b"PK\3\4damaged", (), "or an Excel workbook"),
     ("Title;SKU;Boot Style;Heel;Toe\nx;;;;\n", (), "no product"),
     ("SKU;Title;Boot Style;Heel;Toe\n1;a;b;;\n", (), "no product is left for boots/val, boots/test"),
     (shop(), ("--attributes", "Heel", "heel"), "names a column twice"),

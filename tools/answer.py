@@ -8,6 +8,7 @@ prints `Boot Style: Chelsea  (probability 0.97)`.  docs/answers.md says what the
 import sys
 
 from base import console
+from base.console import parse_flags
 from evaluate import answer_parser, load_run
 from support.answering import answers, check_questions, prepare_photos
 from support.confidence import temperature_note
@@ -18,7 +19,7 @@ def parse_product(parser):
     parser.add_argument("--image", metavar="FILE", help="photo of the product")
     parser.add_argument("--text", metavar="TEXT", help='"title, category"')
     parser.add_argument("--attribute", metavar="NAME", default="", help="what to answer")
-    return parser.parse_args()
+    return parse_flags(parser)
 
 
 def main():

@@ -21,9 +21,9 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from base.console import (Progress, UserError, locked, read_json, reading, reason, user_path, what_is,
-                          whole_file, write_json)
-from base.tsv import COLUMNS, SEPARATORS, read_rows, tsv_line
+from base.console import (Progress, UserError, locked, parse_flags, read_json, reading, reason, user_path,
+                          what_is, whole_file, write_json)
+from base.tsv import COLUMNS, normal_names, read_rows, separator_of, tsv_line
 from data import product_of
 from evaluate import answer_parser, load_run
 from support import processes
@@ -45,7 +45,7 @@ def read_blocks(args):
     A row is (line, {column: cell}), or has a ValueError in the place of the dict.  args.names becomes {column
     as in a row: as in the file}.
     """
-    path, file, args.names = args.input, sys.stdin.buffer, {}
+    path, file, args.names = args.input, sys.stdin and sys.stdin.buffer, {}
     if path != "-":
         with reading(path, "products (TSV, CSV or JSONL)"):
             file = open(path, "rb")
@@ -59,9 +59,9 @@ def read_blocks(args):
             rows = ((number, json_cells(line))
                     for number, line in enumerate(lines, start=1) if line.strip())
         else:
-            separator = max(SEPARATORS, key=first.count)
+            separator = separator_of(first, COLUMNS[:-1])
             header = next(csv.reader([first], delimiter=separator), [])
-            args.names = {" ".join(name.lower().split()): name.strip() for name in header}
+            args.names = dict(zip(normal_names(header), map(str.strip, header)))
             rows = read_rows(lines, COLUMNS[:-1], separator)
             if args.keep_columns and len(args.names) < len(header):
                 raise ValueError("line 1 names a column twice, or two have no name; remove one, or leave "
@@ -155,7 +155,7 @@ def answer_block(run, args, values, rows):
 def answer_blocks(run, args, values, blocks):
     """Answer those blocks that have no part yet; the paths of all parts, in order."""
     settings = [run.id, run.value_temperature, run.model.llama.compute_dtype, values,
-                vars(args) | {"strict": None}]
+                vars(args) | dict.fromkeys(("strict", "run", "input", "output", "parts", "failed"))]
     digest = hashlib.sha256(repr(settings).encode())
     there = {name[:8]: name for name in os.listdir(args.parts)}
     parts = []
@@ -220,8 +220,9 @@ def write_parts(read_parts, args, out, failed):
     names = dict(zip(GIVEN, GIVEN))                     # {column of a product: its name in the output}
     if args.keep_columns:
         names |= {name: name for part in read_parts() for given, _ in part["answers"] for name in given}
+    columns_in_lower_case = [name.lower() for name in columns]          # as Excel compares them
     for name in names:
-        while names[name] in columns or names[name] != name and names[name] in names:
+        while names[name].lower() in columns_in_lower_case or names[name] != name and names[name] in names:
             names[name] = f"input {names[name]}"
     rows = ({names[name]: cell for name, cell in given.items()} | answer for given, answer in rows)
     write_rows(rows, [*names.values(), *columns], args.kind, out)
@@ -279,27 +280,29 @@ def parse():
     parser.add_argument("--input", metavar="FILE", required=True,
                         help="TSV, CSV or JSONL, also gzip; -: stdin")
     parser.add_argument("--output", metavar="FILE", required=True, type=user_path,
-                        help="*.tsv, *.csv or *.jsonl, also *.gz; failed rows go to FILE.failed.tsv")
+                        help="*.tsv, *.csv, *.jsonl, also *.gz; -: stdout; failed rows go to FILE.failed.tsv")
     parser.add_argument("--wide", action="store_true",
                         help="a line for each product, with value and probability of each attribute")
     parser.add_argument("--keep-columns", action="store_true", help="write the input's own columns, too")
     parser.add_argument("--images", metavar="DIR", type=user_path,
                         help="folder of photos (default: ROOT/images)")
     parser.add_argument("--strict", action="store_true", help="stop at the first row that cannot be answered")
-    args = parser.parse_args()
+    args = parse_flags(parser)
     output = args.output
     args.kind = Path(output.name.lower().removesuffix(".gz")).suffix
-    args.direct = str(output) == "/dev/stdout"
+    args.direct = str(output) in ("-", "/dev/stdout")
     args.parts = output.with_name(f".{output.name}.parts")
     args.failed = output.with_name(f"{output.name}.failed.tsv")
     if args.kind not in ("", ".tsv", ".csv", ".jsonl"):
         raise UserError(f"--output {output}: must end in .tsv, .csv or .jsonl, or one of these and .gz")
     if processes.size() > 1 and (args.input == "-" or args.direct):
-        raise UserError("--input - and --output /dev/stdout take one process: leave torchrun out")
+        raise UserError("--input - and --output - take one process: leave torchrun out")
+    if args.images and not args.images.is_dir():
+        raise UserError(f"--images {args.images}: is no folder; name the one with the photos")
     for path in (output, args.failed):                  # with parts, a join of them was interrupted
         if path.exists() and not args.parts.exists() and not args.direct:
-            raise UserError(f"--output {output}: {path} exists already; if this command wrote it, it is "
-                            "complete. Delete it to answer again, or name another file")
+            raise UserError(f"--output {output}: {path} exists already; name another file (if this command "
+                            "wrote it, it is complete)")
     return args
 
 

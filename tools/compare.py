@@ -11,7 +11,7 @@ import math
 from collections import Counter
 
 from base import console
-from base.console import UserError, printable, read_json, reading, user_path
+from base.console import UserError, parse_flags, printable, read_json, reading, user_path
 from base.tsv import read_tsv
 from evaluate import exact_match
 from support.answering import PREDICTED
@@ -57,7 +57,7 @@ def main():
     parser = argparse.ArgumentParser(description="Compare runs on the same products.", allow_abbrev=False)
     parser.add_argument("runs", metavar="RUN", nargs="+", type=user_path,
                         help="RUN, RUN/val or RUN/scores/NAME; the others are compared with the first")
-    args = parser.parse_args()
+    args = parse_flags(parser)
     names = [str(folder) for folder in args.runs]
     scores, answers = zip(*map(read_scores, args.runs))
     first = answers[0]

@@ -12,7 +12,7 @@ import torch
 
 from base import console
 from base.checkpoint import check_frozen, save_tensors
-from base.console import UserError, read_json, user_path, write_json, write_text
+from base.console import UserError, parse_flags, read_json, user_path, write_json, write_text
 from data import Product, base_question, encode_examples
 from evaluate import load_run, run_parser
 from llama import official_name
@@ -73,7 +73,7 @@ def export(run, folder):
 def main():
     parser = run_parser("Merge a run's adapters, and write an ordinary Hugging Face LLaMA.")
     parser.add_argument("folder", metavar="DIR", type=user_path, help="new or empty folder")
-    args = parser.parse_args()
+    args = parse_flags(parser)
     if args.folder.exists() and any(args.folder.iterdir()):
         raise UserError(f"{args.folder}: is not empty; name a new folder")
     run, _ = load_run(args)
