@@ -27,6 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from base.console import UserError
+
 KINDS = ("rep", "mlp", "mlp-linear")
 
 
@@ -45,8 +47,8 @@ class Adapter(nn.Module):
         if kind not in KINDS:
             raise ValueError(f"adapter is {kind!r}, but must be one of {', '.join(KINDS)}")
         if dimension % groups or width % groups:
-            raise ValueError(f"a RepAdapter has {groups} groups: its dimension ({dimension}) and the model's "
-                             f"width ({width}) must be multiples of {groups}")
+            raise UserError(f"a RepAdapter has {groups} groups: its dimension (--adapter-dim {dimension}) "
+                            f"and the model's width ({width}) must be multiples of {groups}")
         self.down = nn.Linear(width, dimension)
         nn.init.xavier_uniform_(self.down.weight)
         nn.init.zeros_(self.down.bias)
@@ -73,13 +75,13 @@ def merge(adapter, linear):
         W (h + s (up (down h + b_down) + b_up)) = [W + s W up down] h + s W (up b_down + b_up)
 
     Computed in fp64 and rounded once.  Afterwards `linear` has a bias.
-    Errors  ValueError: the adapter is not linear, or the weight is int8, which would lose what is merged into
+    Errors  UserError: the adapter is not linear, or the weight is int8, which would lose what is merged into
             it
     """
     if adapter.kind == "mlp":
-        raise ValueError("MLP-Adapter has a non-linearity and cannot be merged; rep and mlp-linear can")
+        raise UserError("MLP-Adapter has a non-linearity and cannot be merged; rep and mlp-linear can")
     if linear.weight.dtype == torch.int8:
-        raise ValueError("an int8 weight cannot hold a merged adapter; load LLaMA with 16 or 32 bits")
+        raise UserError("an int8 weight cannot hold a merged adapter; load LLaMA with 16 or 32 bits")
     dtype = linear.weight.dtype
     with torch.no_grad():
         W = linear.weight.double()                                      # (out, width)

@@ -8,7 +8,7 @@ This file knows nothing about models: a tokenizer is anything with `encode` and 
 import hashlib
 import random
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -112,11 +112,9 @@ def epoch(products, seed, number, strategy="judge_last", ratio=1.0, text=True):
     shuffle = np.random.default_rng([seed, number])
     examples = [base_question(product, text) for product in products]
     if strategy != "none":
-        by_attribute = defaultdict(list)
-        own_index = []                                  # of each product among those of its attribute
-        for product in products:
-            own_index.append(len(by_attribute[product.attribute]))
-            by_attribute[product.attribute].append(product)
+        by_attribute = defaultdict(list)                # the indices of its products, in order
+        for i, product in enumerate(products):
+            by_attribute[product.attribute].append(i)
         order = shuffle.permutation(len(products))
         compared = [i for i in order if len(by_attribute[products[i].attribute]) > 1]
         for k in range(round(ratio * len(compared))):
@@ -126,7 +124,7 @@ def epoch(products, seed, number, strategy="judge_last", ratio=1.0, text=True):
             draw = random.Random(f"partner {seed} {number} {first.id} {first.attribute} {repeat}")
             peers = by_attribute[first.attribute]
             j = draw.randrange(len(peers) - 1)
-            second = peers[j if j < own_index[i] else j + 1]            # never the product itself
+            second = products[peers[j if peers[j] < i else j + 1]]      # never the product itself
             examples.append(comparison(first, second, strategy, text, ask_first=draw.random() < 0.5))
     return [examples[i] for i in shuffle.permutation(len(examples))]
 
@@ -185,9 +183,8 @@ def hold_out(values, count, seed):
     held_out = {}
     for attribute, names in values.items():
         shuffled = random.Random(f"held out {seed} {attribute}").sample(names, len(names))
-        spare = max(0, min(count, len(names) - 2))
-        if spare:
-            held_out[attribute] = sorted(shuffled[:spare])
+        if spare := shuffled[:-2][:count]:
+            held_out[attribute] = sorted(spare)
     if count and not held_out:
         raise UserError(f"--holdout-values {count}: each attribute of the training data has at most two "
                         "values, and those stay; leave the flag out")
@@ -209,7 +206,8 @@ def read_split(root, dataset, split):
         names = sorted(path.parent.name for path in Path(root).glob("*/train.tsv"))
         raise UserError(f"there is no data set {dataset!r}{did_you_mean(dataset, names)} in {root}: it holds "
                         f"{', '.join(names) or 'none'}. A data set is a folder with train.tsv, val.tsv and "
-                        "test.tsv (docs/data.md)")
+                        "test.tsv: build or import one with python -m dataset (docs/data.md), or name "
+                        "another folder with --data. Everything from the demo world: --demo")
     return read_products(folder / f"{split}.tsv")
 
 
@@ -235,10 +233,10 @@ def product_of(row, needed):
     empty = [name for name in needed if not row.get(name, "").strip()]
     if empty:
         raise ValueError(f"{empty[0]} is empty")
-    id, image = row.get("id", ""), row.get("images", "")
+    id, image, *texts = (row.get(name, "") for name in COLUMNS)
     if Path(image).is_absolute() or ".." in image.replace("\\", "/").split("/"):
         raise ValueError(f"images is {image!r}, but must name a file inside ROOT/images/")
-    category, title, attribute, value = (" ".join(row.get(name, "").split()) for name in COLUMNS[2:])
+    category, title, attribute, value = (" ".join(text.split()) for text in texts)
     return Product(id, image, category, title.removeprefix("[Title]").strip(), attribute, value)
 
 
@@ -250,14 +248,12 @@ def values_of(products):
     return {attribute: sorted(names) for attribute, names in sorted(values.items())}
 
 
-def fingerprint(products, photo_key=None):
-    """A short hash of the products and their order: a run can tell that its data changed.
-
-    photo_key  gives the key of a photo by its name, or None: the photos themselves are left out
+def fingerprint(products, photo_keys):
+    """A short hash of the products, their order and {photo: its key}: a run can tell that its data
+    changed.
     """
     digest = hashlib.sha256()
     for p in products:
-        key = photo_key(p.image) if photo_key else ""
-        cells = (p.id, p.image, p.category, p.title, p.attribute, p.value, key)
+        cells = (*astuple(p), photo_keys.get(p.image, ""))
         digest.update("\t".join(cells).encode() + b"\n")
     return digest.hexdigest()[:16]

@@ -214,8 +214,8 @@ class EIVEN(nn.Module):
         seeds     one for each example, so that its draws do not depend on the rest of the batch
         temperature, top_p   nucleus sampling, temperature first (section 4.1)
         limit     an answer is cut off after this many tokens, or where it fills max_position_embeddings
-        observe   called at each step with (logits, uniform numbers, drawn tokens, the examples that they
-                  belong to)
+        observe   called at each step with (logits, uniform numbers, drawn tokens, the examples whose answers
+                  have not ended)
         The probability is the product over all tokens of the answer, with EOS unless it was cut off, at
         temperature 1 and top-p 1.
         Errors    FloatingPointError if the logits are not finite
@@ -227,61 +227,48 @@ class EIVEN(nn.Module):
         visual_tokens = self.project(cls_tokens)                                # (P, K, D)
         X = [self.input_ids(example, visual_tokens, answer_length=1) for example in batch]
         limits = [min(limit, self.llama.config.max_position_embeddings - len(x)) for x in X]
-        cache = self.llama.new_cache(len(batch), max(map(len, X)) + max(limits))
+        cache = self.llama.new_cache()
         tokens = pack(X, [1] * len(batch), self.device)
         h = self.llama(self.embed(tokens.ids, visual_tokens), tokens, cache)    # (B, D)   fills the cache
 
         answers = [[] for _ in batch]
         log_p = [0.0] * len(batch)
-        running = list(range(len(batch)))               # the example of each row of the cache, until it ends
-        while True:
-            logits = self.logits(h)                                             # (running, pieces)
-            uniform = [rngs[b].random() for b in running]
-            drawn = nucleus(logits, temperature, top_p, uniform)                # (running,)
+        running = set(range(len(batch)))                # examples whose answer has not ended
+        for step in range(max(limits)):
+            logits = self.logits(h)                                             # (B, pieces)
+            uniform = [rng.random() for rng in rngs]
+            drawn = nucleus(logits, temperature, top_p, uniform)                # (B,)
             if observe:
                 observe(logits, uniform, drawn, running)
-            drawn_log_p = logits.log_softmax(-1).gather(1, drawn[:, None]).squeeze(1)       # (running,)
+            drawn_log_p = logits.log_softmax(-1).gather(1, drawn[:, None]).squeeze(1)       # (B,)
             # One transfer of both, because the CPU waits here for a GPU; as fp32, ids are exact up to 2^24.
             drawn_ids, drawn_log_p = torch.stack((drawn, drawn_log_p)).tolist()
-            keep = []                                   # rows of the examples that go on
-            for row, (b, token, lp) in enumerate(zip(running, drawn_ids, drawn_log_p)):
-                if math.isnan(lp):
+            for b in sorted(running):
+                if math.isnan(drawn_log_p[b]):
                     raise FloatingPointError(f"the logits of example {b} are not finite")
-                log_p[b] += lp
-                if token != self.tokenizer.eos_id:
-                    answers[b].append(int(token))
-                    if len(answers[b]) < limits[b]:
-                        keep.append(row)
-            if not keep:
-                return [(answer, math.exp(lp)) for answer, lp in zip(answers, log_p)]
-            if len(keep) < len(running):
-                running = [running[row] for row in keep]
-                keep = to_device(keep, self.device)
-                drawn = drawn[keep]
-                for layer_cache in cache:
-                    layer_cache.keep(keep)
-            tokens = next_tokens(drawn, [len(X[b]) + len(answers[b]) - 1 for b in running],
-                                 self.llama.compute_dtype)
-            h = self.llama(self.llama.embed(drawn), tokens, cache)  # (running, D)   one step
+                log_p[b] += drawn_log_p[b]
+                ended = drawn_ids[b] == self.tokenizer.eos_id
+                if not ended:
+                    answers[b].append(int(drawn_ids[b]))
+                if ended or len(answers[b]) == limits[b]:
+                    running.remove(b)
+            if not running:
+                break
+            tokens = next_tokens(drawn, list(map(len, X)), step, self.llama.compute_dtype)
+            h = self.llama(self.llama.embed(drawn), tokens, cache)              # (B, D)   one step
+        return [(answer, math.exp(lp)) for answer, lp in zip(answers, log_p)]
 
     @torch.no_grad()
-    def score(self, batch, candidates, cls_tokens=None):
-        """log p(R | X) of given answers: for each example of the batch a list of floats, in nats, one for
-        each candidate.
+    def score(self, batch, cls_tokens=None):
+        """log p(R | X) of the answer of each example: a list of floats, in nats.
 
-        candidates  for each example a list of answers R (ids with EOS), of any lengths
-        One forward pass.  The candidates of an example share its prompt, which base/packing.py stores once.
-        Errors      FloatingPointError if the logits are not finite
+        One forward pass.  Examples with one prompt share it: base/packing.py stores it once.
+        Errors   FloatingPointError if the logits are not finite
         """
-        if len(candidates) != len(batch) or not all(candidates):
-            raise ValueError("candidates must hold, for each example of the batch, at least one answer")
-        examples = [example._replace(answer=R)
-                    for example, answers in zip(batch, candidates) for R in answers]
-        token_log_p = self.answer_log_probs(examples, cls_tokens).cpu()         # (M,)
+        token_log_p = self.answer_log_probs(batch, cls_tokens).cpu()            # (M,)
         if token_log_p.isnan().any():
             raise FloatingPointError("the logits are not finite")
-        log_p = iter(answer.sum().item() for answer in token_log_p.split([len(e.answer) for e in examples]))
-        return [[next(log_p) for _ in answers] for answers in candidates]
+        return [answer.sum().item() for answer in token_log_p.split([len(e.answer) for e in batch])]
 
     # ---------------------------------------------------------------------------------------- merge, files
 
@@ -301,5 +288,5 @@ class EIVEN(nn.Module):
 
     def load(self, path, run_id):
         """Read what `save` wrote, strictly.  UserError if it is of another run, or of another model."""
-        tensors = open_tensors(path, "what a run has trained (adapter.safetensors)", run_id)
+        tensors = open_tensors(path, "what a run has trained (not finished? --resume it)", run_id)
         restore(self.trainable_parameters(), tensors, path)

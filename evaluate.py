@@ -61,18 +61,16 @@ def score(products, predictions):
     floor_value  of an attribute: the commonest of these gold values.  No constant answer has a higher score.
                  (Few-label training data cannot tell it: there all values are equally frequent.)
     """
-    rows = defaultdict(list)
-    for product, prediction in zip(products, predictions):
-        rows[product.attribute].append((product, prediction))
+    rows = list(zip(products, predictions))
     attributes = {}
-    for attribute, same in sorted(rows.items()):
+    for attribute in sorted({product.attribute for product in products}):
+        same = [row for row in rows if row[0].attribute == attribute]
         golds = [product.value for product, _ in same]
         value = mode(golds)
         attributes[attribute] = measures(same) | {"floor": 100 * golds.count(value) / len(golds),
                                                   "floor_value": value}
     floor = sum(m["floor"] * m["n"] for m in attributes.values()) / max(len(products), 1)
-    metrics = measures([row for same in rows.values() for row in same])
-    return metrics | {"floor": floor, "attributes": attributes}
+    return measures(rows) | {"floor": floor, "attributes": attributes}
 
 
 def measures(rows):
@@ -190,24 +188,20 @@ def answer_parser(description):
     return parser
 
 
-def load_run(args, status=None, data_needed=False):
+def load_run(args, status=None):
     """(Run, {attribute: values} to choose from or None) of the parsed flags.
 
-    status       where the line is printed that says which data and weights are in use; None: stdout
-    data_needed  as in `load`
+    status  where the line is printed that says which data and weights are in use; None: stdout
     """
     listed = read_values(args.values) if args.values else {}
     run_id = read_config(args.run)[1]["id"]
     processes.check_same("flags", vars(args) | {"run": run_id, "values": listed})
     changed = {name: value for name, value in vars(args).items() if name in MACHINE}
-    run = load(args.run, data_needed, **{"threads": None, **changed})   # not the training's number of threads
+    run = load(args.run, **{"threads": None, **changed})   # not the training's number of threads
     print(describe(run.config, run.sources), file=status)
     choose_threads(run.config, run.model, status)
     if args.merge:
-        try:
-            run.model.merge_adapters()
-        except ValueError as error:
-            raise UserError(f"--merge: {error}") from None
+        run.model.merge_adapters()
     if not (listed or args.constrain):
         return run, None
     values = dict(run.values) if args.constrain else {}
@@ -239,13 +233,13 @@ def main():
     parser.add_argument("--without-duplicates", action="store_true",
                         help="score only products whose title words and photo bytes are not in train")
     args = parse_flags(parser)
-    run, values = load_run(args, data_needed=True)
+    run, values = load_run(args)
     config, root = run.config, run.sources.data
     products = split_products(config, run.sources, args.split)
     if args.split != "test":
         products = without(products, run.held_out)
     prepare_photos(run, products)
-    data = fingerprint(products, run.photo_features.keys.get if run.photo_features else None)
+    data = fingerprint(products, run.photo_features.keys if run.photo_features else {})
     if data != read_config(args.run)[1]["data_fingerprint"][args.split]:
         raise UserError(f"{root}: the products or photos of {args.split} are not those of this run's start "
                         "(with --skip-missing-photos, a photo that came later adds its product); --data ROOT "

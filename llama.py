@@ -16,7 +16,7 @@ Shapes   N tokens   B sequences   T tokens of the longest sequence   S keys that
          D width   H query heads   G key/value heads   d head dimension   M tokens whose logits are used
 """
 
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import sentencepiece
@@ -26,7 +26,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from base.checkpoint import load_strict, open_tensors, shard_files
-from base.console import UserError, read_json, reading
+from base.console import UserError, reading, reading_json
 from base.linear import frozen_linear
 from base.packing import next_tokens, pack
 
@@ -61,35 +61,31 @@ SUPPORTED = {"hidden_act": "silu", "mlp_bias": False, "pretraining_tp": 1,
 
 def read_config(path):
     """LlamaConfig from a config.json.  UserError for every setting that this file does not support."""
-    config = read_json(path, "LLaMA's config.json")
-    with reading(path, "LLaMA's config.json"):
+    with reading_json(path, "LLaMA's config.json") as config:
         if config["model_type"] != "llama":
             raise ValueError(f"model_type is {config['model_type']!r}, but only 'llama' is supported")
         # rope_parameters is newer, and holds rope_theta as well
         for rope in ("rope_scaling", "rope_parameters"):
             config |= config.get(rope) or {}
+        config = {name: value for name, value in config.items() if value is not None}
         for name, supported in SUPPORTED.items():
-            if config.get(name) is not None and config[name] != supported:
+            if config.get(name, supported) != supported:
                 raise ValueError(f"{name} is {config[name]!r}, but only {supported!r} is supported")
-        if config.get("num_key_value_heads") is None:
+        if "num_key_value_heads" not in config:
             config["num_key_value_heads"] = config["num_attention_heads"]
-        if config.get("head_dim") is None:
+        if "head_dim" not in config:
             config["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
-        sizes = {f.name: config[f.name] for f in fields(LlamaConfig)
-                 if f.default is MISSING or config.get(f.name) is not None}
+        sizes = LlamaConfig(**{f.name: config[f.name] for f in fields(LlamaConfig) if f.name in config})
         for f in fields(LlamaConfig):
-            size = sizes.get(f.name, f.default)
-            if f.type is bool:
-                valid = type(size) is bool
-            else:
-                valid = type(size) in (int, f.type) and 0 < size < 1e12
-            if not valid:
+            size = getattr(sizes, f.name)
+            valid = type(size) in (int, f.type) and 0 < size < 1e12
+            if not (type(size) is bool if f.type is bool else valid):
                 raise ValueError(f"{f.name} is {size!r}, but must be of type {f.type.__name__}, above 0")
-        if sizes["num_attention_heads"] % sizes["num_key_value_heads"] or sizes["head_dim"] % 2 \
-                or sizes["num_hidden_layers"] > 1000:
+        if sizes.num_attention_heads % sizes.num_key_value_heads or sizes.head_dim % 2 \
+                or sizes.num_hidden_layers > 1000:
             raise ValueError("the query heads must be a multiple of the key/value heads, head_dim even, and "
                              "the layers at most 1,000")
-        return LlamaConfig(**sizes)
+        return sizes
 
 
 class Tokenizer:
@@ -173,43 +169,25 @@ def apply_rotary(x, cos, sin):
 
 
 class KVCache:
-    """Keys and values of one layer during generation, so that no token is computed twice.
+    """Keys (rotated) and values of one layer during generation, so that no token is computed twice.
 
-    The first pass stores those of the prompts.  Each later step stores one token for each sequence.
-    keys (rotated), values  (B, G, places, d); a token is stored at its position in its sequence
+    kv  (B, 2 G, S, d): first those of the prompts with their padding, which later masks hide; then those of
+        each step, one token for each sequence, all in the same place
     """
 
-    def __init__(self, config, B, places, dtype, device):
-        shape = (B, config.num_key_value_heads, places, config.head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+    kv = None
 
-    def update(self, k, v, tokens):
-        """Store keys and values (B, G, T, d) of new tokens; return those that attention reads, (B, G, S, d).
-
-        In the first pass, padding is stored as well.  Later masks hide it until a new token takes its place.
-        """
-        if tokens.mask is None:                         # the first pass: nothing was stored before
-            self.keys[:, :, :k.shape[2]] = k
-            self.values[:, :, :v.shape[2]] = v
-            return k, v
-        rows = tokens.back                              # one new token for each sequence: rows 0 to B - 1
-        self.keys[rows, :, tokens.position] = k[:, :, 0]                        # (B, G, d)
-        self.values[rows, :, tokens.position] = v[:, :, 0]
-        S = tokens.mask.shape[-1]
-        return self.keys[:, :, :S], self.values[:, :, :S]
-
-    def keep(self, rows):
-        """Keep only these sequences (a tensor of indices)."""
-        self.keys = self.keys[rows]
-        self.values = self.values[rows]
+    def append(self, kv):
+        """Store keys and values (B, 2 G, T, d) of new tokens; return all, (B, 2 G, S, d)."""
+        self.kv = kv if self.kv is None else torch.cat((self.kv, kv), dim=2)
+        return self.kv
 
 
 def attend(q, k, v, mask):
     """softmax(q k^T / sqrt(d) + mask) v: (B, H, T, d), (B, G, S, d) twice -> (B, H, T, d).
 
-    The score of a key after the query's own position becomes -infinity: in training and for prompts by
-    is_causal, in a cached step by the mask.  Padding stands after all tokens, so this hides it as well.
+    In training and for prompts is_causal gives -infinity to the keys after the query's own position, and so
+    to padding, which stands after all tokens.  In a cached step the mask does so to the prompts' padding.
     """
     heads = q.shape[1]
     if heads > k.shape[1] and q.device.type != "cpu":
@@ -227,13 +205,13 @@ class Attention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        D, bias = config.hidden_size, config.attention_bias
-        self.head_dim = config.head_dim
-        self.qkv_heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
-        self.q_proj = Linear(D, config.num_attention_heads * config.head_dim, bias)
-        self.k_proj = Linear(D, config.num_key_value_heads * config.head_dim, bias)
-        self.v_proj = Linear(D, config.num_key_value_heads * config.head_dim, bias)
-        self.o_proj = Linear(config.num_attention_heads * config.head_dim, D, bias)
+        D, d, bias = config.hidden_size, config.head_dim, config.attention_bias
+        H, G = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim, self.heads = d, (H, 2 * G)
+        self.q_proj = Linear(D, H * d, bias)
+        self.k_proj = Linear(D, G * d, bias)
+        self.v_proj = Linear(D, G * d, bias)
+        self.o_proj = Linear(H * d, D, bias)
 
     def forward(self, x, tokens, cos, sin, cache=None):
         """(N, D) -> (N, D)"""
@@ -243,9 +221,10 @@ class Attention(nn.Module):
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))                   # (N, G, d)
         y = []
         for bucket in tokens.pad(torch.cat((qk, v), dim=1)):                    # (B, H + 2 G, T, d)
-            q, k, v = bucket.split(self.qkv_heads, dim=1)                       # (B, H, T, d), (B, G, T, d)
+            q, kv = bucket.split(self.heads, dim=1)                             # (B, H, T, d), (B, 2 G, T, d)
             if cache is not None:
-                k, v = cache.update(k, v, tokens)                               # (B, G, S, d)
+                kv = cache.append(kv)                                           # (B, 2 G, S, d)
+            k, v = kv.chunk(2, dim=1)                                           # (B, G, S, d)
             y.append(attend(q, k, v, tokens.mask))                              # (B, H, T, d)
         return self.o_proj(tokens.unpad(y))                                     # (N, H d) -> (N, D)
 
@@ -304,10 +283,9 @@ class LLaMA(nn.Module):
         """(N,) ids -> (N, D)"""
         return self.embed_tokens(ids).to(self.compute_dtype)
 
-    def new_cache(self, B, places):
-        """An empty KV cache for B sequences of at most `places` tokens: one KVCache a layer."""
-        device = self.embed_tokens.weight.device
-        return [KVCache(self.config, B, places, self.compute_dtype, device) for _ in self.layers]
+    def new_cache(self):
+        """An empty KV cache: one KVCache a layer."""
+        return [KVCache() for _ in self.layers]
 
     def forward(self, x, tokens, cache=None):
         """Embeddings (N, D) of `tokens` -> final hidden states (M, D) of the tokens whose logits are used."""
@@ -318,9 +296,7 @@ class LLaMA(nn.Module):
                 x = checkpoint(block, x, tokens, cos, sin, use_reentrant=False)
             else:
                 x = block(x, tokens, cos, sin, layer_cache)
-        if tokens.needed is not None:
-            x = x.index_select(0, tokens.needed)        # (N, D) -> (M, D)
-        return self.norm(x)
+        return self.norm(x.index_select(0, tokens.needed))                      # (N, D) -> (M, D)
 
     def logits(self, h):
         """Hidden states (M, D) -> logits (M, vocab), fp32."""
@@ -350,7 +326,7 @@ def load_llama(folder, dtype=None, device="cpu", int8=False):
         raise UserError(f"{folder}: tokenizer.model has {tokenizer.vocab_size:,} pieces, but config.json "
                         f"has {config.vocab_size:,}; they are not of the same model")
     tensors = {}
-    for path in shard_files(folder, "LLaMA's weights"):
+    for path in shard_files(folder):
         tensors |= open_tensors(path, "LLaMA's weights in the Hugging Face layout (safetensors)")
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
     if config.tie_word_embeddings and "lm_head.weight" in tensors:
@@ -366,12 +342,12 @@ def load_llama(folder, dtype=None, device="cpu", int8=False):
 def greedy_continuation(llama, ids, n):
     """Greedy decoding with LLaMA alone: the n next ids after `ids`, one at a time, with the KV cache."""
     device = llama.embed_tokens.weight.device
-    cache = llama.new_cache(1, len(ids) + n)
+    cache = llama.new_cache()
     tokens = pack([ids], [1], device)
     out = []
     while len(out) < n:
         h = llama(llama.embed(tokens.ids), tokens, cache)                       # (1, D)
         token = llama.logits(h).argmax(-1)                                      # (1,)
         out.append(token.item())
-        tokens = next_tokens(token, [len(ids) + len(out) - 1], llama.compute_dtype)
+        tokens = next_tokens(token, [len(ids)], len(out) - 1, llama.compute_dtype)
     return out

@@ -9,6 +9,7 @@ import argparse
 import math
 import sys
 import time
+from functools import lru_cache
 from shlex import quote
 
 import torch
@@ -35,6 +36,7 @@ def train(run, products):
     """
     model, config = run.model, run.config
 
+    @lru_cache(1)
     def examples_of(number):
         return epoch(products, config.seed, number, config.lbc, config.lbc_ratio, config.text)
 
@@ -51,12 +53,10 @@ def train(run, products):
     print(f"training {count:,} parameters on {len(products):,} labelled products: {config.epochs} epochs of "
           f"{steps_per_epoch:,} steps of {config.batch_size} examples; {state.step:,} steps are done")
     start = time.monotonic()
-    examples = None
     with Progress("training", steps, "steps", state.step) as progress:
         for step in range(state.step, steps):
             epoch_number, i = divmod(step, steps_per_epoch)
-            if i == 0 or examples is None:
-                examples = examples_of(epoch_number)
+            examples = examples_of(epoch_number)
             batch = examples[i * config.batch_size:(i + 1) * config.batch_size]  # the last one may be smaller
             lr = learning_rate(step, steps, steps_per_epoch, peak_lr)
             for group in optimizer.param_groups:
@@ -98,13 +98,11 @@ def train_step(run, optimizer, scaler, examples):
     loss = sum(torch.stack(losses).tolist())
     loss, tokens = processes.sum_over_processes(parameters, loss, tokens)
     gradients = [p.grad for p in parameters if p.grad is not None]
-    problem, finite = f"its loss is {loss}", math.isfinite(loss)
+    largest = 0
     if not scaler.is_enabled():                         # in fp16 the scaler looks at the gradients itself
         largest = torch.nn.utils.get_total_norm(gradients, math.inf).item()
-        problem += f", its largest gradient {largest}"
-        finite = finite and math.isfinite(largest)
-    if not finite:
-        raise FloatingPointError(problem)
+    if not math.isfinite(loss + largest):
+        raise FloatingPointError(f"its loss is {loss}, its largest gradient {largest or 'not known'}")
     scaler.step(optimizer)
     scaler.update()
     return loss, int(tokens)
@@ -120,9 +118,9 @@ def learning_rate(step, steps, steps_per_epoch, peak):
 
 def make_optimizer(model):
     """AdamW over the trainable parameters; no weight decay on the biases."""
-    parameters = model.trainable_parameters()
-    biases = [p for name, p in parameters.items() if name.endswith("bias")]
-    weights = [p for name, p in parameters.items() if not name.endswith("bias")]
+    parameters = model.trainable_parameters().values()
+    biases = [p for p in parameters if p.dim() == 1]
+    weights = [p for p in parameters if p.dim() > 1]
     groups = [{"params": weights, "weight_decay": 0.02}, {"params": biases, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 
@@ -200,8 +198,8 @@ def train_and_score(config, folder, resumed):
     for split in splits.values():
         prepare_photos(run, split)
         check_questions(run, split, compared=split is products and config.lbc != "none")
-    photo_key = photo_features.keys.get if photo_features else None
-    data = {name: fingerprint(split, photo_key) for name, split in splits.items()}
+    photo_keys = photo_features.keys if photo_features else {}
+    data = {name: fingerprint(split, photo_keys) for name, split in splits.items()}
     weights = weights_fingerprint(sources)
     processes.check_same("data or weights", data | weights | {"init": init_id})
     choose_threads(config, model)

@@ -11,7 +11,6 @@ Shapes   P photos   S = 1 + patches tokens   V width   d = V / heads   K [cls] t
 """
 
 import math
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from PIL import Image
 from torch import nn
 
 from base.checkpoint import load_strict, read_state_dict
-from base.console import UserError, read_json, reading
+from base.console import UserError, reading, reading_json
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)         # of CLIP's training photos, RGB in 0..1
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -104,9 +103,8 @@ class Attention(nn.Module):
 
     def forward(self, x):
         """(P, S, V) -> (P, S, V)"""
-        q = self.q_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)      # (P, heads, S, d)
-        k = self.k_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)      # (P, heads, S, d)
-        v = self.v_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)      # (P, heads, S, d)
+        q, k, v = (linear(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+                   for linear in (self.q_proj, self.k_proj, self.v_proj))       # (P, heads, S, d) each
         y = F.scaled_dot_product_attention(q, k, v)                             # softmax(q k^T / sqrt(d)) v
         return self.out_proj(y.transpose(1, 2).flatten(2))
 
@@ -172,26 +170,26 @@ def official_name(name):
     return f"encoder.{name}" if name.startswith("layers.") else name
 
 
-OPENAI_NAMES = (                                        # OpenAI's and open_clip's names -> Hugging Face's
-    ("class_embedding", "embeddings.class_embedding"),
-    ("positional_embedding", "embeddings.position_embedding.weight"),
-    ("conv1.", "embeddings.patch_embedding."),
-    ("ln_pre.", "pre_layrnorm."),
-    ("ln_post.", "post_layernorm."),
-    ("transformer.resblocks.", "encoder.layers."),
-    (".ln_1.", ".layer_norm1."),
-    (".ln_2.", ".layer_norm2."),
-    (".attn.", ".self_attn."),
-    (".c_fc.", ".fc1."),
-    (".c_proj.", ".fc2."),
-)
+OPENAI_NAMES = {                                        # OpenAI's and open_clip's names -> Hugging Face's
+    "class_embedding": "embeddings.class_embedding",
+    "positional_embedding": "embeddings.position_embedding.weight",
+    "conv1.": "embeddings.patch_embedding.",
+    "ln_pre.": "pre_layrnorm.",
+    "ln_post.": "post_layernorm.",
+    "transformer.resblocks.": "encoder.layers.",
+    ".ln_1.": ".layer_norm1.",
+    ".ln_2.": ".layer_norm2.",
+    ".attn.": ".self_attn.",
+    ".c_fc.": ".fc1.",
+    ".c_proj.": ".fc2.",
+}
 
 
 def from_openai(tensors):
     """Tensors in OpenAI's layout (q, k and v stacked) -> the same under Hugging Face's names."""
     renamed = {}
     for name, tensor in tensors.items():
-        for theirs, ours in OPENAI_NAMES:
+        for theirs, ours in OPENAI_NAMES.items():
             name = name.replace(theirs, ours)
         if "in_proj_" in name:                          # (3V, V) or (3V,)
             for part, piece in zip(("q_proj.", "k_proj.", "v_proj."), tensor.chunk(3)):
@@ -207,16 +205,14 @@ def vision_tower(tensors):
 
     The text tower of a whole CLIP, and everything after the last block, are not used here.
     """
-    tensors = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): tensor for name, tensor in tensors.items()}
-    for prefix, cls in (("vision_model.", "embeddings.class_embedding"), ("", "embeddings.class_embedding"),
-                        ("visual.", "class_embedding"), ("", "class_embedding")):
-        if prefix + cls in tensors:
-            break
-    else:
+    found = [name for name in tensors if name.endswith("class_embedding")]
+    if not found:
         raise ValueError("it has neither vision_model.embeddings.class_embedding (Hugging Face) nor "
                          "visual.class_embedding (OpenAI, open_clip), so it holds no CLIP vision transformer")
+    # `vision_model.` or `visual.` or nothing; before it stands what torch.compile and DataParallel add.
+    prefix = found[0].removesuffix("class_embedding").removesuffix("embeddings.")
     tower = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    if cls == "class_embedding":
+    if "class_embedding" in tower:
         tower = from_openai(tower)
     unused = ("post_layernorm.weight", "post_layernorm.bias", "proj", "embeddings.position_ids")
     return {name: tensor for name, tensor in tower.items() if name not in unused}
@@ -242,21 +238,19 @@ def read_settings(folder):
     """
     open_clip, path = folder / "open_clip_config.json", folder / "config.json"
     if open_clip.exists():
-        with reading(open_clip, "open_clip's config"):
-            if read_json(open_clip, "open_clip's config")["model_cfg"].get("quick_gelu") is not True:
+        with reading_json(open_clip, "open_clip's config") as config:
+            if config["model_cfg"].get("quick_gelu") is not True:
                 raise ValueError("quick_gelu is not set, and only quick-GELU is supported, not GELU")
     if not path.exists():
         if not open_clip.exists():
             print(f"note: {folder} has no config.json; the ViT is taken to have quick-GELU, as OpenAI's",
                   file=sys.stderr)
         return None, 1e-5
-    with reading(path, "CLIP's config.json"):
-        config = read_json(path, "CLIP's config.json")
+    with reading_json(path, "CLIP's config.json") as config:
         config |= config.get("vision_config") or {}     # of a whole CLIP
         if config.get("hidden_act", "quick_gelu") != "quick_gelu":
             raise ValueError(f"hidden_act is {config['hidden_act']!r}, but only 'quick_gelu' is supported")
-        heads = config.get("num_attention_heads")
-        return heads, float(config.get("layer_norm_eps", 1e-5))
+        return config.get("num_attention_heads"), float(config.get("layer_norm_eps", 1e-5))
 
 
 def load_vit(path, device="cpu"):

@@ -12,24 +12,20 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from base.console import Progress, UserError, read_json, reading, whole_file
+from base.console import Progress, UserError, reading, reading_json, whole_file
 from base.linear import quantize
 
 
-def shard_files(folder, what):
+def shard_files(folder):
     """The safetensors files of a folder in the Hugging Face layout: model.safetensors, or the shards that
-    its index names.
+    its index names (in its own folder, whatever path it gives).
     """
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
+    path = folder / "model.safetensors.index.json"
+    if not path.exists():
         return [folder / "model.safetensors"]
-    weight_map = read_json(index, f"the index of {what}")
-    with reading(index, f"the index of {what}"):
-        shards = sorted(set(weight_map["weight_map"].values()))
-        outside = [name for name in shards if Path(name).name != name]
-        if outside:
-            raise ValueError(f"it names {outside[0]!r}, which is not in its own folder")
-    return [folder / name for name in shards]
+    with reading_json(path, "the index of LLaMA's weights") as index:
+        names = {Path(name).name for name in index["weight_map"].values()}
+        return [folder / name for name in sorted(names)]
 
 
 def open_tensors(path, what, run_id=None):
@@ -38,18 +34,16 @@ def open_tensors(path, what, run_id=None):
     run_id  which the file's metadata must hold, or None
     """
     with reading(path, what), safe_open(path, framework="pt") as file:
-        check_run((file.metadata() or {}).get("run"), run_id)
+        if run_id:
+            check_run((file.metadata() or {}).get("run"), run_id)
         return {name: file.get_tensor(name) for name in file.keys()}
 
 
 def check_run(found, run_id):
-    """ValueError if the run id found in a file is not that of the run whose folder it is in; None: any will
-    do.
-    """
-    if run_id is not None and found is None:
-        raise ValueError("it does not say which run it is of: an older version wrote it; train again")
-    if run_id is not None and found != run_id:
-        raise ValueError("it is of another run than the config.json beside it; put the right file back")
+    """ValueError if the run id found in a file is not that of the run whose folder it is in."""
+    if found != run_id:
+        raise ValueError("it is of another run than the config.json beside it, or of an older version; put "
+                         "the right file back, or train again")
 
 
 def read_state_dict(path, what):
@@ -76,22 +70,18 @@ def load_strict(module, tensors, where, names=lambda name: name, dtype=None, dev
     Errors   UserError that names tensors that are missing, unexpected, of another shape, or not
              floating-point
     """
-    parameters = {names(name): (name, parameter.shape) for name, parameter in module.named_parameters()}
-    problems = [f"{name} is missing" for name in parameters if name not in tensors]
-    problems += [f"{name} is unexpected" for name in tensors if name not in parameters]
-    for name, (_, shape) in parameters.items():
-        tensor = tensors.get(name)
-        if tensor is not None and (tensor.shape != shape or tensor.dtype not in FLOATS):
-            problems.append(f"{name} is {tuple(tensor.shape)} {tensor.dtype}, expected {tuple(shape)} "
-                            "of fp16, bf16 or fp32")
+    parameters = dict(module.named_parameters())
+    problems = differences({names(name): parameter for name, parameter in parameters.items()}, tensors)
+    problems += [f"{name} is {tensor.dtype}, expected fp16, bf16 or fp32"
+                 for name, tensor in tensors.items() if not tensor.is_floating_point()]
     if problems:
         raise UserError(f"{where}: {len(problems)} tensors do not fit the model that the config describes: "
                         f"{'; '.join(problems[:3])}. Are config and weights of the same model?")
     with Progress("loading", len(parameters), "tensors") as progress:
-        for official, (name, _) in parameters.items():
+        for name in parameters:
             owner_name, _, leaf = name.rpartition(".")
             owner = module.get_submodule(owner_name)
-            tensor = tensors.pop(official)
+            tensor = tensors.pop(names(name))
             if leaf == "weight" and isinstance(owner, int8):
                 tensor, scale = quantize(tensor.to(device))
                 owner.scale = nn.Parameter(scale, requires_grad=False)
@@ -101,7 +91,12 @@ def load_strict(module, tensors, where, names=lambda name: name, dtype=None, dev
             progress.step()
 
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+def differences(parameters, tensors):
+    """What differs in the names and shapes of {name: parameter} and {name: tensor}, as a list of texts."""
+    model = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    here = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    return [f"{name} is {here.get(name, 'absent')} here and {model.get(name, 'absent')} in the model"
+            for name in model | here if here.get(name) != model.get(name)]
 
 
 def restore(parameters, tensors, where):
@@ -109,13 +104,9 @@ def restore(parameters, tensors, where):
 
     Errors  UserError if names or shapes differ, or a value is not finite.  Nothing was copied then.
     """
-    expected = {name: tuple(p.shape) for name, p in parameters.items()}
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    differ = sorted(name for name in expected | shapes if expected.get(name) != shapes.get(name))
-    if differ:
-        name = differ[0]
-        raise UserError(f"{where}: does not fit this model in {len(differ)} tensors: {name} is "
-                        f"{shapes.get(name, 'absent')} here and {expected.get(name, 'absent')} in the model. "
+    problems = differences(parameters, tensors)
+    if problems:
+        raise UserError(f"{where}: does not fit this model in {len(problems)} tensors: {problems[0]}. "
                         "Was it trained with another LLaMA, ViT or adapter?")
     check_finite(tensors, where)
     with torch.no_grad():

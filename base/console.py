@@ -3,6 +3,7 @@ written.
 """
 
 import difflib
+import fcntl
 import json
 import os
 import pickle
@@ -14,11 +15,6 @@ import traceback
 import uuid
 from contextlib import contextmanager, suppress
 from pathlib import Path
-
-try:
-    import fcntl
-except ImportError:                                     # Windows: a folder is not locked there
-    fcntl = None
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -51,11 +47,11 @@ def run(main, name=None):
     output.
     name  of the command in the line; default: its file's
     """
-    for stream in ("stdout", "stderr"):                 # closed, or not Python's own as in a notebook
-        if getattr(sys, stream) is None:
-            setattr(sys, stream, open(os.devnull, "w", encoding="utf-8"))
-        elif hasattr(getattr(sys, stream), "reconfigure"):
-            getattr(sys, stream).reconfigure(errors="backslashreplace")
+    for place in ("stdout", "stderr"):                  # closed, or not Python's own as in a notebook
+        stream = getattr(sys, place) or open(os.devnull, "w")
+        setattr(sys, place, stream)
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     code, message = 0, None
     try:
         try:
@@ -147,20 +143,20 @@ def reading(path, what):
         raise UserError(f"{path}: cannot be read as {what}: {problem}") from error
 
 
-KINDS = (                                               # how a file begins, and what it is then
-    (b"version https://git-lfs", "a git-LFS pointer and not the file itself (git lfs pull)"),
-    (b"\x00\x05\x16\x07", "a macOS resource fork (`._` file), not the file itself"),
-    (b"<", "an HTML or XML page, such as a server sends with an error"),
-    (b"\xff\xfe", "UTF-16 text; save it as UTF-8"),
-    (b"\xfe\xff", "UTF-16 text; save it as UTF-8"),
-    (b"PK", "a zip archive or an Excel workbook; save a table as tab-separated text (UTF-8)"),
-    (b"\xd0\xcf\x11\xe0", "an Excel workbook; save it as tab-separated text (UTF-8)"),
-    (b"\x1f\x8b", "a gzip archive; unpack it first"),
-    (b"%PDF", "a PDF"),
-    (b"GGUF", "a GGUF file"),
-    (b"Entry not found", "a server's error message"),
-    (b"Access to model", "a server's error message"),
-)
+KINDS = {                                               # how a file begins, and what it is then
+    b"version https://git-lfs": "a git-LFS pointer and not the file itself (git lfs pull)",
+    b"\x00\x05\x16\x07": "a macOS resource fork (`._` file), not the file itself",
+    b"<": "an HTML or XML page, such as a server sends with an error",
+    b"\xff\xfe": "UTF-16 text; save it as UTF-8",
+    b"\xfe\xff": "UTF-16 text; save it as UTF-8",
+    b"PK": "a zip archive or an Excel workbook; save a table as tab-separated text (UTF-8)",
+    b"\xd0\xcf\x11\xe0": "an Excel workbook; save it as tab-separated text (UTF-8)",
+    b"\x1f\x8b": "a gzip archive; unpack it first",
+    b"%PDF": "a PDF",
+    b"GGUF": "a GGUF file",
+    b"Entry not found": "a server's error message",
+    b"Access to model": "a server's error message",
+}
 
 
 def what_is(path):
@@ -178,15 +174,22 @@ def what_is(path):
         return None
     if head[4:8] == b"ftyp":
         return "an HEIC or AVIF photo, or a video; save it as JPEG"
-    return next((kind for start, kind in KINDS if head.lstrip().startswith(start)), None)
+    return next((kind for start, kind in KINDS.items() if head.lstrip().startswith(start)), None)
 
 
-def read_json(path, what):
-    """The JSON object in a file."""
+@contextmanager
+def reading_json(path, what):
+    """`reading` of the JSON object in a file, which it yields."""
     with reading(path, what):
         value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
         if not isinstance(value, dict):
             raise ValueError(f"it holds a {type(value).__name__}, not an object {{...}}")
+        yield value
+
+
+def read_json(path, what):
+    """The JSON object in a file."""
+    with reading_json(path, what) as value:
         return value
 
 
@@ -263,11 +266,7 @@ def locked(folder, doing):
 
     doing  what the process does there, for the message: "training"
     """
-    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if fcntl is None:
-        yield folder
-        return
     held = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -326,7 +325,7 @@ class Progress:
         now = time.monotonic()
         if now >= self.next_print:
             self.show(note, "" if self.terminal else "\n")
-            self.next_print = now + (0.1 if self.terminal else min(30, max(5, (now - self.start) / 10)))
+            self.next_print = now + (0.1 if self.terminal else 10)
 
     def show(self, note, end):
         seconds = time.monotonic() - self.start

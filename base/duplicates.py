@@ -44,30 +44,10 @@ def signs(images=None):
     return keys
 
 
-def groups(*keys):
-    """[a name of a group for each product]: products that share a key are in one group, also in a chain.
-
-    keys  lists of the products' keys, one list for each sign
-    """
-    parent = {}                                         # of products, and of the keys that join them
-
-    def root(node):
-        while node in parent:
-            node = parent[node]
-        return node
-
-    for i, its_keys in enumerate(zip(*keys)):
-        for sign_and_key in enumerate(its_keys):
-            if sign_and_key[1] is not None and root(i) != root(sign_and_key):
-                parent[root(i)] = root(sign_and_key)
-    return [root(i) for i in range(len(keys[0]))]
-
-
 def across(parts, keys):
-    """Duplicates of train in the other splits: yields (split, sign, [(product, its twin in train)]).
+    """Duplicates of train in the other splits: yields (split, sign, [(product, its twins in train)]).
 
     parts  {split: products}, with "train" among them;  keys: {sign: function}, as of signs()
-    Of several twins the first with the product's own value is named, else the first.
     """
     for sign, key in keys.items():
         with Progress(f"comparing {sign}", sum(map(len, parts.values())), "products") as progress:
@@ -78,13 +58,9 @@ def across(parts, keys):
             in_train.pop(None, None)
             for part, products in parts.items():
                 if part != "train":
-                    yield part, sign, [(p, max(in_train[its_key], key=lambda twin: same_label(p, twin)))
+                    yield part, sign, [(p, in_train[its_key])
                                        for p in products if (its_key := key(p)) in in_train]
                     progress.step(len(products))
-
-
-def same_label(one, other):
-    return (one.attribute, one.value) == (other.attribute, other.value)
 
 
 def not_in(train, products, images=None):

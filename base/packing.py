@@ -19,8 +19,7 @@ A comparison is about twice as long as a base question.  So the sequences of a t
 buckets, the shorter and the longer; the table of the second follows that of the first.
 
 Padding stands after the last token of its sequence.  In training and for prompts, causal attention hides
-it.  When answers are generated, its keys are in the KV cache; there the mask hides every place after the new
-token.
+it.  When answers are generated, its keys are in the KV cache; there the mask hides them.
 """
 
 from dataclasses import dataclass
@@ -32,36 +31,31 @@ import torch
 class Tokens:
     """The tokens of a forward pass.
 
-    ids, position, table, back   as in the drawing above; table None: one token for each sequence, T = 1, and
-            back is the sequence's row in the KV cache
+    ids, position, table, back   as in the drawing above
+    needed   (M,): indices of the tokens whose logits are used, sequence after sequence
     buckets  (B, T) of each bucket of sequences in the table
-    needed   (M,): indices of the tokens whose logits are used, sequence after sequence; None: all N, in order
-    mask     (B, 1, T, S), added to the scores: -infinity where a query may not see a key; None: causal
+    mask     (B, 1, 1, S), added to the scores: -infinity where a new token may not see a key; None: causal
              attention among the T tokens of each sequence
     """
 
     ids: torch.Tensor
     position: torch.Tensor
-    table: torch.Tensor | None
+    table: torch.Tensor
     back: torch.Tensor
-    buckets: list | None = None
-    needed: torch.Tensor | None = None
+    needed: torch.Tensor
+    buckets: list
     mask: torch.Tensor | None = None
 
     def pad(self, x):
         """(N, heads, d) -> (B, heads, T, d) of each bucket.  The gradient of a shared token is the sum over
         its sequences.
         """
-        if self.table is None:
-            return [x[:, :, None]]
         rows = x.flatten(1).index_select(0, self.table)                         # (sum of B T, heads d)
         parts = rows.split([B * T for B, T in self.buckets])
         return [part.view(*bucket, *x.shape[1:]).transpose(1, 2) for part, bucket in zip(parts, self.buckets)]
 
     def unpad(self, y):
         """(B, heads, T, d) of each bucket -> (N, heads d)"""
-        if self.table is None:
-            return y[0].flatten(1)
         rows = torch.cat([bucket.transpose(1, 2).flatten(2).flatten(0, 1) for bucket in y])
         return rows.index_select(0, self.back)
 
@@ -83,10 +77,7 @@ def pack(sequences, n_needed=None, device="cpu", bucketed=False):
                 position.append(depth)
             path.append(before)
         paths.append(path)
-    needed = None
-    if n_needed is not None:
-        last = [node for path, n in zip(paths, n_needed) for node in path[len(path) - n:]]
-        needed = to_device(last, device)                                        # (M,)
+    needed = [node for path, n in zip(paths, n_needed or map(len, paths)) for node in path[len(path) - n:]]
     # A third of the way from the shortest to the longest: between base questions and comparisons.
     # experiments/speed.py prints how much padding is left.
     shortest, longest = min(map(len, paths)), max(map(len, paths))
@@ -101,22 +92,23 @@ def pack(sequences, n_needed=None, device="cpu", bucketed=False):
             for t, node in enumerate(path):
                 back[node] = len(table) + t
             table += path + [0] * (T - len(path))
-    return Tokens(*(to_device(x, device) for x in (ids, position, table, back)), buckets, needed)
+    return Tokens(*(to_device(x, device) for x in (ids, position, table, back, needed)), buckets)
 
 
-def next_tokens(ids, position, dtype=torch.float32):
-    """Tokens of one new token for each of B sequences, whose earlier tokens are in the KV cache.
+def next_tokens(ids, lengths, step, dtype=torch.float32):
+    """Tokens of one new token for each of B sequences, whose earlier tokens are in the KV cache: first the
+    prompts with their padding, then the tokens of `step` earlier steps.
 
-    ids (B,); position: a list of B, where each new token stands in its sequence; dtype: of the mask
+    ids (B,); lengths: a list of B, of the prompts; dtype: of the mask
     """
-    S = max(position) + 1
-    position = to_device(position, ids.device)                                  # (B,)
+    T, S = max(lengths), max(lengths) + step + 1
+    lengths = to_device(lengths, ids.device)                                    # (B,)
     # A GPU's kernel needs rows of a multiple of 8 numbers in memory; else each layer copies the mask.
     key = torch.arange((S + 7) // 8 * 8, device=ids.device)
-    later = key > position[:, None, None, None]
-    mask = torch.zeros(later.shape, dtype=dtype, device=ids.device).masked_fill(later, float("-inf"))
+    padding = (key >= lengths[:, None, None, None]) & (key < T)
+    mask = torch.zeros(padding.shape, dtype=dtype, device=ids.device).masked_fill(padding, float("-inf"))
     rows = torch.arange(len(ids), device=ids.device)
-    return Tokens(ids, position, None, rows, mask=mask[..., :S])                # (B, 1, 1, S)
+    return Tokens(ids, lengths + step, rows, rows, rows, [(len(ids), 1)], mask[..., :S])        # (B, 1, 1, S)
 
 
 def to_device(numbers, device, dtype=None):

@@ -6,7 +6,6 @@ newline or a quote is quoted, and a quote in it is doubled.  The reader also kno
 
 import csv
 import io
-from pathlib import Path
 
 from base.console import UserError, did_you_mean, reading, write_text
 
@@ -95,21 +94,15 @@ def read_header(cells, required, separators):
     return header
 
 
-def read_tsv(path, what="a data set's TSV", required=COLUMNS, problems=None):
+def read_tsv(path, what="a data set's TSV", required=COLUMNS):
     """Yield (line, {column: cell}) of each row of a file.  UserError, with file and line, for whatever is
     wrong.
-
-    problems  a list, which gets what is wrong with a row instead; the rows after it are read
     """
-    path = Path(path)
     with reading(path, what), open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         for line, row in read_rows(file, required):
-            if isinstance(row, dict):
-                yield line, row
-            elif problems is None:
+            if isinstance(row, ValueError):
                 raise UserError(f"{path}, line {line}: {row}")
-            else:
-                problems.append(f"{path}, line {line}: {row}")
+            yield line, row
 
 
 def tsv_line(cells):

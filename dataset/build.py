@@ -9,7 +9,7 @@ import hashlib
 from collections import Counter, defaultdict
 
 from base.console import Progress, locked, reading
-from base.duplicates import groups, photo_key, title_key
+from base.duplicates import photo_key, title_key
 from base.tsv import write_tsv
 from dataset.mentions import folded, mentions, without
 from dataset.photos import download
@@ -126,6 +126,25 @@ def table_rows(products, chosen, spellings):
                                           attribute, value])
                     photo_urls[asin] = urls
     return rows, photo_urls
+
+
+def groups(*keys):
+    """[a name of a group for each product]: products that share a key are in one group, also in a chain.
+
+    keys  lists of the products' keys, one list for each sign
+    """
+    parent = {}                                         # of products, and of the keys that join them
+
+    def root(node):
+        while node in parent:
+            node = parent[node]
+        return node
+
+    for i, its_keys in enumerate(zip(*keys)):
+        for sign_and_key in enumerate(its_keys):
+            if sign_and_key[1] is not None and root(i) != root(sign_and_key):
+                parent[root(i)] = root(sign_and_key)
+    return [root(i) for i in range(len(keys[0]))]
 
 
 def split(rows, images, seed, dataset):

@@ -9,9 +9,9 @@ from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from shlex import quote
 
-from base.console import Progress, UserError
-from base.duplicates import across, same_label, signs
-from base.tsv import read_tsv
+from base.console import Progress, UserError, reading
+from base.duplicates import across, signs
+from base.tsv import read_rows
 from data import product_of
 from dataset.mentions import clean, find, folded, mentions
 from dataset.stats import SPLITS, photo_problem, print_table
@@ -62,11 +62,15 @@ def examine(folder, labels=1, image=True, most=3):
         path = folder / f"{part}.tsv"
         products = []
         try:
-            for line, row in read_tsv(path, problems=problems):
-                try:
-                    products.append(product_of(row, NEEDED))
-                except ValueError as error:
-                    problems.append(f"{path}, line {line}: {error}")
+            with (reading(path, "a data set's TSV"),
+                  open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file):
+                for line, row in read_rows(file):
+                    try:
+                        if isinstance(row, ValueError):
+                            raise row
+                        products.append(product_of(row, NEEDED))
+                    except ValueError as error:
+                        problems.append(f"{path}, line {line}: {error}")
             if not products:
                 problems.append(f"{path}: has a header but no products")
         except UserError as error:
@@ -135,9 +139,16 @@ def value_findings(counts, labels):
            [f"{attribute}: {', '.join(same)}" for (attribute, _), same in alike.items() if len(same) > 1])
 
 
+def same_label(one, other):
+    return (one.attribute, one.value) == (other.attribute, other.value)
+
+
 def duplicate_findings(parts, images):
-    """Products of val and test that training has shown."""
-    for part, sign, pairs in across(parts, {"the same id": lambda p: p.id, **signs(images)}):
+    """Products of val and test that training has shown.  Of several twins there the first with the product's
+    own value is named, else the first.
+    """
+    for part, sign, found in across(parts, {"the same id": lambda p: p.id, **signs(images)}):
+        pairs = [(p, max(twins, key=lambda twin: same_label(p, twin))) for p, twins in found]
         same = sum(same_label(*pair) for pair in pairs)
         yield (SPOILS, f"products of {part}.tsv with {sign} as one of train.tsv: of {len(parts[part]):,}, "
                f"{same:,} of them with the same label; their score measures memory",

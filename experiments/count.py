@@ -97,10 +97,16 @@ def count(what, model, peer, examples, n, cls_tokens):
     show(f"{what}: training step", lambda: model(examples, cls_tokens).backward())
     show(f"{what}: the same, transformers", lambda: peer.loss(examples, cls_tokens).backward())
     ids = torch.ones(n, dtype=torch.long, device="meta")
-    cache = model.llama.new_cache(n, 64)
+    cache = model.llama.new_cache()
+    prompts = pack([[1] * 63] * n, [1] * n, "meta")
     with torch.no_grad():
-        show(f"{what}: a token of {n} products", lambda: model.logits(model.llama(
-            model.llama.embed(ids), next_tokens(ids, [63] * n, model.llama.compute_dtype), cache)).argmax(-1))
+        model.llama(model.llama.embed(prompts.ids), prompts, cache)
+
+        def token():
+            tokens = next_tokens(ids, [63] * n, 0, model.llama.compute_dtype)
+            return model.logits(model.llama(model.llama.embed(ids), tokens, cache)).argmax(-1)
+
+        show(f"{what}: a token of {n} products", token)
         show(f"{what}: the same, transformers", lambda: peer.llama(ids[:, None]).logits.argmax(-1))
 
 

@@ -101,7 +101,7 @@ def answer_batches(run, products, values, temperature, top_p, progress=None, ran
     takes.
     """
     answered = {}
-    for number, batch in enumerate(batches(run, products, values)):
+    for number, batch in enumerate(batches(products, values)):
         if number % size == rank:
             answered |= answer_batch(run, products, batch, values, temperature, top_p)
         if progress:
@@ -109,18 +109,15 @@ def answer_batches(run, products, values, temperature, top_p, progress=None, ran
     return dict(sorted(answered.items()))
 
 
-def batches(run, products, values):
+def batches(products, values):
     """Products that are answered together: a list of lists of indices.
 
-    They are sorted by length to save padding; but the attributes of a product stay together, because their
-    sequences begin with the same tokens: BOS, I' and "Question: What is the".  base/packing.py computes those
-    once.
+    They are sorted by the length of their texts to save padding.  The attributes of a product stay together
+    as in the file; their sequences begin with the same tokens: BOS, I' and "Question: What is the".
+    base/packing.py computes those once.
     """
     size = ANSWER_BATCH if values is None else SCORE_BATCH
-    longest = {}                                        # of the prompts of a product, in characters
-    for p in products:
-        longest[p.id] = max(longest.get(p.id, 0), len(base_question(p, run.config.text).prompt))
-    order = sorted(range(len(products)), key=lambda i: longest[products[i].id])
+    order = sorted(range(len(products)), key=lambda i: len(products[i].context))
     return [order[start:start + size] for start in range(0, len(order), size)]
 
 
@@ -159,13 +156,11 @@ def score_values(model, batch, lists, cls_tokens):
     """log p(R | X) of each value: for each example of the batch a list of floats, one for each value of its
     list.
     """
-    pairs = [(example, encode_answer(value, model.tokenizer))
-             for example, names in zip(batch, lists) for value in names]
+    examples = [example._replace(answer=encode_answer(value, model.tokenizer))
+                for example, names in zip(batch, lists) for value in names]
     log_p = []
-    for start in range(0, len(pairs), SCORE_VALUES):    # an attribute may have hundreds of values
-        examples, answers = zip(*pairs[start:start + SCORE_VALUES])
-        # one candidate for each example
-        log_p += [lp for [lp] in model.score(examples, [[R] for R in answers], cls_tokens)]
+    for start in range(0, len(examples), SCORE_VALUES):  # an attribute may have hundreds of values
+        log_p += model.score(examples[start:start + SCORE_VALUES], cls_tokens)
     log_p = iter(log_p)
     return [[next(log_p) for _ in names] for names in lists]
 
@@ -223,11 +218,9 @@ def problem_of(run, product, longest, compared=False):
     config, limit = run.config, run.model.llama.config.max_position_embeddings
     p = replace(product, value=longest.get(product.attribute, product.value))
     example = comparison(p, p, config.lbc, config.text) if compared else base_question(p, config.text)
-    tokens = 1 + len(example.photos) * (len(run.photo_features.cls_layers) if run.photo_features else 0)
-    if tokens + len(f"{example.prompt}{example.answer}".encode()) < limit:
-        return None  # a token is a byte or more, so nothing has to be tokenised
     [encoded], _ = encode_examples([example], run.model.tokenizer)
-    tokens += len(encoded.prompt) + len(encoded.answer)
+    K = len(run.photo_features.cls_layers) if run.photo_features else 0
+    tokens = 1 + K * len(example.photos) + len(encoded.prompt) + len(encoded.answer)
     if tokens <= limit:
         return None
     what = "a comparison with a product as long" if compared else "its question"

@@ -153,13 +153,12 @@ class Sources(NamedTuple):
     vit: Path | None
 
 
-def find_sources(config, data_needed=True):
+def find_sources(config):
     """Sources: a path given wins, then the project's own folders, then the demo world.
 
     The demo world is used if nothing is given and nothing is there, with --demo, or by the name `demo`.  Real
     and demo data are never mixed unless you ask for it.  What was found is written into the config, so the
-    run keeps using it.
-    data_needed  whether anything will be read from the data's folder
+    run keeps using it.  Whether the data's folder is there, data.read_split says.
     """
     real_data = any(DATA.glob("[!.]*"))                 # `dataset build` begins with a hidden folder
     there = (config.data, config.llama, config.vit, real_data, LLAMA.exists(), VIT.exists())
@@ -170,10 +169,10 @@ def find_sources(config, data_needed=True):
 
     def find(name, default, small, what, how):
         path = getattr(config, name)
-        if path == "demo" and small:
+        if path == "demo":
             return small
         path = Path(os.path.abspath(path or default))   # links stay: a Hugging Face cache is made of them
-        if not path.exists() and (data_needed or name != "data"):
+        if not path.exists():
             raise UserError(f"--{name}: {what} should be in {path}, which does not exist; {how}. "
                             "Everything from the demo world: --demo")
         setattr(config, name, str(path))
@@ -183,8 +182,8 @@ def find_sources(config, data_needed=True):
         with processes.one_first():
             data = world.write_dataset()
     else:
-        data = find("data", DATA, None, "the data sets",
-                    "build or import them with python -m dataset (docs/data.md)")
+        data = Path(os.path.abspath(config.data or DATA))
+        config.data = str(data)
     llama = find("llama", LLAMA, world.LLAMA, "LLaMA-7B's weights",
                  "put them there (docs/weights.md), name another folder, or take the small one: --llama demo")
     vit = None
@@ -257,11 +256,9 @@ def choose_threads(config, model, stream=None):
     if config.threads:
         torch.set_num_threads(config.threads)
     elif "OMP_NUM_THREADS" not in os.environ and model.device.type == "cpu" and all_threads > 1:
-        x = torch.ones(64, model.llama.config.hidden_size, dtype=model.llama.compute_dtype)
-        call = {"mlp": model.llama.layers[0].mlp, "x": x}
-        seconds = {threads: Timer("mlp(x)", globals=call, num_threads=threads).blocked_autorange().median
-                   for threads in (1, all_threads)}
-        best = min(seconds, key=seconds.get)
+        call = {"mlp": model.llama.layers[0].mlp, "x": torch.ones(64, model.llama.config.hidden_size)}
+        best = min((1, all_threads), key=lambda threads: Timer(
+            "mlp(x)", globals=call, num_threads=threads).blocked_autorange().median)
         torch.set_num_threads(best)
         print(f"CPU threads: {best} of {all_threads}, measured; --threads N sets another number", file=stream,
               flush=True)
@@ -278,9 +275,6 @@ def build_model(config, sources, device):
     llama, tokenizer = load_llama(sources.llama, dtype, device, int8=config.dtype == "int8")
     llama.grad_checkpoint = config.grad_checkpoint
     torch.manual_seed(config.seed)                      # the initial values of adapters and projector
-    try:
-        model = EIVEN(llama, tokenizer, photo_features.width if photo_features else None,
-                      config.adapter, config.adapter_dim, config.projector_dim)
-    except ValueError as error:
-        raise UserError(f"--adapter-dim {config.adapter_dim}: {error}") from None
+    model = EIVEN(llama, tokenizer, photo_features.width if photo_features else None,
+                  config.adapter, config.adapter_dim, config.projector_dim)
     return model, photo_features

@@ -8,6 +8,7 @@ gives another file.
 
 import hashlib
 import os
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -24,7 +25,6 @@ PREPROCESSING = "1"                                     # to be changed when ope
 RECENT = 4096  # photos whose features stay in memory: 50 MB with ViT-B/16
 THREADS = 8                                             # that decode photos; Pillow lets them run together
 AHEAD = 64                                              # photos that they decode while the ViT computes
-DIGEST = 32                                             # bytes at the start of a file: SHA-256 of the others
 
 
 class PhotoFeatures:
@@ -100,7 +100,7 @@ class PhotoFeatures:
             key = hashlib.file_digest(file, lambda: hashlib.sha256(self.vit_key)).hexdigest()
         try:
             self._load(key)
-        except (OSError, ValueError):
+        except (OSError, zlib.error):
             return key, preprocess(open_photo(path), self.vit.config.image_size)
         return key, None
 
@@ -110,11 +110,9 @@ class PhotoFeatures:
         if not tokens.isfinite().all():
             raise UserError("the ViT gives features that are not finite: its weights are damaged. "
                             "Download them again")
-        values = tokens.numpy().tobytes()
-        content = hashlib.sha256(values).digest() + values
         try:
             with own_copy(self.folder / key[:2] / key) as own:
-                own.write_bytes(content)
+                own.write_bytes(zlib.compress(tokens.numpy()))          # with a checksum
         except OSError as error:
             raise UserError(f"{self.folder}: features of photos cannot be kept there ({error.strerror}). "
                             "Make room, or name another folder with the environment variable EIVEN_CACHE"
@@ -123,10 +121,7 @@ class PhotoFeatures:
     def _load(self, key):
         """The features (all layers, V) of a photo.
 
-        Errors  OSError if they are not there, ValueError if their file is damaged
+        Errors  OSError if they are not there, zlib.error if their file is damaged
         """
-        content = (self.folder / key[:2] / key).read_bytes()
-        values = content[DIGEST:]
-        if hashlib.sha256(values).digest() != content[:DIGEST]:
-            raise ValueError(f"{self.folder}: the features {key} are damaged; start the command again")
+        values = zlib.decompress((self.folder / key[:2] / key).read_bytes())
         return torch.frombuffer(bytearray(values), dtype=torch.float32).view(-1, self.width)

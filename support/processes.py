@@ -28,19 +28,14 @@ from base.console import UserError, reason
 WAIT = timedelta(days=7)                                # for others: process 0 may compute features for hours
 
 
-def connected():
-    """Whether this process has joined others."""
-    return distributed.is_available() and distributed.is_initialized()
-
-
 def size():
     """The number of processes."""
-    return distributed.get_world_size() if connected() else 1
+    return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
 def rank():
     """The number of this process, from 0."""
-    return distributed.get_rank() if connected() else 0
+    return distributed.get_rank() if distributed.is_initialized() else 0
 
 
 # ---------------------------------------------------------------------------------------- values
@@ -56,24 +51,21 @@ def exchange():
                         "A training continues with --resume RUN") from error
 
 
-def broadcast(value=None):
-    """The value that process 0 gives, in every process: any object that pickle takes."""
-    if size() == 1:
-        return value
-    box = [value]
-    with exchange():
-        distributed.broadcast_object_list(box)
-    return box[0]
+def gather(value=None):
+    """The values of all processes, a list in order of rank: any objects that pickle takes.
 
-
-def gather(value):
-    """In process 0 the values of all processes, a list in order of rank; in the others []."""
-    if size() == 1:
-        return [value]
-    values = [None] * size() if rank() == 0 else []
-    with exchange():
-        distributed.gather_object(value, values or None)
+    It ends once all processes have come here.
+    """
+    values = [value] * size()
+    if len(values) > 1:
+        with exchange():
+            distributed.all_gather_object(values, value)
     return values
+
+
+def broadcast(value=None):
+    """The value that process 0 gives, in every process."""
+    return gather(value)[0]
 
 
 @contextmanager
@@ -84,8 +76,7 @@ def one_first():
     first = size() == 1 or os.environ["LOCAL_RANK"] == "0"
     if first:
         yield
-    gather(None)                                        # these two end once all have come here
-    broadcast()
+    gather()                                            # all come here
     if not first:
         yield
 
@@ -107,12 +98,12 @@ def check_same(what, values):
     values  {name: value}; the first that differs is named
     """
     gathered = gather(values)
-    differences = broadcast([
+    differences = [
         f"{what}: {name} is {ours!r:.200} in process 0 and {theirs.get(name)!r:.200} in process {other}"
         for other, theirs in enumerate(gathered)
         for name, ours in gathered[0].items()
         if theirs.get(name) != ours
-    ])
+    ]
     if differences and rank() > 0:                      # process 0 says it
         raise SystemExit(2)
     if differences:

@@ -166,12 +166,11 @@ def note_once(text):
     print(f"note: {text}", file=sys.stderr)
 
 
-def load(folder: str | os.PathLike, data_needed: bool = False, **changed) -> Run:
+def load(folder: str | os.PathLike, **changed) -> Run:
     """The Run in a run folder, ready to answer.
 
-    data_needed  whether products will be read from the data set's folder
-    changed      flags that replace the saved ones: those of MACHINE
-    Errors       UserError: no run, not finished, other weights than in training; TypeError: another flag
+    changed  flags that replace the saved ones: those of MACHINE
+    Errors   UserError: no run, not finished, other weights than in training; TypeError: another flag
     """
     folder = Path(folder)
     config, record = read_config(folder)
@@ -182,7 +181,7 @@ def load(folder: str | os.PathLike, data_needed: bool = False, **changed) -> Run
     if not trained.exists():
         raise UserError(f"{folder}: its training is not finished; continue it with "
                         f"python train.py --resume {quote(str(folder))}")
-    sources = find_sources(config, data_needed)
+    sources = find_sources(config)
     check_weights(folder, record, sources)
     model, photo_features = build_model(config, sources, choose_device(config.device))
     model.load(trained, record["id"])

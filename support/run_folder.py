@@ -14,7 +14,7 @@ from shlex import quote
 import torch
 
 from base.checkpoint import check_run, fingerprint, restore, shard_files
-from base.console import PROJECT, UserError, locked, read_json, reading, whole_file, write_json, write_text
+from base.console import PROJECT, UserError, locked, reading, reading_json, whole_file, write_json, write_text
 from support import processes
 from support.config import Config, fits
 from vit import weight_file
@@ -65,9 +65,8 @@ def read_config(folder):
     The dict's "id" is a hash of the file: the same in adapter.safetensors, state.pt and calibration.json of
     the run.
     """
-    path, what = Path(folder) / "config.json", "a run's config.json (train.py writes it)"
-    record = read_json(path, what)
-    with reading(path, what):
+    path = Path(folder) / "config.json"
+    with reading_json(path, "a run's config.json (train.py writes it)") as record:
         # A run of an older version lacks the newer flags: it has what is their default now.
         settings = {f.name: record.get(f.name, f.default) for f in fields(Config)}
         for f in fields(Config):
@@ -92,7 +91,7 @@ def weights_fingerprint(sources):
     With other weights of the same shape its adapters would load, and the answers would be nonsense.
     """
     llama = [sources.llama / "config.json", sources.llama / "tokenizer.model"]
-    llama += shard_files(sources.llama, "LLaMA's weights")
+    llama += shard_files(sources.llama)
     prints = {"llama": fingerprint(llama), "vit": None}
     if sources.vit:
         weights = weight_file(sources.vit)
@@ -116,10 +115,7 @@ def load_init(config, sources, model):
             raise UserError(f"--init {config.init}: that run has {name} = {getattr(other, name)}, this one "
                             f"{getattr(config, name)}; give it the same flag, or leave --init out")
     check_weights(config.init, record, sources)
-    trained = Path(config.init) / "adapter.safetensors"
-    if not trained.exists():
-        raise UserError(f"--init {config.init}: its training is not finished; --resume it first")
-    model.load(trained, record["id"])
+    model.load(Path(config.init) / "adapter.safetensors", record["id"])
     return record["id"]
 
 
@@ -156,9 +152,8 @@ class TrainingState:
     def save(self, step):
         if processes.rank() > 0:
             return
-        trained = {name: p.detach() for name, p in self.run.model.trainable_parameters().items()}
         with whole_file(self.path) as partial:
-            torch.save({"run": self.run.id, "step": step, "trained": trained,
+            torch.save({"run": self.run.id, "step": step, "trained": self.run.model.trainable_parameters(),
                         "optimizer": self.optimizer.state_dict(),
                         "scaler": self.scaler.state_dict()}, partial)
         self.saved = time.monotonic()
@@ -172,9 +167,7 @@ class TrainingState:
                 raise ValueError(f"step is {state['step']}, but the run has {self.steps} steps; start a new "
                                  "run")
             restore(self.run.model.trainable_parameters(), state["trained"], self.path)
-            # Settings of the optimizer come from train.py, not from the file.
-            groups = self.optimizer.state_dict()["param_groups"]
-            self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
+            self.optimizer.load_state_dict(state["optimizer"])
             if self.scaler.is_enabled() and state["scaler"]:        # a run that comes from a CPU has none
                 self.scaler.load_state_dict(state["scaler"])
             return state["step"]
@@ -203,13 +196,12 @@ def read_temperature(folder, run_id):
     """The calibration.json that support.confidence.calibrate wrote, or None if nothing was fitted yet.
     UserError for a file that does not hold it.
     """
-    path, what = folder / "calibration.json", "the temperature of a run's values"
+    path = folder / "calibration.json"
     if not path.exists():
         return None
-    calibration = read_json(path, what)
-    with reading(path, what):
+    with reading_json(path, "the temperature of a run's values") as calibration:
         check_run(calibration["run"], run_id)
         if not calibration["temperature"] > 0:
             raise ValueError("its temperature is not above 0; delete it, and fit it again: "
                              f"python evaluate.py {quote(str(folder))} --constrain --split val")
-    return calibration
+        return calibration

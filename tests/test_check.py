@@ -7,9 +7,10 @@ import pytest
 from conftest import SHARED, jpeg
 
 from base.console import UserError
-from base.duplicates import groups, title_key
+from base.duplicates import title_key
 from base.tsv import read_tsv, write_tsv
 from dataset.__main__ import main
+from dataset.build import groups
 from dataset.mentions import clean, folded, mentions, without
 from dataset.values import ATTRIBUTES, VALUES, read_values
 

@@ -102,7 +102,7 @@ ROW = Encoded((), [5, 6], [7, 2])
     (lambda m: m([]), "batch is empty"),
     (lambda m: m([ROW._replace(answer=[])]), "has no answer"),
     (lambda m: m.generate([ROW], seeds=["a", "b"]), "2 seeds for 1 examples"),
-    (lambda m: m.score([ROW], [[]]), "at least one answer"),
+    (lambda m: m.score([ROW._replace(answer=[])]), "has no answer"),
     (lambda m: m([ROW._replace(photos=(3,))], torch.ones(3, K, V)), r"holds 3 photos, .* \(3,\)"),
     (lambda m: m([ROW._replace(photos=(-1,))], torch.ones(3, K, V)), r"3 photos, .* \(-1,\)"),
     (lambda m: EIVEN(m.llama, m.tokenizer, None)([ROW], torch.ones(1, K, V)), "has no projector"),
@@ -129,7 +129,7 @@ def end_bias(model, ending):
 @torch.no_grad()
 @pytest.mark.parametrize("temperature, top_p, ending", [(0, 1.0, 2.2), (1.0, 0.95, 5.0)])
 def test_answers_of_a_batch_are_those_given_alone_and_of_full_passes(model, temperature, top_p, ending):
-    """The cache loses rows where answers of different lengths end; observe sees each step."""
+    """Answers of different lengths end one after the other; observe sees each step."""
     model.llama.grad_checkpoint = True                  # for training alone: it would pass by the cache
     end_bias(model, ending)
     settings = {"temperature": temperature, "top_p": top_p, "limit": 8}
@@ -137,7 +137,7 @@ def test_answers_of_a_batch_are_those_given_alone_and_of_full_passes(model, temp
 
     def observe(logits, uniform, drawn, running):
         assert drawn.equal(nucleus(logits, temperature, top_p, uniform))
-        seen.extend(zip(running, drawn.tolist()))
+        seen.extend((b, drawn[b].item()) for b in running)
 
     together = model.generate(EXAMPLES, CLS_TOKENS, range(4), observe=observe, **settings)
     assert len({len(ids) for ids, _ in together}) > 1
@@ -168,11 +168,9 @@ def test_draws_are_those_of_the_seed_and_of_the_papers_settings(model):
 def test_scores_are_those_of_each_answer_alone(model):
     """Answers that begin alike, of different lengths, by the plain model."""
     candidates = [[[5, 6, 2], [5, 6, 7, 2], [9, 2], [5, 2]], [[7, 2]], [[8, 9, 9, 9, 2], [8, 2]], [[7, 2]]]
-    scores = model.score(EXAMPLES, candidates, CLS_TOKENS)
-    for example, answers, log_p in zip(EXAMPLES, candidates, scores, strict=True):
-        for R, score in zip(answers, log_p, strict=True):
-            alone = answer_log_probs(model, example._replace(answer=R), CLS_TOKENS).sum().item()
-            assert score == pytest.approx(alone, rel=1e-4)
+    examples = [example._replace(answer=R) for example, answers in zip(EXAMPLES, candidates) for R in answers]
+    for example, score in zip(examples, model.score(examples, CLS_TOKENS), strict=True):
+        assert score == pytest.approx(answer_log_probs(model, example, CLS_TOKENS).sum().item(), rel=1e-4)
 
 
 def test_embeddings_beyond_the_pieces_are_never_written(tiny_config, tokenizer_file, tmp_path):
@@ -184,7 +182,7 @@ def test_embeddings_beyond_the_pieces_are_never_written(tiny_config, tokenizer_f
     model.llama.lm_head.bias = torch.nn.Parameter(50.0 * (torch.arange(pieces + 16) >= pieces))
     [(ids, p)] = model.generate(EXAMPLES[:1], CLS_TOKENS, limit=4)
     assert max(ids) < pieces
-    plain = model.score(EXAMPLES[:1], [[ids]], CLS_TOKENS)[0][0]
+    [plain] = model.score([EXAMPLES[0]._replace(answer=ids)], CLS_TOKENS)
     assert p == pytest.approx(math.exp(plain), rel=1e-4)
 
 
@@ -200,7 +198,7 @@ def test_logits_that_are_not_finite_are_an_error(model):
     with pytest.raises(FloatingPointError, match="example 0 are not finite"):
         model.generate(EXAMPLES, CLS_TOKENS)
     with pytest.raises(FloatingPointError, match="not finite"):
-        model.score(EXAMPLES, [[e.answer] for e in EXAMPLES], CLS_TOKENS)
+        model.score(EXAMPLES, CLS_TOKENS)
 
 
 # ---------------------------------------------------------------------------------------- nucleus

@@ -70,7 +70,7 @@ def test_an_interval_counts_products_and_a_floor_is_beaten_when_the_interval_is_
 
 def test_an_answer_does_not_depend_on_its_batch(run, data_root, monkeypatch):
     """Each product alone answers as among others: with its own photo, draws, values and temperature."""
-    loaded = evaluate.load(run, data_needed=True)
+    loaded = evaluate.load(run)
     randomize(loaded.model)
     loaded.calibration = {"temperature": 2.0}
     products = read_split(data_root, "shoes", "test")
@@ -181,7 +181,7 @@ def test_without_duplicates_of_train(flags, data_root, tmp_path, scored, capsys)
 
 
 def test_what_is_not_scored(scored, data_root, tmp_path):
-    with pytest.raises(UserError, match="--merge: .* int8"):
+    with pytest.raises(UserError, match="int8 weight cannot hold a merged"):
         scored("", "--merge", "--dtype", "int8")
     data = shutil.copytree(data_root, tmp_path / "data")
     shutil.copy(data / "images" / "B0001.jpg", data / "images" / "B0055.jpg")

@@ -22,7 +22,7 @@ from tools import explain, explain_page
 
 @pytest.fixture
 def loaded(run):
-    return evaluate.load(run, data_needed=True)
+    return evaluate.load(run)
 
 
 @pytest.fixture(scope="module")

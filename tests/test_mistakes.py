@@ -77,13 +77,13 @@ FILES = [
     (WEIGHTS, tensors({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6)}), None),
     (WEIGHTS, POINTER, "a git-LFS pointer"),
     (WEIGHTS, None, "model.safetensors: does not exist; LLaMA's weights"),
-    (CONFIG, {"num_hidden_layers": 4}, "layers.3.input_layernorm.weight is missing"),
+    (CONFIG, {"num_hidden_layers": 4}, "layers.3.input_layernorm.weight is absent here"),
     (CONFIG, {"vocab_size": 399}, "has 400 pieces, but config.json has 399"),
     (CONFIG, {"tie_word_embeddings": True}, "ties lm_head to the embeddings, but they differ"),
     (CONFIG, "[]", "holds a list, not an object"),
     (PIECES, POINTER, "a git-LFS pointer"),
     (PIECES, "IQ== 0\nIg== 1\n", r"SentencePiece model \(not tokenizer.json\)"),      # LLaMA 3 has tiktoken's
-    (INDEX, '{"weight_map": {"a": "../x.safetensors"}}', "not in its own folder"),
+    (INDEX, '{"weight_map": {"a": "../x.safetensors"}}', "shards/x.safetensors: does not exist"),
 
     (VIT, link, None),
     (VIT_CONFIG, {"num_attention_heads": True}, "True heads do not divide the width 24"),
@@ -199,10 +199,10 @@ FLAGS = """
 train --labels 0                        must be a whole number from 1 to 1,000,000,000 or 'all', but is '0'
 train --lr nan                          must be a number from 1e-12 to 100, but is 'nan'
 train --seed 1e3                        a whole number from 0
-train --adapter-dim 3                   --adapter-dim 3: a RepAdapter has 2 groups
+train --adapter-dim 3                   a RepAdapter has 2 groups: .*--adapter-dim 3
 train --device meta                     --device meta: cannot be used here
 train --device tpu9                     --device tpu9: cannot be used here
-train --data nowhere                    --data: .* should be in .*nowhere, which does not exist
+train --data nowhere                    no data set 'shoes' in .*nowhere: it holds none
 train --llama nowhere                   --llama: .* should be in .*nowhere, which does not exist
 train --vit nowhere                     --vit: .* should be in .*nowhere, which does not exist
 train --vit /dev/null                   is a pipe or a device

@@ -151,13 +151,12 @@ def test_what_is_given_wins_then_the_projects_own_folders_then_the_demo(empty, d
 @pytest.mark.parametrize("paths, said", [
     ({"data": "."}, "--llama: LLaMA-7B's weights should be in .*--llama demo"),
     ({"data": ".", "llama": "demo"}, "--vit: CLIP ViT-B/16's weights should be in .* --no-image"),
-    ({"llama": "demo"}, "--data: the data sets should be in .*python -m dataset"),
 ])
 def test_real_and_demo_are_never_mixed_unasked(empty, paths, said):
     with pytest.raises(UserError, match=said):
         find_sources(Config(**paths))
     assert find_sources(Config(**{"data": ".", **paths, "llama": "demo"}, image=False)).vit is None
-    assert find_sources(Config(data="gone", llama="demo", vit="demo"), data_needed=False).data.name == "gone"
+    assert find_sources(Config(data="gone", llama="demo", vit="demo")).data.name == "gone"
 
 
 # ---------------------------------------------------------------------------------------- settings

@@ -116,7 +116,7 @@ def test_an_export_is_an_ordinary_llama(run, says, data_root, tmp_path, monkeypa
     transformers = pytest.importorskip("transformers")
     out = tmp_path / "out"
     assert "the greatest difference of logits, merged against unmerged, is " in says("-m tools.export", out)
-    loaded = evaluate.load(run, data_needed=True)
+    loaded = evaluate.load(run)
     product = read_split(data_root, "shoes", "test")[0]
     prepare_photos(loaded, [product])
     examples, names = encode_examples([base_question(product)], loaded.model.tokenizer)

@@ -123,7 +123,7 @@ def test_batches_rates_and_held_out_values(flags, tmp_path, monkeypatch):
 @pytest.fixture
 def step(run, data_root):
     """(a run with random trained values, its optimizer at rate 0, 9 examples whose photos are prepared)."""
-    loaded = evaluate.load(run, data_needed=True)
+    loaded = evaluate.load(run)
     randomize(loaded.model)
     products = read_split(data_root, "shoes", "train")
     prepare_photos(loaded, products)

@@ -234,7 +234,7 @@ def answer_file(run, args, values, blocks):
     with processes.in_process_0(locked(args.parts, "answering a catalogue")):
         try:
             parts = answer_blocks(run, args, values, blocks)
-            processes.gather(None)                      # process 0 waits until all blocks are answered
+            processes.gather()                      # process 0 waits until all blocks are answered
             if processes.rank() > 0:
                 return None
 

@@ -130,7 +130,7 @@ def main():
     parser = run_parser("Follow one product from its photo to its answer; writes a page to RUN/explain/.")
     parser.add_argument("id", metavar="ID", nargs="?", help="of a product; or give --image and --text")
     args = parse_product(parser)
-    run, _ = load_run(args, sys.stderr, data_needed=bool(args.id))
+    run, _ = load_run(args, sys.stderr)
     if args.id:                                         # without --attribute all that it has
         products = [p for split in SPLITS for p in read_split(run.sources.data, run.config.dataset, split)
                     if p.id == args.id and args.attribute.lower() in ("", p.attribute.lower())]

@@ -85,7 +85,7 @@ def main():
         with torch.no_grad():
             before = model.answer_logits(batch)
             after = model.merge_adapters().answer_logits(batch)
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"{args.run}: cannot be merged: {error}") from None
     check_frozen(model.llama, run.sources.llama)        # a NaN would go into every answer of the export
     export(run, args.folder)
