@@ -171,16 +171,19 @@ def apply_rotary(x, cos, sin):
 class KVCache:
     """Keys (rotated) and values of one layer during generation, so that no token is computed twice.
 
-    kv  (B, 2 G, S, d): first those of the prompts with their padding, which later masks hide; then those of
-        each step, one token for each sequence, all in the same place
+    keys, values  (B, G, S, d): first those of the prompts with their padding, which later masks hide; then
+                  those of each step, one token for each sequence, all in the same place
     """
 
-    kv = None
+    keys = values = None
 
-    def append(self, kv):
-        """Store keys and values (B, 2 G, T, d) of new tokens; return all, (B, 2 G, S, d)."""
-        self.kv = kv if self.kv is None else torch.cat((self.kv, kv), dim=2)
-        return self.kv
+    def append(self, k, v):
+        """Store keys and values (B, G, T, d) of new tokens; return all, (B, G, S, d) each."""
+        if self.keys is not None:
+            k = torch.cat((self.keys, k), dim=2)
+            v = torch.cat((self.values, v), dim=2)
+        self.keys, self.values = k, v
+        return k, v
 
 
 def attend(q, k, v, mask):
@@ -207,7 +210,7 @@ class Attention(nn.Module):
         super().__init__()
         D, d, bias = config.hidden_size, config.head_dim, config.attention_bias
         H, G = config.num_attention_heads, config.num_key_value_heads
-        self.head_dim, self.heads = d, (H, 2 * G)
+        self.head_dim, self.qkv_heads = d, (H, G, G)
         self.q_proj = Linear(D, H * d, bias)
         self.k_proj = Linear(D, G * d, bias)
         self.v_proj = Linear(D, G * d, bias)
@@ -221,10 +224,9 @@ class Attention(nn.Module):
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))                   # (N, G, d)
         y = []
         for bucket in tokens.pad(torch.cat((qk, v), dim=1)):                    # (B, H + 2 G, T, d)
-            q, kv = bucket.split(self.heads, dim=1)                             # (B, H, T, d), (B, 2 G, T, d)
+            q, k, v = bucket.split(self.qkv_heads, dim=1)                       # (B, H, T, d), (B, G, T, d)
             if cache is not None:
-                kv = cache.append(kv)                                           # (B, 2 G, S, d)
-            k, v = kv.chunk(2, dim=1)                                           # (B, G, S, d)
+                k, v = cache.append(k, v)                                       # (B, G, S, d)
             y.append(attend(q, k, v, tokens.mask))                              # (B, H, T, d)
         return self.o_proj(tokens.unpad(y))                                     # (N, H d) -> (N, D)
 

@@ -16,9 +16,10 @@ def photo_problem(path, folder):
     """Why `path` is no photo in this folder, or None: a link must not lead out of it."""
     try:
         open_photo(path)
-        path.resolve().relative_to(folder.resolve())
-    except (UserError, ValueError) as error:
+    except UserError as error:
         return str(error)
+    if not path.resolve().is_relative_to(folder.resolve()):
+        return f"{path}: is a link that leads out of {folder}"
 
 
 def check_maker(root, names, maker):

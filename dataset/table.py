@@ -57,7 +57,8 @@ def table(file, id, attributes, out, title, photo, category, skip_value, hide_an
     write_tsv(out / "rest.tsv", rest)
     if labelled:
         refused = examine(out, 10, image=bool(photo))
-        print(f"\nNext:  {training_command(out, 'all')}{' --no-image' * (not photo)}"
+        condition = ", if only missing photos are REFUSED" * refused
+        print(f"\nNext{condition}:  {training_command(out, 'all')}{' --no-image' * (not photo)}"
               f"{' --no-text' * (not title)}{' --skip-missing-photos' * refused}")
     if rest:
         print(f"Then:  python -m tools.catalogue RUN --input {quote(str(out / 'rest.tsv'))} "

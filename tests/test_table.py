@@ -167,6 +167,7 @@ def test_the_last_lines_are_commands_that_fit(tmp_path, capsys):
     make(tmp_path / "other", shop(), "--photo", "title")
     out = capsys.readouterr().out
     assert "missing or cannot be read: 40" in out and " --labels all --skip-missing-photos\n" in out
+    assert "\nNext, if only missing photos are REFUSED:  python train.py" in out
 
 
 def test_products_without_any_value_make_rest_alone(tmp_path, capsys):

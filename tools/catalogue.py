@@ -88,7 +88,7 @@ def json_cells(line):
         for name in COLUMNS:
             value = row.get(name)
             if isinstance(value, list):
-                value = "|".join(map(str, value))
+                value = "|".join(str(each) for each in value if each is not None)
             if isinstance(value, bool | float | dict):
                 raise ValueError(f"{name} is {str(value)[:40]}, but must be a text")
             row[name] = "" if value is None else value if name == "id" else str(value)
@@ -102,7 +102,8 @@ def products_of(cells, run):
     """The Products of a row, one for each attribute that it names; ValueError if it cannot be answered."""
     if isinstance(cells, ValueError):
         raise cells
-    product = product_of(cells | {"id": str(cells["id"])}, ("id", "attribute_names"))
+    needed = ["id", "attribute_names"] + ["images"] * run.config.image
+    product = product_of(cells | {"id": str(cells["id"])}, needed)
     names = dict.fromkeys(run.known_attribute(name) for name in product.attribute.split("|") if name.strip())
     if not names:
         raise ValueError("attribute_names names none")
