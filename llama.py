@@ -7,12 +7,12 @@ Names    are those of the Hugging Face checkpoints, which have `model.` before e
 This file knows nothing about images or about what an adapter computes.  Each block has one slot, `adapter`:
 nn.Identity, until EIVEN puts a module there.
 
-The tokens of a batch are one matrix (N, D) without padding; a prefix that sequences share is stored once.
-Attention alone needs whole sequences.  `tokens.pad` (base/packing.py) gathers them before it: (B, heads, T,
-d), with padding at the end of the shorter ones.  After attention, `tokens.unpad` returns to the N tokens.
-In training the sequences of a batch are in two buckets, shorter and longer, which saves padding.
+The tokens of a batch are one matrix (N, D) without padding; a prefix that sequences share is in it once.
+Only attention needs whole sequences.  Before it, `tokens.pad` (base/packing.py) makes (B, heads, T, d): a row
+for each sequence, padded at its end.  After it, `tokens.unpad` returns to the N tokens.  In training shorter
+and longer sequences are padded apart, in two buckets: that is less padding.
 
-Shapes   N tokens   B sequences   T tokens of the longest sequence   S keys that attention reads
+Shapes   N tokens   B sequences of a bucket   T tokens of its longest   S keys that attention reads
          D width   H query heads   G key/value heads   d head dimension   M tokens whose logits are used
 """
 
@@ -35,7 +35,7 @@ from base.packing import next_tokens, pack
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """The sizes of a LLaMA, under the names of its config.json."""
+    """The settings of a LLaMA, under the names of its config.json."""
 
     vocab_size: int
     hidden_size: int
@@ -169,16 +169,16 @@ def apply_rotary(x, cos, sin):
 
 
 class KVCache:
-    """Keys (rotated) and values of one layer during generation, so that no token is computed twice.
+    """Rotated keys and values of one layer, kept for later steps, so that no token is computed twice.
 
-    keys, values  (B, G, S, d): first those of the prompts with their padding, which later masks hide; then
-                  those of each step, one token for each sequence, all in the same place
+    keys, values  (B, G, S, d): first the prompts, each padded at its end (next_tokens masks the padding);
+                  then, for each step, one new token of every sequence
     """
 
     keys = values = None
 
     def append(self, k, v):
-        """Store keys and values (B, G, T, d) of new tokens; return all, (B, G, S, d) each."""
+        """Add k and v of new tokens, (B, G, T, d) each; return all, (B, G, S, d) each."""
         if self.keys is not None:
             k = torch.cat((self.keys, k), dim=2)
             v = torch.cat((self.values, v), dim=2)
@@ -187,14 +187,14 @@ class KVCache:
 
 
 def attend(q, k, v, mask):
-    """softmax(q k^T / sqrt(d) + mask) v: (B, H, T, d), (B, G, S, d) twice -> (B, H, T, d).
+    """softmax(q k^T / sqrt(d) + mask) v: q (B, H, T, d), k and v (B, G, S, d) -> (B, H, T, d).
 
-    In training and for prompts is_causal gives -infinity to the keys after the query's own position, and so
-    to padding, which stands after all tokens.  In a cached step the mask does so to the prompts' padding.
+    Without a mask (training, prompts; S = T) no query sees later keys, so no token sees the padding after its
+    sequence.  In a cached step (T = 1) the mask hides the padding of the prompts.
     """
     heads = q.shape[1]
     if heads > k.shape[1] and q.device.type != "cpu":
-        # A GPU's fast kernels want a key/value head for each query head; else all scores go through memory.
+        # A GPU's fast kernels need G = H: each key/value head is repeated for its H / G query heads.
         k, v = (z.repeat_interleave(heads // z.shape[1], dim=1) for z in (k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
                                           enable_gqa=heads != k.shape[1])
@@ -218,13 +218,13 @@ class Attention(nn.Module):
 
     def forward(self, x, tokens, cos, sin, cache=None):
         """(N, D) -> (N, D)"""
-        # Queries, keys and values stand side by side: one large operation takes less time than three small.
+        # q and k are rotated in one call, and q, k and v padded in one: faster than a call for each.
         qk = torch.cat((self.q_proj(x), self.k_proj(x)), dim=-1)                # (N, (H + G) d)
         qk = apply_rotary(qk.unflatten(-1, (-1, self.head_dim)), cos, sin)      # (N, H + G, d)
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))                   # (N, G, d)
         y = []
         for bucket in tokens.pad(torch.cat((qk, v), dim=1)):                    # (B, H + 2 G, T, d)
-            q, k, v = bucket.split(self.qkv_heads, dim=1)                       # (B, H, T, d), (B, G, T, d)
+            q, k, v = bucket.split(self.qkv_heads, dim=1)       # (B, H, T, d), (B, G, T, d), (B, G, T, d)
             if cache is not None:
                 k, v = cache.append(k, v)                                       # (B, G, S, d)
             y.append(attend(q, k, v, tokens.mask))                              # (B, H, T, d)
@@ -294,7 +294,7 @@ class LLaMA(nn.Module):
         cos, sin = rotary_table(tokens.position, self.config.head_dim, self.config.rope_theta)
         for block, layer_cache in zip(self.layers, cache or [None] * len(self.layers)):
             if self.grad_checkpoint and torch.is_grad_enabled():
-                # Without photos x needs no gradient; use_reentrant=True would then give the adapters none.
+                # The first x may need no gradient; use_reentrant=True would then give the adapters none.
                 x = checkpoint(block, x, tokens, cos, sin, use_reentrant=False)
             else:
                 x = block(x, tokens, cos, sin, layer_cache)
@@ -342,14 +342,14 @@ def load_llama(folder, dtype=None, device="cpu", int8=False):
 
 @torch.no_grad()
 def greedy_continuation(llama, ids, n):
-    """Greedy decoding with LLaMA alone: the n next ids after `ids`, one at a time, with the KV cache."""
+    """Greedy decoding with LLaMA alone, with the KV cache: the n next ids after `ids`; EOS ends nothing."""
     device = llama.embed_tokens.weight.device
     cache = llama.new_cache()
     tokens = pack([ids], [1], device)
     out = []
-    while len(out) < n:
+    for step in range(n):
         h = llama(llama.embed(tokens.ids), tokens, cache)                       # (1, D)
         token = llama.logits(h).argmax(-1)                                      # (1,)
         out.append(token.item())
-        tokens = next_tokens(token, [len(ids)], len(out) - 1, llama.compute_dtype)
+        tokens = next_tokens(token, [len(ids)], step, llama.compute_dtype)
     return out

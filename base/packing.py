@@ -2,24 +2,24 @@
 
 The sequences are put into a prefix tree.  Each node of the tree is one token of the list:
 
-    sequences        tree              ids       1 5 6 7 8   (N,)    the nodes, in the order they were made
+    sequences        tree              ids       1 5 6 7 8   (N,)    the token ids of node 0, 1, 2, 3, 4
     A = [1, 5, 6]    1 - 5 - 6         position  0 1 2 2 1   (N,)    the depth of each node
-    B = [1, 5, 7]    |   `-- 7         table     0 1 2       (B T,)  the nodes of each sequence,
-    C = [1, 8]       `-- 8                       0 1 3               padded with node 0, which is
-                                                 0 4 0               never taken back from there
-                                       back      6 4 2 5 7   (N,)    the last place of each node in the
-                                                                     table, row after row
+    B = [1, 5, 7]    |   `-- 7         table     0 1 2       (B T,)  a row of nodes for each sequence;
+    C = [1, 8]       `-- 8                       0 1 3               node 0 is also the padding
+                                                 0 4 0
+                                       back      6 4 2 5 7   (N,)    one place of each node in the table,
+                                                                     row after row; never padding
 
-With causal attention the hidden state of a token depends only on the tokens before it, so sequences that
-begin alike can share the nodes of their prefix.  Linear layers and norms run on the (N, D) matrix of the
-list.  Attention alone needs whole sequences: `pad` gathers them by the table, and `unpad` takes one copy of
-each node from the result.
+With causal attention the hidden state of a token depends only on itself and the tokens before it, so
+sequences that begin with the same ids can share the nodes of their prefix.  Linear layers and norms run on
+the (N, D) matrix of the list.  Only attention needs whole sequences: `pad` copies the nodes of each sequence
+into a row, and `unpad` takes one copy of each node back.
 
-A comparison is about twice as long as a base question.  So the sequences of a training step are in two
-buckets, the shorter and the longer; the table of the second follows that of the first.
+In a training step the sequences of comparisons are about twice as long as the others.  So there are up to two
+buckets, of shorter and of longer sequences, each with its own T; the table holds the first, then the second.
 
-Padding stands after the last token of its sequence.  In training and for prompts, causal attention hides
-it.  When answers are generated, its keys are in the KV cache; there the mask hides them.
+Padding stands after the last token of its sequence.  In training and for prompts, causal attention hides it.
+In the KV cache new tokens stand after it; there the mask hides it.
 """
 
 from dataclasses import dataclass
@@ -32,8 +32,8 @@ class Tokens:
     """The tokens of a forward pass.
 
     ids, position, table, back   as in the drawing above
-    needed   (M,): indices of the tokens whose logits are used, sequence after sequence
-    buckets  (B, T) of each bucket of sequences in the table
+    needed   (M,): the node of each token whose logits are used, sequence after sequence; one may be repeated
+    buckets  a list of (B, T), one for each bucket
     mask     (B, 1, 1, S), added to the scores: -infinity where a new token may not see a key; None: causal
              attention among the T tokens of each sequence
     """
@@ -48,7 +48,7 @@ class Tokens:
 
     def pad(self, x):
         """(N, heads, d) -> (B, heads, T, d) of each bucket.  The gradient of a shared token is the sum over
-        its sequences.
+        its copies.
         """
         rows = x.flatten(1).index_select(0, self.table)                         # (sum of B T, heads d)
         parts = rows.split([B * T for B, T in self.buckets])
@@ -63,25 +63,25 @@ class Tokens:
 def pack(sequences, n_needed=None, device="cpu", bucketed=False):
     """Tokens of sequences (lists of ids, any lengths).
 
-    n_needed  for each sequence, the number of its last tokens whose logits are used; None: all tokens
-    bucketed  the sequences may be in two buckets; not for a KV cache, which holds one
+    n_needed  for each sequence, the number of its last tokens whose logits are used; None: all
+    bucketed  two buckets where lengths differ; not with a KV cache, which takes one
     """
-    nodes = {}                                          # (index of the node before, id) -> index of the node
+    nodes = {}                                          # (node before or -1, id) -> node
     ids, position, paths = [], [], []
     for sequence in sequences:
-        path, before = [], -1
+        path, node = [], -1
         for depth, token_id in enumerate(sequence):
-            before = nodes.setdefault((before, token_id), len(ids))
-            if before == len(ids):                      # a new node
+            node = nodes.setdefault((node, token_id), len(ids))
+            if node == len(ids):                        # a new one
                 ids.append(token_id)
                 position.append(depth)
-            path.append(before)
+            path.append(node)
         paths.append(path)
-    needed = [node for path, n in zip(paths, n_needed or map(len, paths)) for node in path[len(path) - n:]]
-    # A third of the way from the shortest to the longest: between base questions and comparisons.
-    # experiments/speed.py prints how much padding is left.
-    shortest, longest = min(map(len, paths)), max(map(len, paths))
-    limit = shortest + (longest - shortest) / 3 if bucketed else longest
+    lengths = [len(path) for path in paths]
+    needed = [node for path, n in zip(paths, n_needed or lengths) for node in path[len(path) - n:]]
+    # The first bucket ends a third of the way from the shortest to the longest, between base questions and
+    # comparisons.  experiments/speed.py prints how much padding is left.
+    limit = min(lengths) + (max(lengths) - min(lengths)) / 3 if bucketed else max(lengths)
     shorter = [path for path in paths if len(path) <= limit]
     longer = [path for path in paths if len(path) > limit]
     table, buckets, back = [], [], [0] * len(ids)
@@ -96,19 +96,21 @@ def pack(sequences, n_needed=None, device="cpu", bucketed=False):
 
 
 def next_tokens(ids, lengths, step, dtype=torch.float32):
-    """Tokens of one new token for each of B sequences, whose earlier tokens are in the KV cache: first the
-    prompts with their padding, then the tokens of `step` earlier steps.
+    """Tokens of a cached step: one new token for each of B sequences.  The KV cache holds the padded prompts,
+    then the tokens of `step` earlier steps.
 
-    ids (B,); lengths: a list of B, of the prompts; dtype: of the mask
+    ids: the new ones, (B,); lengths: of the prompts, a list; dtype: of the mask
     """
-    T, S = max(lengths), max(lengths) + step + 1
+    longest = max(lengths)
+    S = longest + step + 1
     lengths = to_device(lengths, ids.device)                                    # (B,)
-    # A GPU's kernel needs rows of a multiple of 8 numbers in memory; else each layer copies the mask.
+    # A GPU needs rows of a mask that begin at multiples of 8 numbers; else each layer copies it.
     key = torch.arange((S + 7) // 8 * 8, device=ids.device)
-    padding = (key >= lengths[:, None, None, None]) & (key < T)
+    padding = (key >= lengths[:, None, None, None]) & (key < longest)
     mask = torch.zeros(padding.shape, dtype=dtype, device=ids.device).masked_fill(padding, float("-inf"))
-    rows = torch.arange(len(ids), device=ids.device)
-    return Tokens(ids, lengths + step, rows, rows, rows, [(len(ids), 1)], mask[..., :S])        # (B, 1, 1, S)
+    mask = mask[..., :S]                                                        # (B, 1, 1, S)
+    each = torch.arange(len(ids), device=ids.device)                            # a row, a node
+    return Tokens(ids, lengths + step, each, each, each, [(len(ids), 1)], mask)
 
 
 def to_device(numbers, device, dtype=None):
