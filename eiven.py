@@ -288,5 +288,5 @@ class EIVEN(nn.Module):
 
     def load(self, path, run_id):
         """Read what `save` wrote, strictly.  UserError if it is of another run, or of another model."""
-        tensors = open_tensors(path, "what a run has trained (not finished? --resume it)", run_id)
+        tensors = open_tensors(path, "what a run has trained (adapter.safetensors)", run_id)
         restore(self.trainable_parameters(), tensors, path)

@@ -183,8 +183,8 @@ def answer_parser(description):
     parser.add_argument("--values", metavar="FILE", type=user_path,
                         help="answer only with these values, one a line: attribute, tab, value; with "
                              "--constrain they are added to those of the training")
-    parser.add_argument("--min-confidence", metavar="P", type=number(float, 0, 1), default=0.0,
-                        help="leave an answer empty if its probability is below P (0 to 1)")
+    parser.add_argument("--min-confidence", metavar="C", type=number(float, 0, 1), default=0.0,
+                        help="leave an answer empty if its probability is below C (0 to 1)")
     return parser
 
 
@@ -206,7 +206,7 @@ def load_run(args, status=None):
         return run, None
     values = dict(run.values) if args.constrain else {}
     for attribute, names in listed.items():
-        known = run.known_attribute(attribute)
+        known = run.asked_attribute(attribute)
         values[known] = list(dict.fromkeys([*values.get(known, ()), *names]))   # each once
     return run, values
 

@@ -73,7 +73,7 @@ def load_strict(module, tensors, where, names=lambda name: name, dtype=None, dev
     parameters = dict(module.named_parameters())
     problems = differences({names(name): parameter for name, parameter in parameters.items()}, tensors)
     problems += [f"{name} is {tensor.dtype}, expected fp16, bf16 or fp32"
-                 for name, tensor in tensors.items() if not tensor.is_floating_point()]
+                 for name, tensor in tensors.items() if tensor.dtype not in FLOATS]
     if problems:
         raise UserError(f"{where}: {len(problems)} tensors do not fit the model that the config describes: "
                         f"{'; '.join(problems[:3])}. Are config and weights of the same model?")
@@ -89,6 +89,9 @@ def load_strict(module, tensors, where, names=lambda name: name, dtype=None, dev
                 tensor = tensor.to(device=device, dtype=dtype)
             setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False))
             progress.step()
+
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def differences(parameters, tensors):

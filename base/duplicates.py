@@ -50,7 +50,7 @@ def across(parts, keys):
     parts  {split: products}, with "train" among them;  keys: {sign: function}, as of signs()
     """
     for sign, key in keys.items():
-        with Progress(f"comparing {sign}", sum(map(len, parts.values())), "products") as progress:
+        with Progress(f"looking for {sign}", sum(map(len, parts.values())), "products") as progress:
             in_train = defaultdict(list)
             for product in parts["train"]:
                 in_train[key(product)].append(product)

@@ -24,7 +24,7 @@ def read_rows(lines, required=COLUMNS, separator="\t"):
 
     A quote that is never closed would swallow the rows after it.  So where a line that a quoted cell goes on
     in is by itself a row, the row in which the quote opened is wrong, and the lines after it are read again.
-    (With commas only where three lines look like rows: a line of a text may well have as many.)
+    (With commas only where three lines look like rows, no blank after a comma: texts have commas, too.)
     """
     lines, again, number = iter(lines), [], 0
     header = None
@@ -42,7 +42,8 @@ def read_rows(lines, required=COLUMNS, separator="\t"):
                 # Before the end of a first cell of several lines there is no separator.
                 is_row = header and separator in "".join(taken) and line.count(separator) == len(header) - 1
                 if separator == ",":
-                    is_row = is_row and len({part.count(",") for part in (*taken, line)}) == 1 < len(taken)
+                    alike = len({part.count(",") for part in (*taken, line)}) == 1 < len(taken)
+                    is_row = is_row and alike and ", " not in "".join([*taken[1:], line])
                 if not line or len(taken) > 1000 or is_row:
                     again += [line, *reversed(taken[1:])]
                     taken = taken[:1]

@@ -51,8 +51,9 @@ def table(file, id, attributes, out, title, photo, category, skip_value, hide_an
     print(f"\n{len(products):,} products with {len(labelled):,} values.  Without a value of some attribute: "
           f"{len(rest):,}, in rest.tsv")
     if labelled:                                        # else they are products for a run that is there
-        for attribute in {*attributes} - {row[4] for row in labelled}:
-            print(f"note: no product has a value of {attribute}: it can be neither learnt nor answered")
+        for attribute in attributes:
+            if attribute not in {row[4] for row in labelled}:
+                print(f"note: no product has a value of {attribute}: it can be neither learnt nor answered")
         write_splits(out.parent, {out.name: parts}, "table")
     write_tsv(out / "rest.tsv", rest)
     if labelled:
@@ -123,7 +124,7 @@ def read_lines(path, names):
             raise ValueError(f"it is {kind}")
         content = path.read_bytes()
         if content.startswith(b"PK\3\4"):
-            raise ValueError("it is damaged")
+            raise UserError(f"{path}: is a damaged Excel workbook; save it again")
         encoding = "utf-16" if b"\0" in content[:100] else "utf-8-sig"
         try:
             text = content.decode(encoding)

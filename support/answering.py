@@ -83,8 +83,7 @@ def prepare_photos(run, products, skip_bad=False):
 def answers(run, products, values=None, temperature=TEMPERATURE, top_p=TOP_P, what="answering"):
     """An Answer for each product, in order.
 
-    Of several processes, each answers its part of the batches; process 0 returns all answers, and the others
-    those of their part.
+    Of several processes, each answers its part of the batches, and all return all answers.
     values  {attribute: values} to choose from: each value is scored, and the most probable is the answer;
             None: free
     """

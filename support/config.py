@@ -230,7 +230,7 @@ def choose_dtype(name, device, llama):
     for emulation), else fp16; on a CPU fp32 if that takes at most 60 % of the memory, else the dtype of the
     files.
     """
-    if name not in ("auto", "int8"):
+    if name in DTYPES:
         return DTYPES[name]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16

@@ -19,7 +19,7 @@ from base.photo import on_white, upright
 from data import Product, encode_answer
 from eiven import EIVEN, TEMPERATURE, TOP_P
 from support.answering import ANSWER_BATCH, Answer, answer_batches, check_questions, prepare_photos
-from support.config import MACHINE, Config, Sources, build_model, choose_device, find_sources
+from support.config import DTYPES, MACHINE, Config, Sources, build_model, choose_device, find_sources
 from support.features import PhotoFeatures
 from support.run_folder import check_weights, read_config, read_temperature
 
@@ -60,15 +60,16 @@ class Run:
         return max(SHORTEST_LIMIT, *lengths)
 
     def known_attribute(self, name):
-        """The attribute's name as in the training data, whatever its case and white space.  Or else `name`,
-        with a note.
-        """
+        """The attribute's name as in the training data, whatever its case and white space; or `name`."""
         name = " ".join(name.split())
-        for attribute in self.values:
-            if attribute.lower() == name.lower():
-                return attribute
-        note_once(f"{name!r}{did_you_mean(name, self.values)} is not an attribute of this run's training "
-                  f"data ({', '.join(self.values)})")
+        return next((a for a in self.values if a.lower() == name.lower()), name)
+
+    def asked_attribute(self, name):
+        """known_attribute, with a note if the training data does not have it."""
+        name = self.known_attribute(name)
+        if name not in self.values:
+            note_once(f"{name!r}{did_you_mean(name, self.values)} is not an attribute of this run's training "
+                      f"data ({', '.join(self.values)})")
         return name
 
     def product(self, image=None, text=None, attribute=""):
@@ -80,7 +81,7 @@ class Run:
         if not attribute.strip():
             raise UserError("--attribute is empty; name the one to answer, e.g. one of this run's: "
                             f"{', '.join(self.values)}")
-        attribute = self.known_attribute(attribute)
+        attribute = self.asked_attribute(attribute)
         for name, argument, used in (("image", image, self.config.image), ("text", text, self.config.text)):
             if used != (argument is not None):
                 raise UserError(f"this run was trained with{'' if used else 'out'} {name}s: "
@@ -170,12 +171,16 @@ def load(folder: str | os.PathLike, **changed) -> Run:
     """The Run in a run folder, ready to answer.
 
     changed  flags that replace the saved ones: those of MACHINE
-    Errors   UserError: no run, not finished, other weights than in training; TypeError: another flag
+    Errors   UserError: no run, not finished, other weights than in training; TypeError: another flag;
+             ValueError: a dtype that there is not
     """
     folder = Path(folder)
     config, record = read_config(folder)
     if unknown := changed.keys() - MACHINE:
         raise TypeError(f"load takes {', '.join(MACHINE)}, but not {', '.join(unknown)}")
+    dtypes = ("auto", "int8", *DTYPES)
+    if changed.get("dtype", "auto") not in dtypes:
+        raise ValueError(f"dtype is {changed['dtype']!r}, but must be one of {', '.join(dtypes)}")
     config = replace(config, **changed)
     trained = folder / "adapter.safetensors"
     if not trained.exists():
@@ -193,13 +198,12 @@ def read_values(path):
     """{attribute: its values} from a file with one `attribute<TAB>value` a line and no header."""
     values = {}
     with reading(path, "a list of values (attribute, tab, value)"):
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-        for number, row in enumerate(csv.reader(lines, "excel-tab", strict=True), start=1):
-            cells = [" ".join(cell.split()) for cell in row]
+        for number, line in enumerate(Path(path).read_text(encoding="utf-8-sig").splitlines(), start=1):
+            cells = [" ".join(cell.split()) for cell in next(csv.reader([line], "excel-tab"), [])]
             if not any(cells):
                 continue
             if len(cells) != 2 or not all(cells):
-                raise ValueError(f"line {number}, {cells}, should be an attribute, one tab and a value")
+                raise ValueError(f"line {number}, {line[:80]!r}, should be an attribute, one tab and a value")
             attribute, value = cells
             values.setdefault(attribute, []).append(value)
         if not values:

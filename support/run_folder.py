@@ -115,7 +115,10 @@ def load_init(config, sources, model):
             raise UserError(f"--init {config.init}: that run has {name} = {getattr(other, name)}, this one "
                             f"{getattr(config, name)}; give it the same flag, or leave --init out")
     check_weights(config.init, record, sources)
-    model.load(Path(config.init) / "adapter.safetensors", record["id"])
+    trained = Path(config.init) / "adapter.safetensors"
+    if not trained.exists():
+        raise UserError(f"--init {config.init}: its training is not finished; --resume it first")
+    model.load(trained, record["id"])
     return record["id"]
 
 

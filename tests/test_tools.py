@@ -74,7 +74,7 @@ def test_python_has_the_same_choices(run, photo):
         with pytest.raises(ValueError, match="values must be a list"):
             one(photo, "black shoe", "Boot Style", values=wrong)
     assert one(photo, "black shoe", "Boot Style", constrain=True, values=["?"]).value != "?"
-    for wrong, error in ({"dtype": "float16"}, KeyError), ({"labels": 3}, TypeError):
+    for wrong, error in ({"dtype": "float16"}, ValueError), ({"labels": 3}, TypeError):
         with pytest.raises(error):
             evaluate.load(run, **wrong)
     with pytest.raises(UserError, match="known values of Colour"):

@@ -49,6 +49,8 @@ def read_blocks(args):
     if path != "-":
         with reading(path, "products (TSV, CSV or JSONL)"):
             file = open(path, "rb")
+    if file is None:
+        raise UserError("--input -: stdin is closed; name a file, or start the command in a pipe")
     content = gzip.open(file) if file.peek(2)[:2] == b"\x1f\x8b" else file
     size = os.fstat(file.fileno()).st_size
     text = io.TextIOWrapper(content, "utf-8-sig", "surrogateescape", newline="")
@@ -235,7 +237,7 @@ def answer_file(run, args, values, blocks):
     with processes.in_process_0(locked(args.parts, "answering a catalogue")):
         try:
             parts = answer_blocks(run, args, values, blocks)
-            processes.gather()                      # process 0 waits until all blocks are answered
+            processes.gather()                          # process 0 waits until all blocks are answered
             if processes.rank() > 0:
                 return None
 
