@@ -226,14 +226,16 @@ class EIVEN(nn.Module):
         rngs = [random.Random(seed) for seed in seeds]
         visual_tokens = self.project(cls_tokens)                                # (P, K, D)
         X = [self.input_ids(example, visual_tokens, answer_length=1) for example in batch]
-        limits = [min(limit, self.llama.config.max_position_embeddings - len(x)) for x in X]
+        lengths = [len(x) for x in X]
+        limits = [min(limit, self.llama.config.max_position_embeddings - length) for length in lengths]
         cache = self.llama.new_cache()
         tokens = pack(X, [1] * len(batch), self.device)
         h = self.llama(self.embed(tokens.ids, visual_tokens), tokens, cache)    # (B, D)   fills the cache
 
         answers = [[] for _ in batch]
         log_p = [0.0] * len(batch)
-        running = set(range(len(batch)))                # examples whose answer has not ended
+        # Examples whose answer has not ended.  The others stay in the batch: what they draw is not used.
+        running = set(range(len(batch)))
         for step in range(max(limits)):
             logits = self.logits(h)                                             # (B, pieces)
             uniform = [rng.random() for rng in rngs]
@@ -254,7 +256,7 @@ class EIVEN(nn.Module):
                     running.remove(b)
             if not running:
                 break
-            tokens = next_tokens(drawn, list(map(len, X)), step, self.llama.compute_dtype)
+            tokens = next_tokens(drawn, lengths, step, self.llama.compute_dtype)
             h = self.llama(self.llama.embed(drawn), tokens, cache)              # (B, D)   one step
         return [(answer, math.exp(lp)) for answer, lp in zip(answers, log_p)]
 

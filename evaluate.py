@@ -254,6 +254,7 @@ def main():
         if not products:
             raise UserError(f"--without-duplicates leaves no product of {args.split}: train has all of them")
     check_questions(run, products, values)
+    # Two scorings at once would write the same files.
     with processes.in_process_0(locked(scores_folder(args, parser), "scoring")) as folder:
         evaluate(run, products, split, folder, values, args.merge, args.temperature, args.top_p,
                  args.min_confidence, fit=args.split == "val")

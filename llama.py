@@ -78,8 +78,8 @@ def read_config(path):
         sizes = LlamaConfig(**{f.name: config[f.name] for f in fields(LlamaConfig) if f.name in config})
         for f in fields(LlamaConfig):
             size = getattr(sizes, f.name)
-            valid = type(size) in (int, f.type) and 0 < size < 1e12
-            if not (type(size) is bool if f.type is bool else valid):
+            valid = type(size) is bool if f.type is bool else type(size) in (int, f.type) and 0 < size < 1e12
+            if not valid:
                 raise ValueError(f"{f.name} is {size!r}, but must be of type {f.type.__name__}, above 0")
         if sizes.num_attention_heads % sizes.num_key_value_heads or sizes.head_dim % 2 \
                 or sizes.num_hidden_layers > 1000:
@@ -342,7 +342,7 @@ def load_llama(folder, dtype=None, device="cpu", int8=False):
 
 @torch.no_grad()
 def greedy_continuation(llama, ids, n):
-    """Greedy decoding with LLaMA alone, with the KV cache: the n next ids after `ids`; EOS ends nothing."""
+    """Greedy decoding with LLaMA alone and the KV cache: the n next ids after `ids`; EOS does not stop it."""
     device = llama.embed_tokens.weight.device
     cache = llama.new_cache()
     tokens = pack([ids], [1], device)

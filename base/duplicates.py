@@ -22,7 +22,7 @@ def title_key(title):
     return " ".join(sorted(set(words))) or None
 
 
-@cache
+@cache                                                  # splits and findings both ask
 def photo_key(path):
     """The SHA-256 of a photo's bytes.  None if there is no such file, or it cannot be read."""
     try:

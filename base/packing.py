@@ -109,7 +109,7 @@ def next_tokens(ids, lengths, step, dtype=torch.float32):
     padding = (key >= lengths[:, None, None, None]) & (key < longest)
     mask = torch.zeros(padding.shape, dtype=dtype, device=ids.device).masked_fill(padding, float("-inf"))
     mask = mask[..., :S]                                                        # (B, 1, 1, S)
-    each = torch.arange(len(ids), device=ids.device)                            # a row, a node
+    each = torch.arange(len(ids), device=ids.device)                            # (B,)   each row is one node
     return Tokens(ids, lengths + step, each, each, each, [(len(ids), 1)], mask)
 
 

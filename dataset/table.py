@@ -51,8 +51,9 @@ def table(file, id, attributes, out, title, photo, category, skip_value, hide_an
     print(f"\n{len(products):,} products with {len(labelled):,} values.  Without a value of some attribute: "
           f"{len(rest):,}, in rest.tsv")
     if labelled:                                        # else they are products for a run that is there
+        learnt = {row[4] for row in labelled}
         for attribute in attributes:
-            if attribute not in {row[4] for row in labelled}:
+            if attribute not in learnt:
                 print(f"note: no product has a value of {attribute}: it can be neither learnt nor answered")
         write_splits(out.parent, {out.name: parts}, "table")
     write_tsv(out / "rest.tsv", rest)

@@ -158,7 +158,7 @@ def find_sources(config):
 
     The demo world is used if nothing is given and nothing is there, with --demo, or by the name `demo`.  Real
     and demo data are never mixed unless you ask for it.  What was found is written into the config, so the
-    run keeps using it.  Whether the data's folder is there, data.read_split says.
+    run keeps using it.  data.read_split reports a data folder that is not there.
     """
     real_data = any(DATA.glob("[!.]*"))                 # `dataset build` begins with a hidden folder
     there = (config.data, config.llama, config.vit, real_data, LLAMA.exists(), VIT.exists())
@@ -257,8 +257,11 @@ def choose_threads(config, model, stream=None):
         torch.set_num_threads(config.threads)
     elif "OMP_NUM_THREADS" not in os.environ and model.device.type == "cpu" and all_threads > 1:
         call = {"mlp": model.llama.layers[0].mlp, "x": torch.ones(64, model.llama.config.hidden_size)}
-        best = min((1, all_threads), key=lambda threads: Timer(
-            "mlp(x)", globals=call, num_threads=threads).blocked_autorange().median)
+
+        def seconds(threads):
+            return Timer("mlp(x)", globals=call, num_threads=threads).blocked_autorange().median
+
+        best = min((1, all_threads), key=seconds)
         torch.set_num_threads(best)
         print(f"CPU threads: {best} of {all_threads}, measured; --threads N sets another number", file=stream,
               flush=True)

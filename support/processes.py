@@ -54,7 +54,7 @@ def exchange():
 def gather(value=None):
     """The values of all processes, a list in order of rank: any objects that pickle takes.
 
-    It ends once all processes have come here.
+    It returns once all processes have called it.
     """
     values = [value] * size()
     if len(values) > 1:

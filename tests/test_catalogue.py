@@ -109,7 +109,7 @@ def test_stdin_and_stdout(answer, expected, tmp_path):
         os.dup2(ours, 0)
         sys.stdin = open(0, closefd=False)
 
-    said = answer(b"", "/dev/stdout", "--input", "-", before=piped)
+    said = answer(b"", "x", "--input=-", "--output=-", before=piped)
     (tmp_path / "out.tsv").write_text(said.out)
     assert answers_in(tmp_path / "out.tsv") == expected
     assert "21\t3\t\tattribute_names is empty" in said.err and "1 could not be answered\n" in said.err
@@ -117,7 +117,7 @@ def test_stdin_and_stdout(answer, expected, tmp_path):
 
 def test_ids_and_attributes(answer, tmp_path):
     """Several attributes in a row, of any case, once each; an id that is a number stays one."""
-    rows = [{**ROWS[0], "id": 4711, "attribute_names": ["heel height", "Boot Style", "HEEL HEIGHT"]},
+    rows = [{**ROWS[0], "id": 4711, "attribute_names": ["heel height", None, "Boot Style", "HEEL HEIGHT"]},
             {**ROWS[1], "attribute_names": "Colour| Boot Style|"}]
     said = answer(as_jsonl(rows), "out.jsonl").out
     assert [(row["id"], row["attribute_names"]) for row in read(tmp_path / "out.jsonl")] == [

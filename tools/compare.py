@@ -61,6 +61,8 @@ def main():
     names = [str(folder) for folder in args.runs]
     scores, answers = zip(*map(read_scores, args.runs))
     first = answers[0]
+    if not first:
+        raise UserError(f"{names[0]}: has no predictions; score it again (evaluate.py)")
     table = [["micro-F1", *scores[0], "right, minus the first (95 % interval)"]]
     for name, row, own in zip(names, scores, answers):
         if own.keys() != first.keys():

@@ -141,7 +141,7 @@ def main():
                         "IDs are in its TSV files")
     for product in products:
         _, steps = explain(run, product)
-        name = re.sub(r"\W", "-", f"{product.id} {product.attribute}")[-60:]        # in bytes, 240 at most
+        name = re.sub(r"\W", "-", f"{product.id} {product.attribute}")[-60:]        # at most 240 bytes
         path = run.folder / "explain" / f"{name}.html"
         write_text(path, explain_page.page_html(product, steps, describe(run.config, run.sources)))
         print(*explain_page.summary(product, steps), f"as a page: {path}", sep="\n")
