@@ -51,8 +51,9 @@ def cast_and_matmul(x, weight, scale):
     again.
     """
     def transposed(_=None):
-        wide = weight.to(x.dtype)
-        return (wide if scale is None else wide * scale[:, None].to(x.dtype)).T         # (in, out)
+        # int8 times a wider dtype is of that dtype: one operation on the whole weight, not two.
+        wide = weight.to(x.dtype) if scale is None else weight * scale[:, None].to(x.dtype)
+        return wide.T                                   # (in, out)
 
     with saved_tensors_hooks(lambda saved: None, transposed):
         return matmul(x, transposed())

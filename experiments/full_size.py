@@ -63,15 +63,16 @@ def main():
     report("loading", [time.perf_counter() - start])
     model.llama.grad_checkpoint = config.grad_checkpoint
     step = stepper(model, model, cls_tokens)
-    batch = batches[0][:config.batch_size]
+    batches = [batches[i % len(batches)][:config.batch_size] for i in rounds]
     parameters = sum(p.numel() for p in model.llama.parameters())
     gigabytes = sum(p.nbytes for p in model.llama.parameters()) / 1e9
-    tokens = sum(4 * len(e.photos) + len(e.prompt) + len(e.answer) for e in batch)
-    # As in training, the steps have different numbers of tokens: at first a GPU allocates memory for each.
-    for what in "the first training steps", "later training steps":
-        took = [seconds(lambda: step(batch[:max(1, len(batch) - i % 4)])) for i in rounds]
-        report(what, took, f"; {4e-12 * parameters * tokens:.2f} TFLOP, weights read: {2 * gigabytes:.1f} GB")
-    where_time_goes(lambda: step(batch))
+    tokens = sum(4 * len(e.photos) + len(e.prompt) + len(e.answer) for batch in batches for e in batch)
+    tflop = 4e-12 * parameters * tokens / len(batches)
+    # As in training, each batch has other lengths.  The second time, none is new to the GPU.
+    for what in "training steps, new batches", "the same batches again":
+        took = [seconds(lambda batch=batch: step(batch)) for batch in batches]
+        report(what, took, f"; {tflop:.2f} TFLOP, weights read: {2 * gigabytes:.1f} GB")
+    where_time_goes(lambda: step(batches[0]))
     for n in (1, 64):
         def answer():
             model.generate(questions[:n], cls_tokens, limit=5)

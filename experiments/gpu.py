@@ -19,12 +19,12 @@ from base.console import PROJECT
 # Name, seconds at most, command.
 PARTS = """
 values 50 -m pytest -q -p no:cacheprovider -k {device} tests/test_device.py
-speed-fp32 110 -m experiments.speed --device {device} --models {models}
-speed-bf16 90 -m experiments.speed --device {device} --models {models} --dtype bf16
+speed-fp32 80 -m experiments.speed --device {device} --models {models}
+speed-bf16 70 -m experiments.speed --device {device} --models {models} --dtype bf16
 7b-bf16 60 -m experiments.full_size --device {device} {size}
 7b-int8 60 -m experiments.full_size --device {device} {size} --dtype int8
 7b-bf16-expandable-segments 50 -m experiments.full_size --device {device} {size}
-demo-bf16 40 train.py --demo --labels 10 --device {device} --dtype bf16 --out {out}/run-bf16 {epochs}
+demo-bf16 90 train.py --demo --labels 10 --device {device} --dtype bf16 --out {out}/run-bf16 {epochs}
 demo-fp32 20 train.py --demo --labels 10 --device {device} --dtype fp32 --out {out}/run-fp32 {epochs}
 """
 FULL = {"models": "demo smollm2 wide", "size": "", "epochs": ""}
