@@ -50,9 +50,11 @@ def cast_and_matmul(x, weight, scale):
     For its backward pass `x @ wide.T` would keep wide.T.  These hooks keep nothing, and cast the weight
     again.
     """
+    dtype = x.dtype                                     # not x: the hooks would keep it
+
     def transposed(_=None):
         # int8 times a wider dtype is of that dtype: one operation on the whole weight, not two.
-        wide = weight.to(x.dtype) if scale is None else weight * scale[:, None].to(x.dtype)
+        wide = weight.to(dtype) if scale is None else weight * scale[:, None].to(dtype)
         return wide.T                                   # (in, out)
 
     with saved_tensors_hooks(lambda saved: None, transposed):

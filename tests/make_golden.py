@@ -25,7 +25,6 @@ VARIANTS = {
     "biased": replace(LLAMA, attention_bias=True),
     "theta": replace(LLAMA, rope_theta=500000.0, rms_norm_eps=1e-5),
 }
-IDS = ([5, 9, 17, 3, 3, 120, 44, 8, 71], [5, 9, 17, 60])
 VIT = vit.ViTConfig(hidden_size=24, intermediate_size=40, num_hidden_layers=6, num_attention_heads=3,
                     patch_size=8, image_size=32)
 
@@ -39,7 +38,7 @@ def main():
             write_llama(Path(folder), config, __file__, torch.float32, std=0.2)     # any file as tokenizer
             peer = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
             tensors = load_file(Path(folder) / "model.safetensors")
-        for b, ids in enumerate(IDS):
+        for b, ids in enumerate(([5, 9, 17, 3, 3, 120, 44, 8, 71], [5, 9, 17, 60])):
             tensors[f"ids.{b}"] = torch.tensor(ids)
             tensors[f"logits.{b}"] = peer(torch.tensor([ids])).logits[0].contiguous()
         save_file(tensors, GOLDEN / f"llama-{name}.safetensors")

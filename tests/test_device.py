@@ -126,7 +126,6 @@ def test_training_lowers_the_loss_as_in_fp32(pair, monkeypatch):
 
 
 aten = torch.ops.aten
-MATMULS = (aten.mm, aten.bmm, aten.addmm, aten.addmm_, aten.baddbmm)
 
 
 class Strict(TorchDispatchMode):
@@ -157,7 +156,7 @@ class Strict(TorchDispatchMode):
         if name is not aten._to_copy:                   # a number (of no dimension) may be on the CPU
             devices = {x.device for x in tensors if x.dim()}
             assert len(devices) < 2, f"{operation} has tensors of {devices}"
-        if name in MATMULS:
+        if name in (aten.mm, aten.bmm, aten.addmm, aten.addmm_, aten.baddbmm):
             dtypes = {x.dtype for x in tensors}
             assert len(dtypes) == 1, f"{operation} has tensors of {dtypes}"
         return operation(*args, **kwargs)

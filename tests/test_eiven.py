@@ -207,7 +207,7 @@ def test_logits_that_are_not_finite_are_an_error(model):
 def nucleus_by_hand(p, top_p, u):
     """The most probable tokens until their sum reaches top_p; then along the number line to u of that sum."""
     kept, mass = [], 0.0
-    for token in sorted(range(len(p)), key=lambda i: -p[i]):
+    for token in p.argsort(descending=True).tolist():
         if mass < top_p:
             kept.append(token)
             mass += p[token]
@@ -226,7 +226,7 @@ def test_nucleus_is_that_of_the_definition(temperature, top_p):
     logits = torch.randn(200, 9, generator=draw, dtype=torch.float64)
     uniform = torch.rand(200, generator=draw, dtype=torch.float64).tolist()
     p = (logits / temperature).softmax(-1)
-    expected = [nucleus_by_hand(row.tolist(), top_p, u) for row, u in zip(p, uniform)]
+    expected = [nucleus_by_hand(row, top_p, u) for row, u in zip(p, uniform)]
     assert nucleus(logits, temperature, top_p, uniform).tolist() == expected
     assert nucleus(logits, 0, top_p, uniform).equal(logits.argmax(-1))
 

@@ -51,7 +51,7 @@ def workbook(path, rows, strings=""):
     return path
 
 
-CELLS = """
+@pytest.mark.parametrize("cell, text", re.findall("(.*)  (.*)", """
 t="s"><v>0</v>  Größe 42
 t="s"><v>1</v>  靴
 t="s"><v>2</v>  two_lines
@@ -62,10 +62,7 @@ t="n"><v>1234567890123450</v>  1234567890123450
 t="str"><f>B1</f><v>7 cm</v>  7 cm
 t="b"><v>1</v>  TRUE
 t="e"><v>#N/A</v>  #N/A
-"""
-
-
-@pytest.mark.parametrize("cell, text", re.findall("(.*)  (.*)", CELLS))
+"""))
 def test_what_a_cell_holds(cell, text, tmp_path):
     """As a spreadsheet program shows it: a whole number without .0, a text without its fonts and ruby."""
     strings = ("<si><r><rPr><b/></rPr><t>Grö</t></r><r><t>ße 42</t></r></si>"

@@ -24,7 +24,6 @@ from llama import Tokenizer
 from support import run_folder
 from support.answering import prepare_photos
 
-NO_SCALER = torch.amp.GradScaler(enabled=False)
 
 
 def read(run, name):
@@ -124,6 +123,7 @@ def test_batches_rates_and_held_out_values(flags, tmp_path, monkeypatch):
 def step(run, data_root):
     """(a run with random trained values, its optimizer at rate 0, 9 examples whose photos are prepared)."""
     loaded = evaluate.load(run)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()  # choose_device says why
     randomize(loaded.model)
     products = read_split(data_root, "shoes", "train")
     prepare_photos(loaded, products)
@@ -146,7 +146,7 @@ def test_a_step_by_hand(step, micro_batch_size):
     expected = torch.autograd.grad(total / 9, parameters.values())
     run.config.micro_batch_size = micro_batch_size
     for _ in range(2):                                  # the gradient of a step before is gone
-        loss = train.train_step(run, optimizer, NO_SCALER, examples)
+        loss = train.train_step(run, optimizer, torch.amp.GradScaler(enabled=False), examples)
     assert loss == (pytest.approx(total.item() / 9, rel=1e-4), tokens)
     for parameter, gradient in zip(parameters.values(), expected):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-4)
