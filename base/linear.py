@@ -53,7 +53,7 @@ def cast_and_matmul(x, weight, scale):
     dtype = x.dtype                                     # not x: the hooks would keep it
 
     def transposed(_=None):
-        # int8 times a wider dtype is of that dtype: one operation on the whole weight, not two.
+        # int8 numbers need no cast: their product with a wider dtype is of that dtype.
         wide = weight.to(dtype) if scale is None else weight * scale[:, None].to(dtype)
         return wide.T                                   # (in, out)
 

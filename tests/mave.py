@@ -7,6 +7,7 @@ from dataset.values import ATTRIBUTES, VALUES, read_values
 
 FILLER = "Women men girls casual summer Classic L'Étoile black surround crossword goldfish ® 2-pack".split()
 SPELLINGS = read_values(VALUES)[1]
+SLOTS = sorted(SPELLINGS)                               # [(data set, attribute, value)]
 BROKEN = [b'{"asin": "B0', b"\xff\xfe{}", b"[7]", b'{"asin": "B000000001"}', b'{"title": "no asin"}',
           b'{"id": "B000000001"}', b'{"asin": "B000000001", "title": "var x = getTime()"}']
 
@@ -27,7 +28,7 @@ def make(folder, n, photos="https://images-na.ssl-images-amazon.com/images/I"):
     metadata = []
     for i in range(n):
         asin = f"B{i:09}"
-        slots = draw.choices(sorted(SPELLINGS), k=4)    # [(data set, attribute, value)]
+        slots = draw.choices(SLOTS, k=4)
         category = draw.choice(ATTRIBUTES[slots[0][0]][slots[0][1]])
         its = [(attribute, draw.choices([value, *SPELLINGS[dataset, attribute, value], "zigzag & more"], k=2))
                for dataset, attribute, value in slots if category in ATTRIBUTES[dataset][attribute]]

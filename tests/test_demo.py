@@ -13,7 +13,8 @@ import llama
 import vit
 from demo import pretrain, world
 
-ROWS = [row for rows in world.make_splits().values() for row in rows]  # id, photo, category, ...
+# id, photo, category, text, attribute, value
+ROWS = [row for rows in world.make_splits().values() for row in rows]
 
 
 def test_the_world_stays_the_same():
