@@ -210,8 +210,8 @@ def describe(config, sources):
 
 def choose_device(name):
     """torch.device by name, or the GPU if there is one."""
-    # On an H100 or H200 PyTorch would take cuDNN's attention in 16 bits.  It builds a plan for each new shape,
-    # so for nearly every batch (docs/speed.md).
+    # On an H100 or H200, PyTorch would take cuDNN's attention in 16 bits.  It builds a plan for each new
+    # shape, so for nearly every batch (docs/speed.md).
     torch.backends.cuda.enable_cudnn_sdp(False)
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
